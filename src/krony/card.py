@@ -1,0 +1,46 @@
+"""The model card that a compressed model is saved with."""
+
+from __future__ import annotations
+
+from krony._version import __version__
+from krony.compression import Report
+
+
+def model_card(source: str, report: Report) -> str:
+    """Markdown for the folder's README: what was done, its figures, and how to load it."""
+    layers = "\n".join(
+        f"| {layer.name} | {layer.shape.m1}x{layer.shape.n1} | {layer.shape.m2}x{layer.shape.n2} "
+        f"| {layer.shape.factors} | {layer.error:.4f} |"
+        for layer in report.layers
+    )
+    return f"""---
+library_name: transformers
+base_model: {source}
+tags: [krony, kronecker, compression]
+---
+
+# {source}, compressed with krony
+
+The weights of {len(report.layers)} linear layers of `{source}` are sums of Kronecker products
+(scheme `{report.scheme}`, initialisation `{report.init}`, krony {__version__}).
+
+| | parameters |
+| --- | ---: |
+| before | {report.params_before:,} |
+| after | {report.params_after:,} ({report.params_after / report.params_before:.1%}) |
+
+Parameters are unique ones: weights that layers share are counted once.
+
+```python
+import krony  # registers the layers with transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+
+The error of a layer is the Frobenius norm of what was lost, relative to the original matrix.
+
+| layer | left | right | factors | error |
+| --- | --- | --- | ---: | ---: |
+{layers}
+"""

@@ -1,0 +1,35 @@
+"""``krony inspect``: norms, singular values, scalars and errors of every layer."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from krony.cli.options import Json, Model
+from krony.cli.output import Output, quiet_libraries
+
+
+def run(
+    model: Model,
+    base: Annotated[str | None, typer.Option(help="The model it was compressed from, to compare with.")] = None,
+    json_to: Json = None,
+) -> None:
+    """Look into MODEL: norms as in the paper's Table 4, singular values, scalars, and what is left of --base."""
+    to = Output(json_to)
+    from krony.inspection import inspect
+    from krony.models import load_model
+
+    quiet_libraries()
+    views = inspect(load_model(model), load_model(base) if base else None)
+    columns = ["layer", "shape", "Frobenius", "l1", "largest σ", "median σ", "smallest σ", "scalars", "path"]
+    rows = [
+        [v.name, v.shape, f"{v.frobenius:.2f}", f"{v.l1:,.0f}", *(f"{s:.3g}" for s in v.singular_values)]
+        + [" ".join(f"{s:.2f}" for s in v.scalars or []), v.path or ""]
+        for v in views
+    ]
+    if base:
+        columns += ["of base", "error"]
+        rows = [[*row, f"{v.kept:.1%}", f"{v.error:.3f}"] for row, v in zip(rows, views, strict=True)]
+    to.table(columns, rows)
+    to.json({"model": model, "base": base, "layers": [v.to_json() for v in views]})

@@ -1,0 +1,79 @@
+"""What verbs print: tables and sentences for people, JSON for programs, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from krony.progress import Progress
+
+
+def quiet_libraries() -> None:
+    """Keeps transformers' and datasets' own bars and advice off the terminal: krony reports what matters itself."""
+    import datasets
+    import huggingface_hub
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()  # no line for each retry
+
+
+def complain(sentence: str) -> None:
+    """Prints a user's mistake on stderr."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, soft_wrap=True).print("error:", sentence, style="red", markup=False)
+
+
+class Output:
+    """Where a verb's words go: to stdout, or to stderr when stdout is for JSON alone."""
+
+    def __init__(self, json_to: str | None) -> None:
+        from rich.console import Console
+
+        self.json_to = json_to
+        self.console = Console(stderr=json_to == "-", highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = 200  # a file or a pipe: nothing is cut off
+
+    def say(self, sentence: str) -> None:
+        """Prints a line."""
+        self.console.print(sentence, markup=False)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Prints a table; the first column is text, the others figures."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table, soft_wrap=False)
+
+    def json(self, payload: Any) -> None:
+        """Writes the figures where ``--json`` said."""
+        from krony.files import write_json
+
+        if self.json_to == "-":
+            print(json.dumps(payload, indent=2))
+        elif self.json_to is not None:
+            write_json(Path(self.json_to), payload)
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A bar on stderr that lives as long as the block."""
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)

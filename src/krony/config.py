@@ -1,0 +1,68 @@
+"""How to compress: the options of ``krony.compress`` and of ``krony compress``, checked where they are set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from krony.errors import KronyError
+
+INITS = ("neurons", "als", "van-loan", "prune", "svd", "random")
+ALLOCATIONS = ("uniform", "global")
+
+
+@dataclass(frozen=True)
+class KronyConfig:
+    """What to replace, by what, and how the factors start.
+
+    Attributes:
+        scheme: ``81M``, ``1536x768``, ``1024x256:4``, ``keep=0.5`` (see ``krony.schemes``).
+        init: how the factors get their first values, one of ``INITS``.
+        allocation: ``uniform`` treats every layer alike (the paper), ``global`` spends one budget where it tells.
+        layers: ``all``, ``odd``, ``even``, or a zero-based inclusive range such as ``2-28``.
+        modules: ``mlp``, or a regular expression searched in the names of linear layers.
+        rescale: adaptive normalisation (paper, 3.3.2), of ``van-loan`` only.
+        scalars: a trainable scalar a factor; None gives them where there is more than one factor.
+        scalar_init: value the scalars start at, with the left factors divided so that the matrix stays the same.
+        epsilon: entry of the right factor for what was dropped; None is the init's own (0.1 ``prune``, 0 ``neurons``).
+        token_weighting: weight calibration tokens by 1/‖hidden state after the layer‖².
+        reinit: ``all`` draws every other weight anew too (paper, Appendix C).
+        seed: of everything random.
+    """
+
+    scheme: str
+    init: str = "neurons"
+    allocation: str = "uniform"
+    layers: str = "all"
+    modules: str = "mlp"
+    rescale: bool = True
+    scalars: bool | None = None
+    scalar_init: float | None = None
+    epsilon: float | None = None
+    token_weighting: bool = True
+    reinit: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("init", self.init, INITS)
+        _one_of("allocation", self.allocation, ALLOCATIONS)
+        _one_of("reinit", self.reinit, (None, "all"))
+        if self.scalar_init is not None and self.scalars is False:
+            raise KronyError("scalar_init sets the scalars, and scalars=False leaves them out: drop one of the two")
+        for name in ("scalar_init", "epsilon"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise KronyError(f"{name} is {value}: it takes a finite number")
+        if self.scalar_init == 0:
+            raise KronyError("scalar_init is 0: the left factors are divided by it, so it takes another number")
+
+    def has_scalars(self, factors: int) -> bool:
+        """Whether a sum of ``factors`` products carries scalars (the paper: where there is more than one)."""
+        if self.scalars is not None:
+            return self.scalars
+        return factors > 1 if self.scalar_init is None else True
+
+
+def _one_of(option: str, value: str | None, known: tuple) -> None:
+    if value not in known:
+        raise KronyError(f"{option} {value!r} is unknown: it is one of {', '.join(str(k) for k in known)}")

@@ -1,0 +1,112 @@
+"""transformers and krony: the registered quantizer that lets ``from_pretrained`` build Kronecker layers, and loading.
+
+A compressed model is an ordinary transformers model whose config carries ``quantization_config`` with
+``quant_method: krony`` and a map of module names to shapes. One code path serves every architecture.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from krony._version import __version__
+from krony.config import KronyConfig
+from krony.errors import KronyError
+from krony.kron import KronShape
+from krony.linear import KroneckerLinear
+from krony.surgery import is_linear, kronecker_layers, linear_size, put_in, to_dense
+
+if TYPE_CHECKING:  # this module is imported while transformers is being imported
+    from transformers import PreTrainedModel
+
+METHOD = "krony"
+
+
+@register_quantization_config(METHOD)
+class KronyQuantizationConfig(QuantizationConfigMixin):
+    """What a saved model's ``config.json`` says of its Kronecker layers.
+
+    Attributes:
+        modules: module name -> ``{"left": [m1, n1], "right": [m2, n2], "factors": k, "scalars": bool}``.
+        made_with: how it was compressed, for the record; loading does not read it.
+    """
+
+    def __init__(self, modules: dict[str, dict[str, Any]], made_with: dict[str, Any] | None = None, **_: Any) -> None:
+        self.quant_method = METHOD
+        self.modules = modules
+        self.made_with = made_with or {}
+
+    def shape(self, name: str) -> tuple[KronShape, bool]:
+        """The split of the module of this name, and whether it has scalars. Raises KronyError if it is malformed."""
+        try:
+            entry = self.modules[name]
+            numbers = [*entry["left"], *entry["right"], entry["factors"]]
+            if len(numbers) != 5 or not all(type(n) is int and n > 0 for n in numbers):
+                raise ValueError
+            return KronShape(*numbers), bool(entry["scalars"])
+        except (KeyError, TypeError, ValueError):
+            raise KronyError(
+                f"config.json: quantization_config.modules[{name!r}] is malformed: "
+                "it takes left: [m1, n1], right: [m2, n2], factors: k, scalars: true or false"
+            ) from None
+
+
+@register_quantizer(METHOD)
+class KronyQuantizer(HfQuantizer):
+    """Puts empty Kronecker layers into a model before its weights are loaded, and makes dense ones of them again."""
+
+    requires_calibration = True  # from_pretrained can't compress: krony.compress does
+    is_trainable = True
+    is_qat_trainable = True  # else Trainer takes the model for a frozen, quantised one
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        config: KronyQuantizationConfig = self.quantization_config
+        if not isinstance(config.modules, dict):
+            raise KronyError("config.json: quantization_config.modules is not a map of module names to shapes")
+        for name in config.modules:
+            shape, scalars = config.shape(name)
+            put_in(model, name, _empty_layer(model, name, shape, scalars))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        model.is_quantized = False  # it is trainable and castable like any other: .half() and .float() must work
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return to_dense(model) if dtype is None else to_dense(model).to(dtype)
+
+
+def _empty_layer(model: PreTrainedModel, name: str, shape: KronShape, scalars: bool) -> KroneckerLinear:
+    original = dict(model.named_modules()).get(name)
+    if original is None or not is_linear(original):
+        raise KronyError(f"config.json: {name} is no linear layer of {type(model).__name__}")
+    out, into = linear_size(original)
+    if (shape.rows, shape.columns) != (out, into):
+        raise KronyError(f"config.json: {name} is {out}x{into}, its factors make {shape.rows}x{shape.columns}")
+    weight = original.weight
+    return KroneckerLinear(
+        shape, bias=original.bias is not None, scalars=scalars, device=weight.device, dtype=weight.dtype
+    )
+
+
+def mark(model: PreTrainedModel, config: KronyConfig) -> None:
+    """Gives a model compressed in memory what ``save_pretrained`` needs."""
+    modules = {
+        name: {
+            "left": list(layer.shape.left),
+            "right": list(layer.shape.right),
+            "factors": layer.shape.factors,
+            "scalars": layer.scalars is not None,
+        }
+        for name, layer in kronecker_layers(model).items()
+    }
+    made_with = {"krony": __version__, "scheme": config.scheme, "init": config.init, "seed": config.seed}
+    model.config.quantization_config = KronyQuantizationConfig(modules, made_with)
+    quantizer = KronyQuantizer(model.config.quantization_config, pre_quantized=True)
+    model.hf_quantizer = quantizer  # type: ignore[assignment]

@@ -1,0 +1,54 @@
+"""What every initialisation takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from krony.config import KronyConfig
+from krony.kron import KronShape
+
+
+@dataclass(frozen=True)
+class Target:
+    """A matrix to be replaced.
+
+    Attributes:
+        name: dotted name of its layer.
+        role: ``up`` (to the hidden width of an MLP), ``down`` (back from it) or ``other``.
+        weight: ``(out, in)``, in the model's dtype.
+        bias: ``(out,)`` or None.
+        shape: the split it gets.
+    """
+
+    name: str
+    role: str
+    weight: Tensor
+    bias: Tensor | None
+    shape: KronShape
+
+
+@dataclass(frozen=True)
+class Factors:
+    """First values for one target, in float64: ``scale · Σ_f left[f] ⊗ right[f]``.
+
+    Attributes:
+        left: ``(k, m1, n1)``.
+        right: ``(k, m2, n2)``.
+        scale: one number for the whole sum; it becomes the scalars where the layer has them.
+        bias: ``(out,)`` where the initialisation changes it, else None.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float = 1.0
+    bias: Tensor | None = None
+
+
+class Init(Protocol):
+    """First values for the matrices of one group (an MLP, or a single layer), in the order of ``targets``."""
+
+    def __call__(self, targets: Sequence[Target], config: KronyConfig) -> list[Factors]: ...

@@ -1,0 +1,32 @@
+"""The paper's pruning (3.3.3): keep every r-th row or column in A, and let B = [1, ε, …] stand for the rest.
+
+The right factor says what is dropped. 1x2 on ``c_fc`` drops every second input channel (section 3.1 and the published
+code), 2x1 every second neuron (the shapes of the paper's figure). With k factors, k of each group are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from krony.config import KronyConfig
+from krony.init.base import Factors, Target
+
+EPSILON = 0.1  # "to ensure effective learning and avoid the zero initialization issue"
+
+
+def initialise(targets: Sequence[Target], config: KronyConfig) -> list[Factors]:
+    """``A_f`` holds the f-th row and column of every block of W; ``B_f`` is 1 there and ε elsewhere."""
+    epsilon = EPSILON if config.epsilon is None else config.epsilon
+    return [_one(target, epsilon) for target in targets]
+
+
+def _one(target: Target, epsilon: float) -> Factors:
+    s = target.shape
+    blocks = target.weight.double().reshape(s.m1, s.m2, s.n1, s.n2)  # (i, p, j, q)
+    cells = range(s.factors)  # the f-th cell of a block, counted along its rows
+    left = torch.stack([blocks[:, f // s.n2, :, f % s.n2] for f in cells])  # (k, m1, n1)
+    right = torch.full((s.factors, s.m2 * s.n2), epsilon, dtype=torch.float64, device=left.device)
+    right[cells, cells] = 1.0
+    return Factors(left, right.view(s.factors, s.m2, s.n2))

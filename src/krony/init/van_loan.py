@@ -1,0 +1,28 @@
+"""Van Loan's nearest sum of Kronecker products, with adaptive normalisation (paper, 3.3.1, 3.3.2 and Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from krony.config import KronyConfig
+from krony.init.base import Factors, Target
+from krony.kron import dense, nearest
+
+
+def initialise(targets: Sequence[Target], config: KronyConfig) -> list[Factors]:
+    """The factors nearest to each matrix in Frobenius norm; ``config.rescale`` gives the sum the matrix's norm."""
+    return [_one(target, config.rescale) for target in targets]
+
+
+def _one(target: Target, rescale: bool) -> Factors:
+    weight = target.weight.double()
+    left, right = nearest(weight, target.shape)
+    return Factors(left, right, scale=lost_norm(weight, dense(left, right)) if rescale else 1.0)
+
+
+def lost_norm(weight: Tensor, approximation: Tensor) -> float:
+    """α = ‖W‖ / ‖Ŵ‖, the factor that gives the approximation the norm of the original; 1 where Ŵ is zero."""
+    norm = approximation.norm().item()
+    return weight.norm().item() / norm if norm > 0 else 1.0

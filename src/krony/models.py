@@ -1,0 +1,137 @@
+"""MODEL: a folder or a hub name becomes a config, a tokenizer or a model; each way to fail is one sentence."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from krony.errors import KronyError
+
+GPT2_NAMES = ("gpt2", "openai-community/gpt2")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The config of a model, without its weights; GPT-2 124M's is known by name and needs no hub. Raises KronyError."""
+    if name in GPT2_NAMES and not Path(name).exists():
+        return GPT2Config()
+    _check_name(name)
+    with _Sentences(name):
+        return AutoConfig.from_pretrained(name)
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that a config describes, on the meta device: shapes without memory. Raises KronyError."""
+    with torch.device("meta"), _Sentences(type(config).__name__):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises KronyError if there is none."""
+    _check_name(name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises whatever the tokenizer's parts do
+        raise KronyError(f"{name}: no tokenizer can be loaded from there: {_first_line(error)}") from None
+
+
+def load_model(name: str, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
+    """A causal LM in eval mode, dense or compressed, from safetensors only.
+
+    Args:
+        name: a folder or a hub name.
+        dtype: ``auto`` for the one it was saved in, or one of ``DTYPES``.
+        device: as torch names it; ``auto`` spreads the model over what there is.
+
+    Raises:
+        KronyError: no such model, no network, a damaged or incomplete file, an architecture that isn't a causal LM.
+    """
+    _check_name(name)
+    options: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
+    with _Sentences(name):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=parse_dtype(dtype), use_safetensors=True, output_loading_info=True, **options
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise KronyError(f"{name}: the weights are incomplete: {missing[0]} and {len(missing) - 1} more are missing")
+    try:
+        return model.eval() if device == "auto" else model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that isn't there
+        raise KronyError(f"device {device!r} can't be used: {_first_line(error)}") from None
+
+
+def save(model: PreTrainedModel, folder: Path, *, source: str) -> None:
+    """Writes ``model`` with the tokenizer (chat template included) of ``source``; one that has none stays without."""
+    model.save_pretrained(folder)
+    with suppress(KronyError):
+        load_tokenizer(source).save_pretrained(folder)
+
+
+def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """``auto``, or the torch dtype of this name. Raises KronyError."""
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise KronyError(f"dtype {dtype!r} is unknown: it is auto or one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """The most tokens the model takes at once."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 1024)
+
+
+def _check_name(name: str) -> None:
+    """What transformers would answer with a page about the hub, when a folder was meant."""
+    path = Path(name)
+    if path.is_file():
+        raise KronyError(f"{name} is a file: MODEL is a folder with config.json and model.safetensors, or a hub name")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise KronyError(f"{name} holds no model: there is no config.json in it")
+    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or not name
+    if looks_like_a_path and not path.is_dir():
+        raise KronyError(f"{name!r}: there is no such folder")
+
+
+class _Sentences:
+    """Turns what transformers and safetensors raise while loading ``name`` into one sentence."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, KronyError):
+            raise KronyError(f"{self.name}: {error}") from None
+        if isinstance(error, Exception):
+            raise KronyError(f"{self.name}: {self._sentence(error)}") from error
+
+    def _sentence(self, error: Exception) -> str:
+        if isinstance(error, SafetensorError):
+            return f"its weights are damaged, fetch or write them again ({_first_line(error)})"
+        if isinstance(error, OSError) and not Path(self.name).is_dir():
+            return "there is no such folder, and it can't be fetched from the hub (no network, or no such name)"
+        if isinstance(error, RuntimeError) and "mismatched" in str(error):
+            return "its weights have other shapes than its config.json says"
+        return f"it can't be loaded as a causal language model: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
