@@ -131,15 +131,16 @@ language: en
 # krony demo
 
 A GPT-2 of {trainer.model.num_parameters():,} parameters (6 layers, width 256, 4 heads, context {CONTEXT}, byte-level
-BPE of {VOCABULARY} entries, tied head), small enough to ship with krony and trained well enough to be worth compressing.
-It is an example for tools, not a model to rely on: what it writes is English, and made up.
+BPE of {VOCABULARY} entries, tied head), small enough to ship with krony and trained well enough to be worth
+compressing. It is an example for tools, not a model to rely on: what it writes is English, and made up.
 
 ## Training
 
 `python scripts/train_demo_model.py --data-dir DIR OUT`, seed {seed}: {trainer.state.global_step:,} steps of
-{args.per_device_train_batch_size} sequences of {CONTEXT} tokens, {seen:,} tokens in all, {seen / tokens:.1f} passes over
-{tokens:,} tokens. AdamW, learning rate {args.learning_rate:g} (200 steps of warm-up, cosine to zero), weight decay 0.1,
-betas 0.9 and 0.98, gradient norm at most 1, bfloat16 autocast, no dropout. The weights are stored in half precision.
+{args.per_device_train_batch_size} sequences of {CONTEXT} tokens, {seen:,} tokens in all, {seen / tokens:.1f} passes
+over {tokens:,} tokens. AdamW, learning rate {args.learning_rate:g} (200 steps of warm-up, cosine to zero), weight
+decay 0.1, betas 0.9 and 0.98, gradient norm at most 1, bfloat16 autocast, no dropout. The weights are stored in half
+precision.
 
 | tokens seen | training loss (mean of 50 steps) |
 | ---: | ---: |
@@ -147,8 +148,8 @@ betas 0.9 and 0.98, gradient norm at most 1, bfloat16 autocast, no dropout. The 
 
 ## Data
 
-Samples of OpenWebText (CC0 packaging), OpenAI's WebText release (MIT), C4 (ODC-BY) and Wikipedia (CC BY-SA 3.0), and the
-topics of Python's `help()` (PSF licence), {DOCS_REPEATS} times, without the held-out part of `krony.python_docs`.
+Samples of OpenWebText (CC0 packaging), OpenAI's WebText release (MIT), C4 (ODC-BY) and Wikipedia (CC BY-SA 3.0), and
+the topics of Python's `help()` (PSF licence), {DOCS_REPEATS} times, without the held-out part of `krony.python_docs`.
 
 ## Held-out perplexity
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from conftest import BUILDERS, gpt2, llama
 from krony import KronyConfig, KronyError, compress
 from krony.surgery import count_parameters, kronecker_layers, take_out
+from small_models import BUILDERS, gpt2, llama
 
 
 @pytest.mark.parametrize("family", list(BUILDERS))

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 
 import krony
-from conftest import BUILDERS, gpt2, llama
 from krony import KronyConfig, KronyError, compress
 from krony.surgery import kronecker_layers
+from small_models import BUILDERS, gpt2, llama
 
 LOGITS = """
 import sys, torch

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, OPTConfig, PhiConfig
 
-from conftest import gpt2, llama
 from krony import KronyConfig, KronyError, compress, surgery
+from small_models import gpt2, llama
 
 
 def test_groups_of_a_plain_mlp():

@@ -43,9 +43,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises KronyError if there is none."""
     _check_name(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises whatever the tokenizer's parts do
         raise KronyError(f"{name}: no tokenizer can be loaded from there: {_first_line(error)}") from None
+    if not tokenizer("a")["input_ids"]:  # from a folder without one, transformers makes some that know no text
+        raise KronyError(f"{name}: no tokenizer can be loaded from there: tokenizer.json is missing")
+    return tokenizer
 
 
 def load_model(name: str, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:

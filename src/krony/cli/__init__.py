@@ -46,7 +46,3 @@ def main() -> None:
     except KronyError as error:
         complain(str(error))
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

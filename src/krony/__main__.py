@@ -1,0 +1,5 @@
+"""``python -m krony`` is ``krony``."""
+
+from krony.cli import main
+
+main()

@@ -1,0 +1,153 @@
+"""A user's mistake: exit code 2, one clear sentence, nothing half-written."""
+
+import json
+import shutil
+
+import pytest
+
+from small_models import gpt2, llama
+
+
+@pytest.fixture
+def damaged(compressed, tmp_path):
+    """Gives a copy of the compressed model to damage."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(compressed, folder)
+    return folder
+
+
+VAN_LOAN = ("--init", "van-loan")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--scheme", "100x7"), "c_fc: a left factor of 100x7 does not divide a matrix of 192x48"),
+        (("--scheme", "81M"), "81M is the paper's name for a size of GPT-2 124M"),
+        (("--scheme", "big"), "'big' is not understood"),
+        (("--scheme", "keep=0.5", "--modules", "nothing"), "'nothing' matches no linear layer"),
+        (("--scheme", "keep=0.5", "--layers", "7-9"), "chooses none of the layers 0-2"),
+        (("--scheme", "keep=0.5", "--params", "1M"), "either --scheme"),
+        ((), "needs a size: either --scheme"),
+        (("--params", "5M"), "the model has only"),
+        (("--scheme", "keep=0.5", "--dtype", "int3"), "dtype 'int3' is unknown"),
+        (("--scheme", "keep=0.5", "--device", "cuda:9"), "device 'cuda:9' can't be used"),
+        (("--scheme", "keep=0.5", "--reinit", "some"), "reinit 'some' is unknown"),
+    ],
+)
+def test_compress_options(refused, gpt2_folder, tmp_path, options, words):
+    assert words in refused("compress", gpt2_folder, tmp_path / "out", *VAN_LOAN, *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_init_and_rescale_of_another(refused, gpt2_folder, tmp_path):
+    arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5", "--init")
+    assert "init 'magic' is unknown: it is one of" in refused(*arguments, "magic")
+    assert "--rescale is of init van-loan" in refused(*arguments, "prune", "--no-rescale")
+
+
+def test_a_missing_option_or_argument(krony, gpt2_folder, tmp_path):
+    for arguments in (("generate", gpt2_folder), ("compress", gpt2_folder), ("eval",), ("compress", "--bad"), ("fly",)):
+        done = krony(*arguments)
+        assert done.code == 2 and "Traceback" not in done.err and done.err
+
+
+def test_a_folder_without_a_model(refused, tmp_path):
+    assert "there is no config.json in it" in refused("eval", tmp_path)
+    assert "there is no such folder" in refused("eval", tmp_path / "none")
+    (tmp_path / "file").write_text("x")
+    assert "is a file: MODEL is a folder" in refused("eval", tmp_path / "file")
+
+
+def test_a_hub_name_without_network(refused, tmp_path):
+    for verb in (("eval",), ("compress", tmp_path / "out", "--scheme", "keep=0.5")):
+        assert "can't be fetched from the hub" in refused(verb[0], "someone/model", *verb[1:])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_truncated_and_corrupted_weights(refused, damaged):
+    file = damaged / "model.safetensors"
+    whole = file.read_bytes()
+    for broken in (whole[: len(whole) // 2], whole[:4], b"", b"\xff" * 8 + whole[8:], whole[:9] + b"\0" + whole[10:]):
+        file.write_bytes(broken)
+        assert "damaged" in refused("eval", damaged, "--data", "python-docs")
+
+
+def test_a_config_that_is_no_json(refused, damaged):
+    (damaged / "config.json").write_text('{"model_type": ')
+    assert "damaged: " in refused("eval", damaged)
+
+
+def test_weights_that_miss_a_tensor(refused, damaged):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(damaged / "model.safetensors")
+    del tensors["transformer.h.1.mlp.c_fc.right"]
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    assert "transformer.h.1.mlp.c_fc.right" in refused("generate", damaged, "--prompt", "x")
+
+
+def test_weights_of_another_shape(refused, damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    config["n_embd"], config["quantization_config"]["modules"] = 96, {}
+    (damaged / "config.json").write_text(json.dumps(config))
+    assert "other shapes than its config.json says" in refused("eval", damaged)
+
+
+def test_pickled_weights_are_not_read(refused, damaged):
+    import torch
+
+    (damaged / "model.safetensors").unlink()
+    torch.save({}, damaged / "pytorch_model.bin")
+    assert "safetensors" in refused("eval", damaged)
+
+
+def test_an_out_that_is_taken(refused, gpt2_folder, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/file").write_text("x")
+    arguments = ("--scheme", "keep=0.5", *VAN_LOAN)
+    assert "taken is not empty" in refused("compress", gpt2_folder, tmp_path / "taken", *arguments)
+    assert "is a file" in refused("compress", gpt2_folder, tmp_path / "taken/file", *arguments)
+    assert "can't be written" in refused("compress", gpt2_folder, tmp_path / "taken/file/out", *arguments)
+    assert [p.name for p in (tmp_path / "taken").iterdir()] == ["file"]
+
+
+def test_text_that_cannot_be_read(refused, compressed, tmp_path):
+    for name, content, words in [("e.txt", b"", "is empty"), ("l.txt", b"\xff\xfe", "is not UTF-8")]:
+        (tmp_path / name).write_bytes(content)
+        assert words in refused("eval", compressed, "--data", tmp_path / name)
+    assert "nor a data set of this name" in refused("eval", compressed, "--data", "wikitext-9")
+    assert "can't be fetched from the hub" in refused("eval", compressed, "--data", "wikitext-2")
+
+
+def test_a_model_without_a_tokenizer(refused, damaged):
+    (damaged / "tokenizer.json").unlink()
+    (damaged / "tokenizer_config.json").unlink()
+    assert "no tokenizer can be loaded" in refused("generate", damaged, "--prompt", "x")
+
+
+def test_prompts(refused, compressed):
+    assert "--prompt has 0 tokens" in refused("generate", compressed, "--prompt", "")
+    assert "--prompt has 80 tokens: from 1 to 63" in refused("generate", compressed, "--prompt", "x" * 80)
+
+
+def test_inspect_with_another_base(refused, compressed, tmp_path):
+    gpt2(n_inner=96).save_pretrained(tmp_path / "thin")
+    llama().save_pretrained(tmp_path / "llama")
+    assert "is 96x48 in the base model and 192x48 here" in refused("inspect", compressed, "--base", tmp_path / "thin")
+    assert "has no layer transformer.h.0.mlp.c_fc" in refused("inspect", compressed, "--base", tmp_path / "llama")
+
+
+def test_json_that_cannot_be_written(krony, compressed, tmp_path):
+    done = krony("inspect", compressed, "--json", tmp_path / "none/x.json")
+    assert done.code == 2 and "can't be written" in done.err
+
+
+def test_factors_that_are_no_numbers(refused):
+    assert "it takes numbers of factors" in refused("schemes", "gpt2", "--factors", "1,x")
+    assert "it takes numbers of factors" in refused("schemes", "gpt2", "--factors", "0")
+
+
+def test_export_of_a_dense_model(refused, gpt2_folder, tmp_path):
+    assert "nothing to export" in refused("export", gpt2_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,125 @@
+"""Each verb, used as its help says."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import krony as library
+
+
+def test_schemes_gives_table_1_as_json(krony):
+    done = krony("schemes", "gpt2", "--all", "--json", "-")
+    rows = {tuple(r["left"]): r for r in done.json}
+    assert rows[768, 768] == {
+        "name": "81M",
+        "left": [768, 768],
+        "right": [4, 1],
+        "factors": 1,
+        "rank": 768,
+        "params_per_matrix": 589_828,
+        "model_params": 81_972_576,
+    }
+    assert "124,439,808 parameters" in done.err  # the table is for people, on stderr
+
+
+def test_schemes_of_another_model_are_fractions(krony, gpt2_folder):
+    done = krony("schemes", gpt2_folder)
+    assert done.code == 0 and "keep=0.5" in done.out and "96x48" in done.out
+
+
+def test_compress_writes_a_model_that_loads(krony, gpt2_folder, tmp_path, ids):
+    (gpt2_folder / "chat_template.jinja").write_text("{{ messages }}")
+    out = tmp_path / "out"
+    done = krony("compress", gpt2_folder, out, "--scheme", "keep=0.5", "--init", "van-loan", "--json", "-")
+    assert done.code == 0, done.err
+    report = done.json
+    assert set(report) == {"scheme", "init", "params_before", "params_after", "seconds", "layers"}
+    assert set(report["layers"][0]) == {"name", "left", "right", "factors", "error", "calibrated_error"}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert sum(p.numel() for p in model.parameters()) == report["params_after"]
+    assert tokenizer("abc")["input_ids"] and tokenizer.chat_template == "{{ messages }}"
+    card = (out / "README.md").read_text()
+    assert f"{report['params_after']:,}" in card and report["layers"][0]["name"] in card
+    reference = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
+    library.compress(reference, library.KronyConfig("keep=0.5", init="van-loan"))
+    assert torch.equal(model(ids).logits, reference(ids).logits)
+    (gpt2_folder / "chat_template.jinja").unlink()
+
+
+def test_a_dry_run_says_what_and_writes_nothing(krony, gpt2_folder, tmp_path):
+    arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.75", "--init", "van-loan")
+    dry = krony(*arguments, "--dry-run", "--json", "-")
+    assert dry.code == 0 and not (tmp_path / "out").exists()
+    done = krony(*arguments, "--json", "-")
+    assert dry.json["params_after"] == done.json["params_after"]
+    keys = ("name", "left", "right", "factors")
+    assert [{k: layer[k] for k in keys} for layer in done.json["layers"]] == dry.json["layers"]
+
+
+def test_a_budget_instead_of_a_scheme(krony, gpt2_folder, tmp_path):
+    done = krony("compress", gpt2_folder, tmp_path / "out", "--params", "70k", "--init", "van-loan", "--json", "-")
+    assert 60_000 < done.json["params_after"] <= 70_000
+
+
+def test_eval_reports_every_set(krony, compressed, tmp_path):
+    (tmp_path / "a.txt").write_text("some text to be predicted, byte by byte")
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    done = krony("eval", compressed, "--data", tmp_path / "a.txt", "--data", tmp_path / "b.jsonl", "--json", "-")
+    assert [r["tokens"] for r in done.json["results"]] == [38, 7]
+    assert {"data", "protocol", "tokens", "perplexity", "accuracy"} <= set(done.json["results"][0])
+    assert done.json["params"] == sum(p.numel() for p in library.load_model(str(compressed)).parameters())
+
+
+def test_eval_of_a_named_set_from_a_folder(krony, compressed, tmp_path):
+    (tmp_path / "wikitext-2").mkdir()
+    (tmp_path / "wikitext-2/wiki.test.tokens").write_text(" = A = \n some text . \n" * 20)
+    options = ("--data", "wikitext-2", "--data-dir", tmp_path, "--max-tokens", 100, "--json", tmp_path / "r.json")
+    done = krony("eval", compressed, *options)
+    assert "wikitext-2" in done.out and "perplexity" in done.out
+    assert json.loads((tmp_path / "r.json").read_text())["results"][0]["tokens"] == 98  # two windows of 64 and 36
+
+
+def test_inspect_compares_with_the_base(krony, compressed, gpt2_folder):
+    done = krony("inspect", compressed, "--base", gpt2_folder, "--json", "-")
+    layer = done.json["layers"][0]
+    dense = library.load_model(str(gpt2_folder)).transformer.h[0].mlp.c_fc.weight.detach()
+    made = library.load_model(str(compressed)).transformer.h[0].mlp.c_fc.dense_weight().detach().T
+    assert layer["base_frobenius"] == pytest.approx(dense.norm().item(), rel=1e-5)
+    assert layer["base_l1"] == pytest.approx(dense.abs().sum().item(), rel=1e-5)
+    assert layer["frobenius"] == pytest.approx(made.norm().item(), rel=1e-5)
+    assert layer["kept"] == pytest.approx(1.0, rel=1e-5)  # adaptive normalisation
+    assert layer["error"] == pytest.approx(((dense - made).norm() / dense.norm()).item(), rel=1e-4)
+    assert layer["singular_values"][0] == pytest.approx(torch.linalg.matrix_norm(made, 2).item(), rel=1e-4)
+    assert layer["path"] == "left"
+    assert krony("inspect", gpt2_folder).code == 0
+
+
+def test_generate(krony, compressed):
+    done = krony("generate", compressed, "--prompt", "The", "--max-new-tokens", "5", "--json", "-")
+    assert done.json["text"].startswith("The") and done.json["new_tokens"] <= 5
+    warm = [krony("generate", compressed, "--prompt", "The", "--temperature", "1", "--seed", s).out for s in (1, 1, 2)]
+    assert warm[0] == warm[1] != warm[2]
+
+
+def test_export_dense(krony, compressed, tmp_path, ids):
+    done = krony("export", compressed, tmp_path / "dense", "--to", "dense", "--json", "-")
+    assert done.json["params_after"] > done.json["params_before"]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    expected = AutoModelForCausalLM.from_pretrained(compressed)(ids).logits
+    torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "dense")("a")["input_ids"]
+
+
+def test_the_installed_command(gpt2_folder):
+    done = subprocess.run([sys.executable, "-m", "krony", "schemes", "gpt2", "--json", "-"], capture_output=True)
+    assert done.returncode == 0 and len(json.loads(done.stdout)) == 6
+
+
+@pytest.mark.parametrize("verb", ["schemes", "compress", "eval", "inspect", "generate", "export"])
+def test_every_verb_has_help(krony, verb):
+    done = krony(verb, "--help")
+    assert done.code == 0 and "--json" in done.out
