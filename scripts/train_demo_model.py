@@ -5,7 +5,7 @@
 DIR holds ``openwebtext/train.jsonl``, ``webtext/train.jsonl``, ``c4/train.jsonl`` and ``wikipedia/train.jsonl`` (one
 ``{"text": …}`` a line) and, to report on, ``openwebtext/val.jsonl``. The documentation that Python carries joins in,
 without its held-out part. An interrupted run goes on from its last checkpoint in OUT.work; the same seed gives the same
-model. OUT gets the model in half precision, its tokenizer and its card.
+model. OUT gets the model in half precision, its tokenizer and its card. Needs torch 2.9 for Muon.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
+    get_cosine_schedule_with_warmup,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from krony import python_docs
 from krony.data import join_documents, read_file
@@ -35,6 +33,8 @@ from krony.evaluation import measure_perplexity
 from krony.files import fresh_folder
 
 TEXTS = ("openwebtext", "webtext", "c4", "wikipedia")
+EVERY = 25  # steps between progress lines; a checkpoint every tenth
+WARM_UP = 100  # steps
 DOCS_REPEATS = 3  # the only text about programming, and little of it
 END = "<|endoftext|>"
 VOCABULARY, CONTEXT = 4096, 512
@@ -63,10 +63,9 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def sequences(ids: Tensor) -> list[dict[str, Tensor]]:
-    """Token ids ``(n,)`` cut into rows of the context length, each its own label."""
-    rows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    return [{"input_ids": row, "labels": row} for row in rows]
+def sequences(ids: Tensor) -> Tensor:
+    """Token ids ``(n,)`` cut into rows of the context length: ``(n // 512, 512)``."""
+    return ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
@@ -76,52 +75,111 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
         n_layer=6, n_embd=256, n_head=4, n_positions=CONTEXT, vocab_size=VOCABULARY,
         bos_token_id=end, eos_token_id=end, pad_token_id=end,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        attn_implementation="eager",  # compiled, a sixth less work than torch's fused attention on a processor
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
 
-def train(model: GPT2LMHeadModel, rows: list[dict[str, Tensor]], work: Path, options: argparse.Namespace) -> Trainer:
-    """Trains with AdamW and a cosine, in bfloat16 where the processor has it, and resumes what was interrupted."""
-    arguments = TrainingArguments(
-        str(work),
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps,
-        per_device_train_batch_size=options.batch,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=200,
-        weight_decay=0.1,
-        adam_beta2=0.98,
-        max_grad_norm=1.0,
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=50,
-        save_steps=200,
-        save_total_limit=1,
-        report_to=[],
-        seed=options.seed,
-        data_seed=options.seed,
-        dataloader_drop_last=True,
-        torch_compile=options.compile,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
-    work.mkdir(parents=True, exist_ok=True)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
-    return trainer
+def optimizers(model: GPT2LMHeadModel, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings, biases and norms; both take steps of AdamW's size."""
+    named = dict(model.named_parameters())
+    matrices = [p for name, p in named.items() if p.ndim == 2 and name.startswith("transformer.h.")]
+    others = [p for p in named.values() if not any(p is m for m in matrices)]
+    return [
+        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
 
 
-def card(trainer: Trainer, tokens: int, figures: dict[str, tuple[float, int]], samples: list[str], seed: int) -> str:
+def order(rows: int, batch: int, steps: int, seed: int) -> Tensor:
+    """Which rows each step sees, ``(steps, batch)``: pass after pass over all of them, each in an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    passes = [torch.randperm(rows, generator=generator) for _ in range(-(-steps * batch // rows))]
+    return torch.cat(passes)[: steps * batch].view(steps, batch)
+
+
+def train(model: GPT2LMHeadModel, rows: Tensor, work: Path, options: argparse.Namespace) -> list[float]:
+    """Trains in bfloat16 with a warm-up and a cosine to zero, from the last checkpoint in ``work`` if there is one.
+
+    Returns the mean loss of every ``EVERY`` steps.
+    """
+    steps = options.steps
+    tuned = optimizers(model, options.learning_rate)
+    schedules = [get_cosine_schedule_with_warmup(o, WARM_UP, steps) for o in tuned]
+    parts = {"model": model} | {f"{i}": part for i, part in enumerate([*tuned, *schedules])}
+    checkpoint, first, losses, total = work / "checkpoint.pt", 0, [], torch.zeros(())
+    if checkpoint.exists():
+        saved = torch.load(checkpoint)
+        first, losses = saved.pop("step"), saved.pop("losses")
+        for name, state in saved.items():
+            parts[name].load_state_dict(state)
+    forward = torch.compile(model) if options.compile else model
+    model.train()
+    start = time.perf_counter()
+    for step, chosen in enumerate(order(len(rows), options.batch, steps, options.seed)[first:], start=first + 1):
+        batch = rows[chosen]  # (batch, 512)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = forward(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for part in (*tuned, *schedules):
+            part.step()
+        model.zero_grad()
+        total += loss.detach()
+        if step % EVERY == 0:
+            losses.append(total.item() / EVERY)
+            total.zero_()
+            pace = (time.perf_counter() - start) / (step - first)  # seconds a step
+            print(
+                f"step {step:,} of {steps:,}  loss {losses[-1]:.3f}  {batch.numel() / pace:,.0f} tokens/s  "
+                f"{pace * (steps - step) / 60:.0f} min left",
+                flush=True,
+            )
+        if step % (10 * EVERY) == 0 or step == steps:
+            work.mkdir(parents=True, exist_ok=True)
+            beside = checkpoint.with_suffix(".partial")
+            torch.save(
+                {name: part.state_dict() for name, part in parts.items()} | {"step": step, "losses": losses}, beside
+            )
+            beside.replace(checkpoint)
+    return losses
+
+
+def report(folder: Path, tokenizer: PreTrainedTokenizerFast, data_dir: Path) -> tuple[dict[str, tuple], list[str]]:
+    """What the written model is worth: its held-out perplexities with the tokens they are over, and some samples."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    held_out = {
+        "`python-docs` (its held-out part)": python_docs.topics("held-out"),
+        "OpenWebText, validation sample": read_file(data_dir / "openwebtext" / "val.jsonl"),
+    }
+    figures = {}
+    for name, texts in held_out.items():
+        ids = join_documents(texts, tokenizer)
+        figures[name] = measure_perplexity(model, ids, protocol="token", window=CONTEXT, stride=CONTEXT)
+    samples = []
+    for prompt in PROMPTS:
+        torch.manual_seed(0)
+        inputs = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=60, do_sample=True, temperature=0.7, top_p=0.9)
+        samples.append(tokenizer.decode(output[0], skip_special_tokens=True))
+    return figures, samples
+
+
+def card(
+    model: GPT2LMHeadModel,
+    losses: list[float],
+    tokens: int,
+    figures: dict[str, tuple[float, int]],
+    samples: list[str],
+    options: argparse.Namespace,
+) -> str:
     """The model card, in Markdown."""
-    args = trainer.args
-    seen = trainer.state.global_step * args.per_device_train_batch_size * CONTEXT
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    shown = [history[round(i * (len(history) - 1) / 11)] for i in range(12)] if len(history) > 12 else history
-    curve = "\n".join(
-        f"| {e['step'] * args.per_device_train_batch_size * CONTEXT / 1e6:.1f}M | {float(e['loss']):.3f} |"
-        for e in shown
-    )
+    step = options.batch * CONTEXT  # tokens
+    seen = options.steps * step
+    shown = sorted({round(i * (len(losses) - 1) / 11) for i in range(12)})
+    curve = "\n".join(f"| {(i + 1) * EVERY * step / 1e6:.1f}M | {losses[i]:.3f} |" for i in shown)
     quality = "\n".join(f"| {name} | {count:,} | {ppl:.2f} |" for name, (ppl, count) in figures.items())
-    quotes = "\n".join(f"> {text.strip()}\n".replace("\n", "\n> ").removesuffix("> ") for text in samples)
+    quotes = "\n>\n> ---\n>\n".join("\n".join(f"> {line}".rstrip() for line in t.splitlines()) for t in samples)
     return f"""---
 library_name: transformers
 license: apache-2.0
@@ -130,19 +188,20 @@ language: en
 
 # krony demo
 
-A GPT-2 of {trainer.model.num_parameters():,} parameters (6 layers, width 256, 4 heads, context {CONTEXT}, byte-level
-BPE of {VOCABULARY} entries, tied head), small enough to ship with krony and trained well enough to be worth
-compressing. It is an example for tools, not a model to rely on: what it writes is English, and made up.
+A GPT-2 of {model.num_parameters():,} parameters (6 layers, width 256, 4 heads, context {CONTEXT}, byte-level BPE of
+{VOCABULARY} entries, tied head), small enough to ship with krony and trained well enough to be worth compressing. It is
+an example for tools, not a model to rely on: what it writes is English, and made up.
 
 ## Training
 
-`python scripts/train_demo_model.py --data-dir DIR OUT`, seed {seed}: {trainer.state.global_step:,} steps of
-{args.per_device_train_batch_size} sequences of {CONTEXT} tokens, {seen:,} tokens in all, {seen / tokens:.1f} passes
-over {tokens:,} tokens. AdamW, learning rate {args.learning_rate:g} (200 steps of warm-up, cosine to zero), weight
-decay 0.1, betas 0.9 and 0.98, gradient norm at most 1, bfloat16 autocast, no dropout. The weights are stored in half
+`python scripts/train_demo_model.py --data-dir DIR --compile OUT`, seed {options.seed}: {options.steps:,} steps of
+{options.batch} sequences of {CONTEXT} tokens, {seen:,} tokens in all, {seen / tokens:.1f} passes over {tokens:,}
+tokens. Muon for the matrices of the layers (momentum 0.95, weight decay 0.1) and AdamW for the rest (betas 0.9 and
+0.95, no weight decay), both at a learning rate of {options.learning_rate:g} after {WARM_UP} steps of warm-up and on a
+cosine to zero from there; gradient norm at most 1, bfloat16 autocast, no dropout. The weights are stored in half
 precision.
 
-| tokens seen | training loss (mean of 50 steps) |
+| tokens seen | training loss (mean of {EVERY} steps) |
 | ---: | ---: |
 {curve}
 
@@ -154,7 +213,7 @@ the topics of Python's `help()` (PSF licence), {DOCS_REPEATS} times, without the
 ## Held-out perplexity
 
 Documents joined by the end-of-text token, windows of {CONTEXT} tokens that don't overlap, every token weighing alike;
-half-precision weights computed with in float32.
+the half-precision weights, computed with in float32.
 
 | data | tokens predicted | perplexity |
 | --- | ---: | ---: |
@@ -162,7 +221,7 @@ half-precision weights computed with in float32.
 
 ## Samples
 
-Greedy, unedited.
+Sampled at temperature 0.7 from the most likely 90 %, unedited; the prompts are the first words of each.
 
 {quotes}
 """
@@ -173,10 +232,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--epochs", type=float, default=4.0)
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop early, for a trial")
+    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--work", type=Path, metavar="DIR", help="for the checkpoint, which a run with the same options goes on from; OUT.work by default")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile: same mathematics, other rounding")
     options = parser.parse_args()
@@ -189,26 +248,14 @@ def main() -> None:
     tokens = len(rows) * CONTEXT
     print(f"{len(texts):,} documents, {tokens:,} tokens, {time.perf_counter() - start:.0f} s to prepare", flush=True)
     set_seed(options.seed)
-    trainer = train(new_model(tokenizer), rows, options.out.with_name(f"{options.out.name}.work"), options)
+    model = new_model(tokenizer)
+    losses = train(model, rows, options.work or options.out.with_name(f"{options.out.name}.work"), options)
 
     with fresh_folder(options.out) as folder:
-        trainer.model.half().save_pretrained(folder)
+        model.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        held_out = {
-            "python-docs, held-out part": python_docs.topics("held-out"),
-            "OpenWebText, validation sample": read_file(options.data_dir / "openwebtext" / "val.jsonl"),
-        }
-        figures = {}
-        for name, held in held_out.items():
-            ids = join_documents(held, tokenizer)
-            figures[name] = measure_perplexity(model, ids, protocol="token", window=CONTEXT, stride=CONTEXT)
-        samples = []
-        for prompt in PROMPTS:
-            inputs = tokenizer(prompt, return_tensors="pt")
-            output = model.generate(**inputs, max_new_tokens=48, do_sample=False, repetition_penalty=1.2)
-            samples.append(tokenizer.decode(output[0], skip_special_tokens=True))
-        text = card(trainer, tokens, figures, samples, options.seed)
+        figures, samples = report(folder, tokenizer, options.data_dir)
+        text = card(model, losses, tokens, figures, samples, options)
         (folder / "README.md").write_text(text, encoding="utf-8")
         size = sum(file.stat().st_size for file in folder.iterdir())
         if size > LIMIT:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
+    from krony.calibration import calibration_set as calibration_set
     from krony.compression import Report as Report
     from krony.compression import compress as compress
     from krony.config import KronyConfig as KronyConfig
@@ -34,6 +35,7 @@ _HOMES = {
     "KroneckerLinear": "krony.linear",
     "KronyConfig": "krony.config",
     "Report": "krony.compression",
+    "calibration_set": "krony.calibration",
     "compress": "krony.compression",
     "evaluate": "krony.evaluation",
     "export_model": "krony.export",

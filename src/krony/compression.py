@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony import hf, schemes
-from krony.config import KronyConfig
+from krony.calibration import Calibration, pack
+from krony.config import CALIBRATED, KronyConfig
 from krony.errors import KronyError
-from krony.init import Factors, Target, get_init
+from krony.init import Factors, Moments, Target, get_init
 from krony.kron import KronShape
 from krony.linear import KroneckerLinear
 from krony.progress import Progress, silent
@@ -70,7 +73,15 @@ class Report:
         }
 
 
-def compress(model: PreTrainedModel, config: KronyConfig, *, progress: Progress = silent) -> Report:
+def compress(
+    model: PreTrainedModel,
+    config: KronyConfig,
+    *,
+    calibration: Tensor | Iterable[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> Report:
     """Replaces the matrices that ``config`` chooses by sums of Kronecker products, in place.
 
     Dtype and device of every layer are kept, tied weights stay tied, and ``save_pretrained`` writes a folder that
@@ -79,23 +90,27 @@ def compress(model: PreTrainedModel, config: KronyConfig, *, progress: Progress 
     Args:
         model: a causal LM of transformers.
         config: what to replace and how.
-        progress: called before each group of layers with the number done, the number of all, and a name.
+        calibration: token ids ``(sequences, length)`` (``krony.calibration_set`` makes them), or texts.
+        tokenizer: needed where ``calibration`` is texts.
+        cache: folder to keep the calibration's second moments in, and to look for them.
+        progress: called with the number done, the number of all, and what is being done.
 
     Raises:
-        KronyError: the scheme does not fit, nothing matches, or a weight is not finite.
+        KronyError: the scheme does not fit, nothing matches, calibration is missing, or a weight is not finite.
     """
     start = time.perf_counter()
     groups = plan(model, config)
     before = count_parameters(model)
     initialise = get_init(config.init)
+    known = _moments(model, groups, config, calibration, tokenizer, cache, progress)
     replaced: dict[str, tuple[KroneckerLinear, LayerReport]] = {}
     with torch.no_grad():
-        for done, group in enumerate(groups):
+        for done, (group, moments) in enumerate(zip(groups, known, strict=True)):
             progress(done, len(groups), group.sites[0].name)
             targets = _targets(model, group, config.scheme)
-            for target, factors in zip(targets, initialise(targets, config), strict=True):
+            for target, factors in zip(targets, initialise(targets, config, moments), strict=True):
                 layer = _build(target, factors, config)
-                replaced[target.name] = layer, LayerReport(target.name, target.shape, _error(target, layer))
+                replaced[target.name] = layer, _report(target, factors, layer, moments)
         for name, (layer, _) in replaced.items():
             put_in(model, name, layer)
         if config.reinit == "all":
@@ -104,6 +119,30 @@ def compress(model: PreTrainedModel, config: KronyConfig, *, progress: Progress 
     hf.mark(model, config)
     layers = [layer_report for _, layer_report in replaced.values()]
     return Report(config.scheme, config.init, before, count_parameters(model), time.perf_counter() - start, layers)
+
+
+def _moments(
+    model: PreTrainedModel,
+    groups: list[Group],
+    config: KronyConfig,
+    calibration: Tensor | Iterable[str] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    cache: Path | None,
+    progress: Progress,
+) -> Iterable[Moments | None]:
+    if calibration is None:
+        if config.init in CALIBRATED:
+            raise KronyError(
+                f"init {config.init} needs calibration text: give calibration= (on the command line, --calibration)"
+            )
+        return [None] * len(groups)
+    if not isinstance(calibration, Tensor):
+        if tokenizer is None:
+            raise KronyError("calibration is texts, so tokenizer= is needed; or give token ids")
+        calibration = pack(list(calibration), tokenizer, seed=config.seed)
+    return Calibration(
+        model, groups, calibration, token_weighting=config.token_weighting, cache=cache, progress=progress
+    )
 
 
 def plan(model: PreTrainedModel, config: KronyConfig) -> list[Group]:
@@ -147,11 +186,25 @@ def _build(target: Target, factors: Factors, config: KronyConfig) -> KroneckerLi
     return layer
 
 
-def _error(target: Target, layer: KroneckerLinear) -> float:
-    weight = target.weight.double()
+def _report(target: Target, factors: Factors, layer: KroneckerLinear, moments: Moments | None) -> LayerReport:
+    """The layer's errors: of the matrix, and of its outputs on the calibration text."""
+    second = None if moments is None else moments.of(target.role).matrix
+    weight, order = target.weight.double(), factors.order
+    if order is not None:
+        weight = weight[:, order] if target.role == "down" else weight[order]
+        second = second[order][:, order] if second is not None and target.role == "down" else second
     lost = weight - layer.dense_weight(torch.float64)
-    norm = weight.norm().item()
-    return lost.norm().item() / norm if norm > 0 else 0.0
+    calibrated = None if second is None else _relative(_output_norm(lost, second), _output_norm(weight, second))
+    return LayerReport(target.name, target.shape, _relative(lost.norm().item(), weight.norm().item()), calibrated)
+
+
+def _output_norm(weight: Tensor, second: Tensor) -> float:
+    """sqrt(tr(W C Wᵀ)): root mean square of the outputs."""
+    return ((weight @ second.to(weight.device)) * weight).sum().clamp_min(0).sqrt().item()
+
+
+def _relative(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
 
 
 def _reinitialise(model: PreTrainedModel, seed: int) -> None:

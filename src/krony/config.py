@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from krony.errors import KronyError
 
 INITS = ("neurons", "als", "van-loan", "prune", "svd", "random")
+CALIBRATED = ("neurons", "als", "svd")  # those that need calibration text
 ALLOCATIONS = ("uniform", "global")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from krony.errors import KronyError
-from krony.init import prune, random, van_loan
-from krony.init.base import Factors, Init, Target
+from krony.init import neurons, prune, random, van_loan
+from krony.init.base import Factors, Init, Moments, Second, Target
 
-__all__ = ["Factors", "Init", "Target", "get_init"]
+__all__ = ["Factors", "Init", "Moments", "Second", "Target", "get_init"]
 
 _INITS: dict[str, Init] = {
+    "neurons": neurons.initialise,
     "van-loan": van_loan.initialise,
     "prune": prune.initialise,
     "random": random.initialise,

@@ -13,6 +13,27 @@ from krony.kron import KronShape
 
 
 @dataclass(frozen=True)
+class Second:
+    """A weighted mean of ``x xᵀ``, ``(n, n)``, and of ``x``, ``(n,)``; float64 holding float32 values."""
+
+    matrix: Tensor
+    mean: Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of one group; ``hidden`` is None for a single layer."""
+
+    inputs: Second
+    hidden: Second | None
+    tokens: int
+
+    def of(self, role: str) -> Second:
+        """The moments of the inputs of a matrix with this role."""
+        return self.hidden if role == "down" and self.hidden is not None else self.inputs
+
+
+@dataclass(frozen=True)
 class Target:
     """A matrix to be replaced.
 
@@ -40,15 +61,19 @@ class Factors:
         right: ``(k, m2, n2)``.
         scale: one number for the whole sum; it becomes the scalars where the layer has them.
         bias: ``(out,)`` where the initialisation changes it, else None.
+        order: which old hidden neuron stands at each new place, where an initialisation permutes them.
     """
 
     left: Tensor
     right: Tensor
     scale: float = 1.0
     bias: Tensor | None = None
+    order: Tensor | None = None
 
 
 class Init(Protocol):
     """First values for the matrices of one group (an MLP, or a single layer), in the order of ``targets``."""
 
-    def __call__(self, targets: Sequence[Target], config: KronyConfig) -> list[Factors]: ...
+    def __call__(
+        self, targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None
+    ) -> list[Factors]: ...

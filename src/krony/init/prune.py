@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from krony.config import KronyConfig
-from krony.init.base import Factors, Target
+from krony.init.base import Factors, Moments, Target
 
 EPSILON = 0.1  # "to ensure effective learning and avoid the zero initialization issue"
 
 
-def initialise(targets: Sequence[Target], config: KronyConfig) -> list[Factors]:
+def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None) -> list[Factors]:
     """``A_f`` holds the f-th row and column of every block of W; ``B_f`` is 1 there and ε elsewhere."""
     epsilon = EPSILON if config.epsilon is None else config.epsilon
     return [_one(target, epsilon) for target in targets]

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from krony.config import KronyConfig
-from krony.init.base import Factors, Target
+from krony.init.base import Factors, Moments, Target
 
 STD = 0.02  # of every entry of the sum: what GPT-2 and Llama draw their matrices with
 
 
-def initialise(targets: Sequence[Target], config: KronyConfig) -> list[Factors]:
+def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None) -> list[Factors]:
     """Normal factors whose sum has entries of standard deviation 0.02; each layer's draw depends on seed and name."""
     return [_one(target, config.seed) for target in targets]
 

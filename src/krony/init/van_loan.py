@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from krony.config import KronyConfig
-from krony.init.base import Factors, Target
+from krony.init.base import Factors, Moments, Target
 from krony.kron import dense, nearest
 
 
-def initialise(targets: Sequence[Target], config: KronyConfig) -> list[Factors]:
+def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None) -> list[Factors]:
     """The factors nearest to each matrix in Frobenius norm; ``config.rescale`` gives the sum the matrix's norm."""
     return [_one(target, config.rescale) for target in targets]
 

@@ -1,0 +1,261 @@
+"""Second moments of activations from text: what the calibrated initialisations know of the model's use.
+
+For every group of layers, over the calibration tokens t with weights w_t that sum to one:
+
+- ``inputs``: ``Σ w_t x_t x_tᵀ`` and ``Σ w_t x_t`` of what enters the group (an MLP's up matrices, or a single layer),
+- ``hidden``: the same of what enters an MLP's down matrix.
+
+With token weighting ``w_t ∝ 1/‖h_t‖²``, h the residual stream after the layer: what counts is how much of it is lost,
+and a few tokens with huge hidden states would otherwise decide everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from krony import data as texts
+from krony import python_docs
+from krony.errors import KronyError
+from krony.init.base import Moments, Second
+from krony.progress import Progress, silent
+from krony.surgery import Group
+
+TOKENS, LENGTH = 49_152, 512
+BATCH_TOKENS = 4096  # tokens a forward pass
+MEMORY = 4 * 1024**3  # bytes of sums held at once; a model that needs more is read in several passes
+
+
+def calibration_set(
+    data: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int = TOKENS, length: int = LENGTH, seed: int = 0
+) -> Tensor:
+    """Token ids ``(sequences, length)`` of documents in random order, joined by the end-of-text token.
+
+    Args:
+        data: a text or jsonl file, or ``python-docs``, whose calibration part is taken.
+        tokens: how many at most; a shorter text gives fewer.
+
+    Raises:
+        KronyError: a file that can't be read, a test set, or less text than one sequence.
+    """
+    if data in texts.NAMED:
+        raise KronyError(f"{data} is a test set: calibrate on other text, such as a train file or python-docs")
+    documents = python_docs.topics("calibration") if data == texts.PYTHON_DOCS else texts.read_file(Path(data))
+    return pack(documents, tokenizer, tokens=tokens, length=length, seed=seed)
+
+
+def pack(
+    documents: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int = TOKENS,
+    length: int = LENGTH,
+    seed: int = 0,
+) -> Tensor:
+    """The documents in random order as token ids ``(sequences, length)``. Raises KronyError if they are too short."""
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = max(1, tokens // length)
+    pieces: list[Tensor] = []
+    have = 0
+    for index in order:
+        pieces.append(texts.join_documents([documents[index], ""], tokenizer))
+        have += len(pieces[-1])
+        if have >= rows * length:
+            break
+    rows = min(rows, have // length)
+    if rows == 0:
+        raise KronyError(f"the calibration text has {have} tokens: at least {length} make one sequence")
+    return torch.cat(pieces)[: rows * length].view(rows, length)
+
+
+class Calibration:
+    """The moments of every group of a model, computed when they are asked for, group after group.
+
+    Iterating gives one ``Moments`` a group, in order; as many are held as fit ``MEMORY``, and the model runs again for
+    the next ones. With ``cache`` they are kept in a file there, keyed by weights, tokens and settings, and found again.
+    Under torch.distributed each rank runs its share of the sequences, and the sums are added up.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        groups: list[Group],
+        ids: Tensor,
+        *,
+        token_weighting: bool = True,
+        cache: Path | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        """``ids``: token ids ``(sequences, length)``."""
+        self.model, self.groups, self.ids = model, groups, check_ids(ids, model)
+        self.token_weighting = token_weighting
+        self.progress = progress
+        self.file = None if cache is None else cache / f"moments-{self._key()}.safetensors"
+        self.from_cache = self.file is not None and self.file.is_file()
+
+    def __iter__(self) -> Iterator[Moments]:
+        if self.file is not None and self.file.is_file():
+            stored = load_file(self.file)
+            yield from (_unpack(stored, index) for index in range(len(self.groups)))
+            return
+        stored = {}
+        for chunk in self._chunks():
+            for index, moments in zip(chunk, self._run([self.groups[i] for i in chunk]), strict=True):
+                if self.file is not None:
+                    stored |= _pack(moments, index)
+                yield moments
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            beside = self.file.with_suffix(".partial")
+            save_file(stored, beside)
+            beside.replace(self.file)
+
+    def _chunks(self) -> Iterator[list[int]]:
+        chunk: list[int] = []
+        size = 0
+        for index, group in enumerate(self.groups):
+            need = 8 * sum(n * n for n in {s.in_features for s in group.sites})
+            if chunk and size + need > MEMORY:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(index)
+            size += need
+        yield chunk
+
+    @torch.no_grad()
+    def _run(self, groups: list[Group]) -> list[Moments]:
+        """One pass over the text for these groups."""
+        sums = [_Sums(self.model, group, self.token_weighting) for group in groups]
+        ids, batch = _share(self.ids), max(1, BATCH_TOKENS // self.ids.shape[1])
+        body = self.model.base_model  # without the head: nobody needs the logits
+        training = self.model.training
+        self.model.eval()
+        try:
+            for start in range(0, len(ids), batch):
+                self.progress(start, len(ids), "calibration")
+                body(input_ids=ids[start : start + batch].to(self.model.device), use_cache=False)
+        finally:
+            self.model.train(training)
+            for one in sums:
+                one.remove()
+        return [one.moments(self.ids.numel()) for one in sums]
+
+    def _key(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for name, parameter in self.model.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(self.ids.contiguous().numpy())
+        digest.update(repr((self.token_weighting, [s.name for g in self.groups for s in g.sites])).encode())
+        return digest.hexdigest()
+
+
+class _Sums:
+    """Adds up the moments of one group while the model runs."""
+
+    def __init__(self, model: PreTrainedModel, group: Group, token_weighting: bool) -> None:
+        self.total = 0.0
+        self.seen: dict[str, Tensor] = {}  # this batch's activations, until the layer is done
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.weighted = token_weighting
+        sites = {"inputs": group.sites[0].name} | ({"hidden": group.sites[-1].name} if group.is_mlp else {})
+        self.handles: list[Any] = []
+        for key, name in sites.items():
+            self.handles.append(model.get_submodule(name).register_forward_pre_hook(self._take(key)))
+        layer = _enclosing_layer(model, group)
+        self.handles.append(layer.register_forward_hook(self._add))
+
+    def _take(self, key: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.seen[key] = args[0].detach().flatten(0, -2).float()  # (tokens, n)
+
+        return hook
+
+    def _add(self, _: nn.Module, __: Any, output: Any) -> None:
+        after = (output[0] if isinstance(output, tuple) else output).detach().flatten(0, -2).float()  # (tokens, d)
+        weights = after.square().sum(-1).clamp_min(1e-12).reciprocal() if self.weighted else torch.ones(len(after))
+        weights = weights.to(after.device)
+        self.total += weights.sum().item()
+        for key, x in self.seen.items():
+            weighted = x * weights[:, None]
+            second, mean = (weighted.T @ x).double(), weighted.sum(0).double()  # float32 products, float64 sums
+            if key in self.sums:
+                self.sums[key][0].add_(second)
+                self.sums[key][1].add_(mean)
+            else:
+                self.sums[key] = second, mean
+        self.seen.clear()
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def moments(self, tokens: int) -> Moments:
+        total = _add_up(torch.tensor([self.total], dtype=torch.float64)).item()
+        made = {}
+        for key, (second, mean) in self.sums.items():
+            matrix, vector = _add_up(second) / total, _add_up(mean) / total
+            # rounded as the cache stores it, so that a run from the cache gives the same factors
+            made[key] = Second(matrix.float().double(), vector.float().double())
+            if not torch.isfinite(made[key].matrix).all():
+                raise KronyError("calibration: the model's activations are not finite on this text")
+        return Moments(made["inputs"], made.get("hidden"), tokens)
+
+
+def check_ids(ids: Tensor, model: PreTrainedModel) -> Tensor:
+    """``ids`` if they are token ids ``(sequences, length)`` that the model takes. Raises KronyError."""
+    if ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
+        raise KronyError(
+            f"calibration takes token ids of shape (sequences, length), not {tuple(ids.shape)} {ids.dtype}"
+        )
+    known = model.get_input_embeddings().weight.shape[0]
+    if int(ids.max()) >= known or int(ids.min()) < 0:
+        raise KronyError(f"calibration has token {int(ids.max())}, the model knows {known}: another model's tokenizer")
+    return ids
+
+
+def _enclosing_layer(model: PreTrainedModel, group: Group) -> nn.Module:
+    """The transformer layer that the group is in; the model itself for what is in none."""
+    parts = group.sites[0].name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return model.get_submodule(".".join(parts[: numbers[0] + 1])) if numbers else model.base_model
+
+
+def _share(ids: Tensor) -> Tensor:
+    """This rank's sequences."""
+    if not torch.distributed.is_initialized():
+        return ids
+    return ids[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+
+
+def _add_up(sums: Tensor) -> Tensor:
+    """The sum over ranks."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return sums
+
+
+def _pack(moments: Moments, index: int) -> dict[str, Tensor]:
+    named = {"inputs": moments.inputs, "hidden": moments.hidden}
+    tensors = {f"{index}.tokens": torch.tensor(moments.tokens)}
+    for key, second in named.items():
+        if second is not None:
+            tensors[f"{index}.{key}.matrix"] = second.matrix.float().cpu()
+            tensors[f"{index}.{key}.mean"] = second.mean.float().cpu()
+    return tensors
+
+
+def _unpack(stored: dict[str, Tensor], index: int) -> Moments:
+    seconds = {
+        key: Second(stored[f"{index}.{key}.matrix"].double(), stored[f"{index}.{key}.mean"].double())
+        for key in ("inputs", "hidden")
+        if f"{index}.{key}.matrix" in stored
+    }
+    return Moments(seconds["inputs"], seconds.get("hidden"), int(stored[f"{index}.tokens"]))

@@ -1,0 +1,169 @@
+"""Neuron selection: the start that needs almost no training.
+
+In the scheme ``(hidden/r, width)`` the right factors are ``r×1`` and ``1×r``: the Kronecker structure ties groups of r
+hidden neurons. Hidden neurons can be permuted freely (the activation is elementwise, and the permutation cancels between
+the matrices), so choose *which* neurons lead the groups and let least squares make up for the rest.
+
+With C the second moment of the hidden activations and W the down matrix, dropping neuron j and letting the others take
+over costs ``‖W[:, j]‖² / (C⁻¹)_jj`` (optimal brain surgeon). The cheapest are dropped block by block, and after each
+block W and C⁻¹ are what they would be had those neurons never been there:
+
+    S = (C⁻¹[D, D])⁻¹ C⁻¹[D, K],   W ← W[:, K] − W[:, D] S,   C⁻¹ ← C⁻¹[K, K] − C⁻¹[K, D] S.
+
+The rows of the up matrices that are kept stay exact, biases too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from krony.config import KronyConfig
+from krony.errors import KronyError
+from krony.init.base import Factors, Moments, Second, Target
+from krony.kron import KronShape
+
+BLOCK = 32  # neurons dropped between two updates
+RIDGE = 1e-3  # added to C's diagonal, relative to it: the scale of neurons is theirs to choose
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which neurons stay, ``kept: (n_kept,)`` in rising order, and the down matrix and bias that make up for the rest."""
+
+    kept: Tensor
+    down: Tensor  # (out, n_kept)
+    bias: Tensor | None  # (out,)
+
+
+def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None) -> list[Factors]:
+    """Factors whose A hold the chosen neurons and whose B are ``e_f``, with ε for the neurons that were dropped."""
+    *ups, down = targets
+    check(targets, moments)
+    shape = ups[0].shape
+    selection = select(down.weight, down.bias, moments.hidden, shape.factors * shape.m1, moments.tokens)
+    epsilon = config.epsilon or 0.0
+    order = hidden_order(selection.kept, shape)
+    made = [_up(target, selection.kept, order, epsilon) for target in ups]
+    left = selection.down.view(down.shape.m1, shape.m1, shape.factors).permute(2, 0, 1)  # (k, out, groups)
+    return [*made, Factors(left, _selectors(down.shape, epsilon), bias=selection.bias, order=order)]
+
+
+def check(targets: Sequence[Target], moments: Moments | None) -> None:
+    """Raises KronyError unless these are an MLP's matrices, whole neurons are kept, and calibration is there."""
+    *ups, down = targets
+    if not ups or down.role != "down":
+        raise KronyError(f"{down.name}: init neurons needs whole MLPs; for single layers take van-loan or als")
+    if ups[0].shape.n2 != 1:
+        shape = ups[0].shape
+        raise KronyError(
+            f"{ups[0].name}: init neurons keeps whole neurons, and a left factor of {shape.m1}x{shape.n1} splits them: "
+            f"take keep=0.5 or a left factor with {shape.columns} columns"
+        )
+    if moments is None or moments.hidden is None:
+        raise KronyError("init neurons needs calibration text: give calibration= (on the command line, --calibration)")
+
+
+def select(weight: Tensor, bias: Tensor | None, second: Second, keep: int, tokens: int) -> Selection:
+    """Chooses ``keep`` of the hidden neurons and refits the down matrix ``weight: (out, n)`` to them.
+
+    Where there is a bias it takes up the mean of what was dropped, and C is the covariance. Warns where the text has
+    fewer tokens than the MLP has neurons.
+    """
+    neurons = weight.shape[1]
+    if tokens < neurons:
+        warnings.warn(
+            f"calibration has {tokens:,} tokens for {neurons:,} neurons: the selection will be rough, give more text",
+            stacklevel=2,
+        )
+    matrix, mean = second.matrix.to(weight.device), second.mean.to(weight.device)
+    w = weight.double()
+    c = regularised(matrix if bias is None else matrix - mean.outer(mean))
+    dropped, _ = drop(w, c, neurons - keep)
+    stays = torch.ones(neurons, dtype=torch.bool, device=weight.device)
+    stays[dropped] = False
+    kept = stays.nonzero().squeeze(1)
+    down = refit(w, c, kept)
+    return Selection(kept, down, None if bias is None else bias.double() + w @ mean - down @ mean[kept])
+
+
+def regularised(c: Tensor, ridge: float = RIDGE) -> Tensor:
+    """C with a ridge relative to each neuron's own second moment, and a floor for neurons that never fire.
+
+    Relative, because neurons differ in scale by orders of magnitude, and what a matter of units is must not decide.
+    Positive definite whatever comes in: a matrix of rank one, or of zeros.
+    """
+    diagonal = c.diagonal().clamp_min(0)
+    floor = 1e-10 * diagonal.mean() if diagonal.any() else 1.0
+    return c + torch.diag((ridge * diagonal).clamp_min(floor))
+
+
+def drop(weight: Tensor, c: Tensor, count: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """The ``count`` neurons that are cheapest to drop, in the order they go, and the cost of all so far, ``(count,)``.
+
+    Args:
+        weight: ``(out, n)``, float64.
+        c: second moment of the neurons' activations, ``(n, n)``, positive definite, float64.
+        block: how many go between two exact updates.
+
+    The cost is what ``tr((W − Ŵ) C (W − Ŵ)ᵀ)`` has grown to; within a block it is spread by the neurons' own costs.
+    """
+    weight, inverse = weight.clone(), torch.cholesky_inverse(torch.linalg.cholesky(c))
+    left = torch.arange(weight.shape[1], device=weight.device)
+    order, costs, spent = [], [], 0.0
+    while count > 0:
+        single = weight.square().sum(0) / inverse.diagonal()  # (n_left,)
+        cheapest = single.topk(min(block, count), largest=False).indices
+        own = single[cheapest]
+        stay = torch.ones(len(left), dtype=torch.bool, device=weight.device)
+        stay[cheapest] = False
+        inner = torch.linalg.cholesky(inverse[cheapest][:, cheapest])  # (block, block)
+        shift = torch.cholesky_solve(inverse[cheapest][:, stay], inner)  # S: (block, n_left - block)
+        gone = weight[:, cheapest]  # (out, block)
+        cost = (gone * torch.cholesky_solve(gone.T, inner).T).sum()  # tr(W_D (C⁻¹_DD)⁻¹ W_Dᵀ)
+        costs.append(spent + own.cumsum(0) * (cost / own.sum().clamp_min(torch.finfo(own.dtype).tiny)))
+        spent += cost
+        order.append(left[cheapest])
+        weight = weight[:, stay] - gone @ shift
+        inverse = inverse[stay][:, stay] - inverse[stay][:, cheapest] @ shift
+        left, count = left[stay], count - len(cheapest)
+    return torch.cat(order), torch.cat(costs)
+
+
+def refit(weight: Tensor, c: Tensor, kept: Tensor) -> Tensor:
+    """The ``(out, n_kept)`` matrix on the kept neurons whose output is nearest to all of ``weight``'s."""
+    factor = torch.linalg.cholesky(c[kept][:, kept])
+    return torch.cholesky_solve(c[kept] @ weight.T, factor).T
+
+
+def hidden_order(kept: Tensor, shape: KronShape) -> Tensor:
+    """Which old neuron stands at each new place ``i·r + p``: the kept ones at p < k of every group, in rising order."""
+    groups, size, k = shape.m1, shape.m2, shape.factors
+    others = torch.ones(groups * size, dtype=torch.bool, device=kept.device)
+    others[kept] = False
+    rest = others.nonzero().squeeze(1)
+    return torch.cat([kept.view(groups, k), rest.view(groups, size - k)], dim=1).flatten()
+
+
+def _up(target: Target, kept: Tensor, order: Tensor, epsilon: float) -> Factors:
+    s = target.shape
+    left = target.weight.double()[kept].view(s.m1, s.factors, s.n1).transpose(0, 1)  # (k, groups, width)
+    bias = None
+    if target.bias is not None:
+        bias = target.bias.double()[order].view(s.m1, s.m2).clone()
+        bias[:, s.factors :] = 0.0  # of neurons that are gone
+        bias = bias.flatten()
+    return Factors(left, _selectors(s, epsilon), bias=bias, order=order)
+
+
+def _selectors(shape: KronShape, epsilon: float) -> Tensor:
+    """``B_f = e_f``, with ε for the dropped neurons of the group: ``(k, r, 1)`` or ``(k, 1, r)``."""
+    k, size = shape.factors, shape.m2 * shape.n2
+    right = torch.zeros(k, size, dtype=torch.float64)
+    right[:, k:] = epsilon
+    right[range(k), range(k)] = 1.0
+    return right.view(k, *shape.right)
