@@ -233,7 +233,12 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--work", type=Path, metavar="DIR", help="for the checkpoint, which a run with the same options goes on from; OUT.work by default")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        metavar="DIR",
+        help="for the checkpoint, which a run with the same options goes on from; OUT.work by default",
+    )
     parser.add_argument("--batch", type=int, default=16, help="sequences a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -151,8 +151,8 @@ class Calibration:
         digest = hashlib.blake2b(digest_size=16)
         for name, parameter in self.model.named_parameters():
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-        digest.update(self.ids.contiguous().numpy())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(self.ids.contiguous().numpy().data)
         digest.update(repr((self.token_weighting, [s.name for g in self.groups for s in g.sites])).encode())
         return digest.hexdigest()
 

@@ -1,8 +1,8 @@
 """Neuron selection: the start that needs almost no training.
 
-In the scheme ``(hidden/r, width)`` the right factors are ``r×1`` and ``1×r``: the Kronecker structure ties groups of r
-hidden neurons. Hidden neurons can be permuted freely (the activation is elementwise, and the permutation cancels between
-the matrices), so choose *which* neurons lead the groups and let least squares make up for the rest.
+In the scheme ``(hidden/r, width)`` the right factors are ``r×1`` and ``1×r``: the Kronecker structure ties groups of
+r hidden neurons. Hidden neurons can be permuted freely (the activation is elementwise, and the permutation cancels
+between the matrices), so choose *which* neurons lead the groups and let least squares make up for the rest.
 
 With C the second moment of the hidden activations and W the down matrix, dropping neuron j and letting the others take
 over costs ``‖W[:, j]‖² / (C⁻¹)_jj`` (optimal brain surgeon). The cheapest are dropped block by block, and after each
@@ -33,9 +33,9 @@ RIDGE = 1e-3  # added to C's diagonal, relative to it: the scale of neurons is t
 
 @dataclass(frozen=True)
 class Selection:
-    """Which neurons stay, ``kept: (n_kept,)`` in rising order, and the down matrix and bias that make up for the rest."""
+    """Which neurons stay, in rising order, and the down matrix and bias that make up for the rest."""
 
-    kept: Tensor
+    kept: Tensor  # (n_kept,)
     down: Tensor  # (out, n_kept)
     bias: Tensor | None  # (out,)
 
@@ -43,7 +43,9 @@ class Selection:
 def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None) -> list[Factors]:
     """Factors whose A hold the chosen neurons and whose B are ``e_f``, with ε for the neurons that were dropped."""
     *ups, down = targets
-    check(targets, moments)
+    check_targets(targets)
+    if moments is None or moments.hidden is None:
+        raise KronyError("init neurons needs calibration text")
     shape = ups[0].shape
     selection = select(down.weight, down.bias, moments.hidden, shape.factors * shape.m1, moments.tokens)
     epsilon = config.epsilon or 0.0
@@ -53,8 +55,8 @@ def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments 
     return [*made, Factors(left, _selectors(down.shape, epsilon), bias=selection.bias, order=order)]
 
 
-def check(targets: Sequence[Target], moments: Moments | None) -> None:
-    """Raises KronyError unless these are an MLP's matrices, whole neurons are kept, and calibration is there."""
+def check_targets(targets: Sequence[Target]) -> None:
+    """Raises KronyError unless these are an MLP's matrices and whole neurons are kept."""
     *ups, down = targets
     if not ups or down.role != "down":
         raise KronyError(f"{down.name}: init neurons needs whole MLPs; for single layers take van-loan or als")
@@ -64,8 +66,6 @@ def check(targets: Sequence[Target], moments: Moments | None) -> None:
             f"{ups[0].name}: init neurons keeps whole neurons, and a left factor of {shape.m1}x{shape.n1} splits them: "
             f"take keep=0.5 or a left factor with {shape.columns} columns"
         )
-    if moments is None or moments.hidden is None:
-        raise KronyError("init neurons needs calibration text: give calibration= (on the command line, --calibration)")
 
 
 def select(weight: Tensor, bias: Tensor | None, second: Second, keep: int, tokens: int) -> Selection:
@@ -114,7 +114,7 @@ def drop(weight: Tensor, c: Tensor, count: int, block: int = BLOCK) -> tuple[Ten
     """
     weight, inverse = weight.clone(), torch.cholesky_inverse(torch.linalg.cholesky(c))
     left = torch.arange(weight.shape[1], device=weight.device)
-    order, costs, spent = [], [], 0.0
+    order, costs, spent = [], [], torch.zeros((), dtype=weight.dtype, device=weight.device)
     while count > 0:
         single = weight.square().sum(0) / inverse.diagonal()  # (n_left,)
         cheapest = single.topk(min(block, count), largest=False).indices
@@ -126,7 +126,7 @@ def drop(weight: Tensor, c: Tensor, count: int, block: int = BLOCK) -> tuple[Ten
         gone = weight[:, cheapest]  # (out, block)
         cost = (gone * torch.cholesky_solve(gone.T, inner).T).sum()  # tr(W_D (C⁻¹_DD)⁻¹ W_Dᵀ)
         costs.append(spent + own.cumsum(0) * (cost / own.sum().clamp_min(torch.finfo(own.dtype).tiny)))
-        spent += cost
+        spent = spent + cost
         order.append(left[cheapest])
         weight = weight[:, stay] - gone @ shift
         inverse = inverse[stay][:, stay] - inverse[stay][:, cheapest] @ shift
