@@ -97,6 +97,7 @@ class Calibration:
         self.model, self.groups, self.ids = model, groups, check_ids(ids, model)
         self.token_weighting = token_weighting
         self.progress = progress
+        self.kept: list[Moments] | None = None  # those of a model whose sums all fit MEMORY
         self.file = None if cache is None else cache / f"moments-{self._key()}.safetensors"
         self.from_cache = self.file is not None and self.file.is_file()
 
@@ -105,12 +106,18 @@ class Calibration:
             stored = load_file(self.file)
             yield from (_unpack(stored, index) for index in range(len(self.groups)))
             return
-        stored = {}
-        for chunk in self._chunks():
+        if self.kept is not None:
+            yield from self.kept
+            return
+        stored, chunks, all_of_them = {}, list(self._chunks()), []
+        for chunk in chunks:
             for index, moments in zip(chunk, self._run([self.groups[i] for i in chunk]), strict=True):
                 if self.file is not None:
                     stored |= _pack(moments, index)
+                if len(chunks) == 1:
+                    all_of_them.append(moments)
                 yield moments
+        self.kept = all_of_them or None
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             beside = self.file.with_suffix(".partial")

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony import hf, schemes
+from krony.allocation import spend
 from krony.calibration import Calibration, pack
 from krony.config import CALIBRATED, KronyConfig
 from krony.errors import KronyError
-from krony.init import Factors, Moments, Target, get_init
+from krony.init import Factors, Moments, Target, get_init, neurons
+from krony.init.svd import low_rank
 from krony.kron import KronShape
 from krony.linear import KroneckerLinear
 from krony.progress import Progress, silent
@@ -39,6 +41,7 @@ class LayerReport:
     shape: KronShape
     error: float
     calibrated_error: float | None = None
+    curve: tuple[float, ...] | None = None  # calibrated error after each round of an init that iterates
 
     def to_json(self) -> dict:
         return {
@@ -48,7 +51,7 @@ class LayerReport:
             "factors": self.shape.factors,
             "error": self.error,
             "calibrated_error": self.calibrated_error,
-        }
+        } | ({} if self.curve is None else {"curve": list(self.curve)})
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,14 @@ def compress(
     before = count_parameters(model)
     initialise = get_init(config.init)
     known = _moments(model, groups, config, calibration, tokenizer, cache, progress)
+    shapes = _allocate(model, groups, config, known, progress)
     replaced: dict[str, tuple[KroneckerLinear, LayerReport]] = {}
     with torch.no_grad():
         for done, (group, moments) in enumerate(zip(groups, known, strict=True)):
             progress(done, len(groups), group.sites[0].name)
-            targets = _targets(model, group, config.scheme)
+            if not any(site.name in shapes for site in group.sites):
+                continue  # allocation leaves this layer whole
+            targets = _targets(model, group, shapes)
             for target, factors in zip(targets, initialise(targets, config, moments), strict=True):
                 layer = _build(target, factors, config)
                 replaced[target.name] = layer, _report(target, factors, layer, moments)
@@ -149,19 +155,65 @@ def plan(model: PreTrainedModel, config: KronyConfig) -> list[Group]:
     """The groups that ``compress`` would replace; works on a model on the meta device. Raises KronyError."""
     groups = find_groups(model, config.modules, config.layers)
     schemes.check_name(config.scheme, layout(model, find_groups(model) if config.modules == "mlp" else groups))
-    for group in groups:
-        for site in group.sites:
-            site.shape(config.scheme)
+    if config.allocation == "global":
+        _check_global(groups, config)
+    uniform_shapes(groups, config)
     return groups
 
 
-def _targets(model: nn.Module, group: Group, scheme: str) -> list[Target]:
+def uniform_shapes(groups: list[Group], config: KronyConfig) -> dict[str, KronShape]:
+    """The split of every matrix when each layer gets the same scheme. Raises KronyError if it fits one of them not."""
+    shapes = {site.name: site.shape(config.scheme) for group in groups for site in group.sites}
+    return {name: low_rank(shape) for name, shape in shapes.items()} if config.init == "svd" else shapes
+
+
+def _check_global(groups: list[Group], config: KronyConfig) -> None:
+    if config.init != "neurons":
+        raise KronyError(f"allocation global follows the costs of init neurons, and the init is {config.init}")
+    widths = {group.sites[0].out_features for group in groups}
+    if len(widths) != 1:
+        raise KronyError(f"allocation global needs layers of one hidden width, and these have {sorted(widths)}")
+
+
+def _allocate(
+    model: nn.Module, groups: list[Group], config: KronyConfig, known: Iterable[Moments | None], progress: Progress
+) -> dict[str, KronShape]:
+    """The split of every matrix; layers that stay whole are left out."""
+    shapes = uniform_shapes(groups, config)
+    if config.allocation == "uniform":
+        return shapes
+    first = shapes[groups[0].sites[0].name]  # (groups, width) ⊗ (r, 1), k factors
+    width, unit = first.rows, portion(first.rows, config.multiple_of)
+    curves = []
+    for done, (group, moments) in enumerate(zip(groups, known, strict=True)):
+        progress(done, len(groups), "allocation")
+        assert moments is not None and moments.hidden is not None  # init neurons always has them
+        weight, bias = take_out(model, group.sites[-1].name)
+        curves.append(neurons.cost_curve(weight, bias, moments.hidden, width - unit))
+    kept = spend(curves, unit, first.m1 * first.factors * len(groups), config.max_width)
+    made = {}
+    for group, count in zip(groups, kept, strict=True):
+        for site in group.sites if count < width else ():
+            made[site.name] = site.shape(f"{unit}x{first.columns}:{count // unit}")
+    return made
+
+
+def portion(width: int, multiple_of: int | None) -> int:
+    """How many neurons allocation gives at a time: ``multiple_of``, or about a 24th of the width."""
+    if multiple_of is None:
+        return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: abs(d - width / 24))
+    if width % multiple_of:
+        raise KronyError(f"multiple_of {multiple_of} does not divide the hidden width {width}")
+    return multiple_of
+
+
+def _targets(model: nn.Module, group: Group, shapes: dict[str, KronShape]) -> list[Target]:
     targets = []
     for site in group.sites:
         weight, bias = take_out(model, site.name)
         if not torch.isfinite(weight).all():
             raise KronyError(f"{site.name}: its weight has values that are not finite, so there is nothing to fit")
-        targets.append(Target(site.name, site.role, weight, bias, site.shape(scheme)))
+        targets.append(Target(site.name, site.role, weight, bias, shapes[site.name]))
     return targets
 
 
@@ -195,7 +247,8 @@ def _report(target: Target, factors: Factors, layer: KroneckerLinear, moments: M
         second = second[order][:, order] if second is not None and target.role == "down" else second
     lost = weight - layer.dense_weight(torch.float64)
     calibrated = None if second is None else _relative(_output_norm(lost, second), _output_norm(weight, second))
-    return LayerReport(target.name, target.shape, _relative(lost.norm().item(), weight.norm().item()), calibrated)
+    error = _relative(lost.norm().item(), weight.norm().item())
+    return LayerReport(target.name, target.shape, error, calibrated, factors.curve)
 
 
 def _output_norm(weight: Tensor, second: Tensor) -> float:

@@ -29,6 +29,8 @@ class KronyConfig:
         token_weighting: weight calibration tokens by 1/‖hidden state after the layer‖².
         reinit: ``all`` draws every other weight anew too (paper, Appendix C).
         seed: of everything random.
+        max_width: with ``global``, the most hidden neurons that a layer may keep.
+        multiple_of: with ``global``, the neurons that a layer keeps are a multiple of it.
     """
 
     scheme: str
@@ -43,6 +45,8 @@ class KronyConfig:
     token_weighting: bool = True
     reinit: str | None = None
     seed: int = 0
+    max_width: int | None = None
+    multiple_of: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("init", self.init, INITS)
@@ -54,6 +58,12 @@ class KronyConfig:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise KronyError(f"{name} is {value}: it takes a finite number")
+        for name in ("max_width", "multiple_of"):
+            value = getattr(self, name)
+            if value is not None and self.allocation != "global":
+                raise KronyError(f"{name} is of allocation global, and the allocation is {self.allocation}")
+            if value is not None and value < 1:
+                raise KronyError(f"{name} is {value}: it takes a number of neurons from 1")
         if self.scalar_init == 0:
             raise KronyError("scalar_init is 0: the left factors are divided by it, so it takes another number")
 

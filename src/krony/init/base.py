@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from krony.config import KronyConfig
 from krony.kron import KronShape
+
+RIDGE = 1e-3  # added to C's diagonal, relative to it
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Factors:
         scale: one number for the whole sum; it becomes the scalars where the layer has them.
         bias: ``(out,)`` where the initialisation changes it, else None.
         order: which old hidden neuron stands at each new place, where an initialisation permutes them.
+        curve: calibrated error after each round, where an initialisation iterates.
     """
 
     left: Tensor
@@ -69,6 +73,18 @@ class Factors:
     scale: float = 1.0
     bias: Tensor | None = None
     order: Tensor | None = None
+    curve: tuple[float, ...] | None = None
+
+
+def regularised(c: Tensor, ridge: float = RIDGE) -> Tensor:
+    """C with a ridge relative to each neuron's own second moment, and a floor for neurons that never fire.
+
+    Relative, because neurons differ in scale by orders of magnitude, and what a matter of units is must not decide.
+    Positive definite whatever comes in: a matrix of rank one, or of zeros.
+    """
+    diagonal = c.diagonal().clamp_min(0)
+    floor = 1e-10 * diagonal.mean() if diagonal.any() else 1.0
+    return c + torch.diag((ridge * diagonal).clamp_min(floor))
 
 
 class Init(Protocol):

@@ -24,11 +24,10 @@ from torch import Tensor
 
 from krony.config import KronyConfig
 from krony.errors import KronyError
-from krony.init.base import Factors, Moments, Second, Target
+from krony.init.base import Factors, Moments, Second, Target, regularised
 from krony.kron import KronShape
 
 BLOCK = 32  # neurons dropped between two updates
-RIDGE = 1e-3  # added to C's diagonal, relative to it: the scale of neurons is theirs to choose
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,7 @@ def select(weight: Tensor, bias: Tensor | None, second: Second, keep: int, token
             f"calibration has {tokens:,} tokens for {neurons:,} neurons: the selection will be rough, give more text",
             stacklevel=2,
         )
-    matrix, mean = second.matrix.to(weight.device), second.mean.to(weight.device)
-    w = weight.double()
-    c = regularised(matrix if bias is None else matrix - mean.outer(mean))
+    w, c, mean = weight.double(), _spread(second, bias, weight.device), second.mean.to(weight.device)
     dropped, _ = drop(w, c, neurons - keep)
     stays = torch.ones(neurons, dtype=torch.bool, device=weight.device)
     stays[dropped] = False
@@ -91,15 +88,16 @@ def select(weight: Tensor, bias: Tensor | None, second: Second, keep: int, token
     return Selection(kept, down, None if bias is None else bias.double() + w @ mean - down @ mean[kept])
 
 
-def regularised(c: Tensor, ridge: float = RIDGE) -> Tensor:
-    """C with a ridge relative to each neuron's own second moment, and a floor for neurons that never fire.
+def cost_curve(weight: Tensor, bias: Tensor | None, second: Second, count: int) -> Tensor:
+    """The cost of dropping the n cheapest neurons, for n from 0 to ``count``: ``(count + 1,)``."""
+    _, costs = drop(weight.double(), _spread(second, bias, weight.device), count)
+    return torch.cat([costs.new_zeros(1), costs])
 
-    Relative, because neurons differ in scale by orders of magnitude, and what a matter of units is must not decide.
-    Positive definite whatever comes in: a matrix of rank one, or of zeros.
-    """
-    diagonal = c.diagonal().clamp_min(0)
-    floor = 1e-10 * diagonal.mean() if diagonal.any() else 1.0
-    return c + torch.diag((ridge * diagonal).clamp_min(floor))
+
+def _spread(second: Second, bias: Tensor | None, device: torch.device) -> Tensor:
+    """C with its ridge: about zero, or about the mean where a bias takes the mean up."""
+    matrix, mean = second.matrix.to(device), second.mean.to(device)
+    return regularised(matrix if bias is None else matrix - mean.outer(mean))
 
 
 def drop(weight: Tensor, c: Tensor, count: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
