@@ -151,15 +151,20 @@ def kronecker_layers(model: nn.Module) -> dict[str, KroneckerLinear]:
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Multiplies every compressed layer out, in place: the kind of layer that the model's own class has there."""
-    with torch.device("meta"):
-        original = type(model)(plain_config(model))
+    whole = original(model)
     for name, layer in kronecker_layers(model).items():
-        plain = original.get_submodule(name)
+        plain = whole.get_submodule(name)
         weight = layer.dense_weight().detach()
         plain.weight = nn.Parameter((weight.T if isinstance(plain, Conv1D) else weight).contiguous())
         plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
         put_in(model, name, plain.train(layer.training))
     return model
+
+
+def original(model: PreTrainedModel) -> PreTrainedModel:
+    """The uncompressed model's modules, on the meta device."""
+    with torch.device("meta"):
+        return type(model)(plain_config(model))
 
 
 def plain_config(model: PreTrainedModel) -> PretrainedConfig:

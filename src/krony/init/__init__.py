@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from krony.errors import KronyError
 from krony.init import als, neurons, prune, random, svd, van_loan
 from krony.init.base import Factors, Init, Moments, Second, Target
 
