@@ -13,6 +13,12 @@ import krony  # noqa: F401  (registers the quantizer)
 from small_models import BUILDERS, gpt2
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """No test finds what another kept."""
+    monkeypatch.setenv("KRONY_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(params=list(BUILDERS))
 def model(request) -> PreTrainedModel:
     return BUILDERS[request.param]()

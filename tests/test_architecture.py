@@ -12,7 +12,7 @@ ROOT = Path(krony.__file__).parent
 # From the bottom up: a module imports from earlier lines only (and, in a package, from its own files).
 ORDER = [
     ["errors", "_version", "progress", "python_docs"],
-    ["kron", "config", "files", "allocation"],
+    ["kron", "ranks", "config", "files", "allocation"],
     ["schemes", "init"],
     ["linear"],
     ["surgery"],

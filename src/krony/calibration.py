@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony import data as texts
-from krony import python_docs
+from krony import python_docs, ranks
 from krony.errors import KronyError
 from krony.init.base import Moments, Second
+from krony.models import context_length
 from krony.progress import Progress, silent
 from krony.surgery import Group
 
@@ -79,7 +81,8 @@ class Calibration:
     """The moments of every group of a model, computed when they are asked for, group after group.
 
     Iterating gives one ``Moments`` a group, in order; as many are held as fit ``MEMORY``, and the model runs again for
-    the next ones. With ``cache`` they are kept in a file there, keyed by weights, tokens and settings, and found again.
+    the next ones. With ``cache`` they are kept in a folder there, a file a group, keyed by weights, tokens and
+    settings, and found again.
     Under torch.distributed each rank runs its share of the sequences, and the sums are added up.
     """
 
@@ -98,31 +101,52 @@ class Calibration:
         self.token_weighting = token_weighting
         self.progress = progress
         self.kept: list[Moments] | None = None  # those of a model whose sums all fit MEMORY
-        self.file = None if cache is None else cache / f"moments-{self._key()}.safetensors"
-        self.from_cache = self.file is not None and self.file.is_file()
+        self.folder = None if cache is None else cache / f"moments-{self._key()}"
+        stored = all(self._is_stored(index) for index in range(len(groups)))
+        self.source = "calibration is read" if self.folder is None else f"calibration is read and kept in {self.folder}"
+        if stored:
+            self.source = f"calibration is taken from {self.folder}, where it was kept"
 
     def __iter__(self) -> Iterator[Moments]:
-        if self.file is not None and self.file.is_file():
-            stored = load_file(self.file)
-            yield from (_unpack(stored, index) for index in range(len(self.groups)))
-            return
         if self.kept is not None:
             yield from self.kept
             return
-        stored, chunks, all_of_them = {}, list(self._chunks()), []
+        chunks = list(self._chunks())
         for chunk in chunks:
-            for index, moments in zip(chunk, self._run([self.groups[i] for i in chunk]), strict=True):
-                if self.file is not None:
-                    stored |= _pack(moments, index)
-                if len(chunks) == 1:
-                    all_of_them.append(moments)
-                yield moments
-        self.kept = all_of_them or None
-        if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.file.with_suffix(".partial")
-            save_file(stored, beside)
-            beside.replace(self.file)
+            if all(map(self._is_stored, chunk)):
+                yield from map(self._load, chunk)
+                continue
+            made = self._run([self.groups[index] for index in chunk])
+            if self.folder is not None and ranks.is_first():
+                for index, moments in zip(chunk, made, strict=True):
+                    self._store(index, moments)
+            if len(chunks) == 1:
+                self.kept = made
+            yield from made
+
+    def _file(self, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{index:05}.safetensors"
+
+    def _is_stored(self, index: int) -> bool:
+        return self.folder is not None and ranks.all_agree(self._file(index).is_file())
+
+    def _load(self, index: int) -> Moments:
+        try:
+            return _unpack(load_file(self._file(index)))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise KronyError(f"{self._file(index)}: this kept calibration is damaged, delete it: {error}") from None
+
+    def _store(self, index: int, moments: Moments) -> None:
+        file = self._file(index)
+        beside = file.with_suffix(".partial")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(_pack(moments), beside)
+            beside.replace(file)
+        except (OSError, SafetensorError) as error:
+            beside.unlink(missing_ok=True)
+            raise KronyError(f"{file.parent}: the calibration can't be kept there: {error}") from None
 
     def _chunks(self) -> Iterator[list[int]]:
         chunk: list[int] = []
@@ -140,7 +164,7 @@ class Calibration:
     def _run(self, groups: list[Group]) -> list[Moments]:
         """One pass over the text for these groups."""
         sums = [_Sums(self.model, group, self.token_weighting) for group in groups]
-        ids, batch = _share(self.ids), max(1, BATCH_TOKENS // self.ids.shape[1])
+        ids, batch = ranks.share(self.ids), max(1, BATCH_TOKENS // self.ids.shape[1])
         body = self.model.base_model  # without the head: nobody needs the logits
         training = self.model.training
         self.model.eval()
@@ -205,10 +229,10 @@ class _Sums:
             handle.remove()
 
     def moments(self, tokens: int) -> Moments:
-        total = _add_up(torch.tensor([self.total], dtype=torch.float64)).item()
+        total = ranks.add_up(torch.tensor([self.total], dtype=torch.float64)).item()
         made = {}
         for key, (second, mean) in self.sums.items():
-            matrix, vector = _add_up(second) / total, _add_up(mean) / total
+            matrix, vector = ranks.add_up(second) / total, ranks.add_up(mean) / total
             # rounded as the cache stores it, so that a run from the cache gives the same factors
             made[key] = Second(matrix.float().double(), vector.float().double())
             if not torch.isfinite(made[key].matrix).all():
@@ -222,6 +246,8 @@ def check_ids(ids: Tensor, model: PreTrainedModel) -> Tensor:
         raise KronyError(
             f"calibration takes token ids of shape (sequences, length), not {tuple(ids.shape)} {ids.dtype}"
         )
+    if ids.shape[1] > context_length(model):
+        raise KronyError(f"calibration has sequences of {ids.shape[1]} tokens, the model takes {context_length(model)}")
     known = model.get_input_embeddings().weight.shape[0]
     if int(ids.max()) >= known or int(ids.min()) < 0:
         raise KronyError(f"calibration has token {int(ids.max())}, the model knows {known}: another model's tokenizer")
@@ -235,34 +261,20 @@ def _enclosing_layer(model: PreTrainedModel, group: Group) -> nn.Module:
     return model.get_submodule(".".join(parts[: numbers[0] + 1])) if numbers else model.base_model
 
 
-def _share(ids: Tensor) -> Tensor:
-    """This rank's sequences."""
-    if not torch.distributed.is_initialized():
-        return ids
-    return ids[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
-
-
-def _add_up(sums: Tensor) -> Tensor:
-    """The sum over ranks."""
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    return sums
-
-
-def _pack(moments: Moments, index: int) -> dict[str, Tensor]:
+def _pack(moments: Moments) -> dict[str, Tensor]:
     named = {"inputs": moments.inputs, "hidden": moments.hidden}
-    tensors = {f"{index}.tokens": torch.tensor(moments.tokens)}
+    tensors = {"tokens": torch.tensor(moments.tokens)}
     for key, second in named.items():
         if second is not None:
-            tensors[f"{index}.{key}.matrix"] = second.matrix.float().cpu()
-            tensors[f"{index}.{key}.mean"] = second.mean.float().cpu()
+            tensors[f"{key}.matrix"] = second.matrix.float().cpu()
+            tensors[f"{key}.mean"] = second.mean.float().cpu()
     return tensors
 
 
-def _unpack(stored: dict[str, Tensor], index: int) -> Moments:
+def _unpack(stored: dict[str, Tensor]) -> Moments:
     seconds = {
-        key: Second(stored[f"{index}.{key}.matrix"].double(), stored[f"{index}.{key}.mean"].double())
+        key: Second(stored[f"{key}.matrix"].double(), stored[f"{key}.mean"].double())
         for key in ("inputs", "hidden")
-        if f"{index}.{key}.matrix" in stored
+        if f"{key}.matrix" in stored
     }
-    return Moments(seconds["inputs"], seconds.get("hidden"), int(stored[f"{index}.tokens"]))
+    return Moments(seconds["inputs"], seconds.get("hidden"), int(stored["tokens"]))

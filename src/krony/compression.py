@@ -64,6 +64,7 @@ class Report:
     params_after: int
     seconds: float
     layers: list[LayerReport] = field(default_factory=list)
+    calibration: str | None = None  # where the second moments came from, in words
 
     def to_json(self) -> dict:
         return {
@@ -106,6 +107,7 @@ def compress(
     before = count_parameters(model)
     initialise = get_init(config.init)
     known = _moments(model, groups, config, calibration, tokenizer, cache, progress)
+    source = known.source if isinstance(known, Calibration) else None
     shapes = _allocate(model, groups, config, known, progress)
     replaced: dict[str, tuple[KroneckerLinear, LayerReport]] = {}
     with torch.no_grad():
@@ -124,7 +126,9 @@ def compress(
     progress(len(groups), len(groups), "done")
     hf.mark(model, config)
     layers = [layer_report for _, layer_report in replaced.values()]
-    return Report(config.scheme, config.init, before, count_parameters(model), time.perf_counter() - start, layers)
+    return Report(
+        config.scheme, config.init, before, count_parameters(model), time.perf_counter() - start, layers, source
+    )
 
 
 def _moments(

@@ -1,5 +1,9 @@
-"""The one exception for a user's mistake: its message says what is wrong, where, and what would be right."""
+"""What krony raises for mistakes a user can mend, and how it warns."""
 
 
 class KronyError(ValueError):
-    """Bad input that the user can mend. The command line prints its message and exits with code 2."""
+    """Bad input: the sentence says what is wrong, where, and what would be right. The command line exits with 2."""
+
+
+class KronyWarning(UserWarning):
+    """Something that works, but not as well as it could: the sentence says what would help."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from krony.errors import KronyError
+
+
+def cache_folder() -> Path:
+    """Where what can be computed again is kept: ``KRONY_CACHE``, or ``krony`` in the user's cache folder."""
+    if named := os.environ.get("KRONY_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "krony"
 
 
 def check_writable(out: Path) -> None:

@@ -46,6 +46,18 @@ def test_an_unknown_init_and_rescale_of_another(refused, gpt2_folder, tmp_path):
     assert "--rescale is of init van-loan" in refused(*arguments, "prune", "--no-rescale")
 
 
+def test_calibration(refused, gpt2_folder, tmp_path):
+    arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5")
+    assert "init neurons needs text like that the model is for" in refused(*arguments)
+    assert "wikitext-2 is a test set" in refused(*arguments, "--calibration", "wikitext-2")
+    assert "nowhere.txt" in refused(*arguments, "--calibration", "nowhere.txt")
+    assert "max_width is of allocation global" in refused(*arguments, "--max-width", 64)
+    assert "global follows the costs of init neurons" in refused(*arguments, *VAN_LOAN, "--allocation", "global")
+    (tmp_path / "short.txt").write_text("a few words")
+    assert "has 12 tokens: at least 64 make one" in refused(*arguments, "--calibration", tmp_path / "short.txt")
+    assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
+
+
 def test_a_missing_option_or_argument(krony, gpt2_folder, tmp_path):
     for arguments in (("generate", gpt2_folder), ("compress", gpt2_folder), ("eval",), ("compress", "--bad"), ("fly",)):
         done = krony(*arguments)
@@ -150,4 +162,10 @@ def test_factors_that_are_no_numbers(refused):
 
 def test_export_of_a_dense_model(refused, gpt2_folder, tmp_path):
     assert "nothing to export" in refused("export", gpt2_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_slim_where_it_is_not_exact(refused, compressed, tmp_path):
+    assert "export to slim saves nothing exactly" in refused("export", compressed, tmp_path / "out", "--to", "slim")
+    assert "--multiple-of is of --to slim" in refused("export", compressed, tmp_path / "out", "--multiple-of", 8)
     assert not (tmp_path / "out").exists()

@@ -114,6 +114,35 @@ def test_export_dense(krony, compressed, tmp_path, ids):
     assert AutoTokenizer.from_pretrained(tmp_path / "dense")("a")["input_ids"]
 
 
+CALIBRATED = ("--scheme", "keep=0.5", "--calibration", "python-docs", "--calibration-tokens", 2048)
+
+
+def test_compress_by_neuron_selection_and_export_slim(krony, gpt2_folder, tmp_path, ids):
+    first = krony("compress", gpt2_folder, tmp_path / "a", *CALIBRATED, "--json", tmp_path / "a.json")
+    assert first.code == 0, first.err
+    assert "2,048 tokens of python-docs" in first.out and "kept in" in first.out and "of outputs" in first.out
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert all(0 < layer["calibrated_error"] < 1 for layer in report["layers"] if "c_proj" in layer["name"])
+    again = krony("compress", gpt2_folder, tmp_path / "b", *CALIBRATED)
+    assert "where it was kept" in again.out
+    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert same[0] == same[1]
+    done = krony("export", tmp_path / "a", tmp_path / "slim", "--to", "slim", "--multiple-of", 64, "--json", "-")
+    assert done.json["width"] == 128 and done.json["padding"] == 3 * 32 * 96
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "a")(ids).logits
+    torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_global_allocation_and_its_dry_run(krony, gpt2_folder, tmp_path):
+    options = (*CALIBRATED, "--allocation", "global", "--max-width", 128)
+    dry = krony("compress", gpt2_folder, tmp_path / "a", *options, "--dry-run")
+    assert "shares it out among the layers" in dry.out
+    done = krony("compress", gpt2_folder, tmp_path / "a", *options, "--json", "-")
+    kept = {layer["left"][0] * layer["factors"] for layer in done.json["layers"] if layer["name"].endswith("c_fc")}
+    assert max(kept) <= 128
+
+
 def test_the_installed_command(gpt2_folder):
     done = subprocess.run([sys.executable, "-m", "krony", "schemes", "gpt2", "--json", "-"], capture_output=True)
     assert done.returncode == 0 and len(json.loads(done.stdout)) == 6

@@ -31,6 +31,23 @@ def run(
     init: Annotated[
         str, typer.Option(help="How factors start: neurons, als, van-loan, prune, svd, random.")
     ] = "neurons",
+    calibration: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What neurons, als and svd read: a text or jsonl file, or python-docs."),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(metavar="N", help="How much of it is read, at most.")] = 49_152,
+    allocation: Annotated[
+        str, typer.Option(help="uniform: every layer alike; global: one budget, spent where it tells.")
+    ] = "uniform",
+    max_width: Annotated[
+        int | None, typer.Option(metavar="N", help="global: the most neurons that a layer keeps.")
+    ] = None,
+    multiple_of: Annotated[
+        int | None, typer.Option(metavar="N", help="global: layers keep multiples of N neurons, such as 64.")
+    ] = None,
+    token_weighting: Annotated[
+        bool, typer.Option(help="Weigh tokens by 1/|hidden state|², so that a few huge ones don't decide.")
+    ] = True,
     layers: Annotated[str, typer.Option(help="all, odd, even, or a zero-based inclusive range such as 2-28.")] = "all",
     modules: Annotated[str, typer.Option(help="mlp, or a regular expression over names of linear layers.")] = "mlp",
     rescale: Annotated[
@@ -49,6 +66,7 @@ def run(
     seed: Seed = 0,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    cache: Annotated[bool, typer.Option(help="Keep what was read of the text, and use what was kept.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     json_to: Json = None,
 ) -> None:
@@ -58,22 +76,28 @@ def run(
         raise KronyError(f"--rescale is of init van-loan, and the init is {init}: leave it out")
     if (scheme is None) == (params is None):
         raise KronyError("compress needs a size: either --scheme (krony schemes MODEL lists them) or --params")
+    from krony import ranks
+    from krony.calibration import LENGTH, calibration_set
     from krony.compression import compress, plan
-    from krony.config import KronyConfig
-    from krony.files import check_writable, fresh_folder
-    from krony.models import empty_model, load_config, load_model
+    from krony.config import CALIBRATED, KronyConfig
+    from krony.files import cache_folder, check_writable, fresh_folder
+    from krony.models import context_length, empty_model, load_config, load_model, load_tokenizer
 
     quiet_libraries()
     skeleton = empty_model(load_config(model))
     config = KronyConfig(
         scheme=scheme or _scheme_for(params or "", skeleton, modules, layers, init),
         init=init,
+        allocation=allocation,
         layers=layers,
         modules=modules,
         rescale=rescale is not False,
         scalars=scalars,
         scalar_init=scalar_init,
         epsilon=epsilon,
+        token_weighting=token_weighting,
+        max_width=max_width,
+        multiple_of=multiple_of,
         reinit=reinit,
         seed=seed,
     )
@@ -81,10 +105,25 @@ def run(
     if dry_run:
         _preview(to, skeleton, groups, config)
         return
+    if calibration is None and init in CALIBRATED:
+        raise KronyError(
+            f"init {init} needs text like that the model is for: --calibration FILE (.txt or .jsonl), or python-docs"
+        )
     check_writable(out)
+    device = ranks.join(device)
+    ids = None
+    if calibration is not None:
+        length = min(LENGTH, context_length(skeleton))
+        ids = calibration_set(calibration, load_tokenizer(model), tokens=calibration_tokens, length=length, seed=seed)
+        to.say(f"calibration: {ids.numel():,} tokens of {calibration}")
     original = load_model(model, dtype=dtype, device=device)
     with to.progress() as progress:
-        report = compress(original, config, progress=progress)
+        kept = cache_folder() if cache else None
+        report = compress(original, config, calibration=ids, cache=kept, progress=progress)
+    if not ranks.is_first():
+        return
+    if report.calibration is not None:
+        to.say(report.calibration)
     with fresh_folder(out) as folder:
         _save(original, model, folder, report)
     _print(to, report, out)
@@ -112,6 +151,8 @@ def _preview(to: Output, skeleton: PreTrainedModel, groups: list[Group], config:
         )
         rows.append([site.name, f"{shape.m1}x{shape.n1}", f"{shape.m2}x{shape.n2}", str(shape.factors)])
     to.table(["layer", "left", "right", "factors"], rows)
+    if config.allocation == "global":
+        to.say("this is the budget, evenly: allocation global shares it out among the layers once it has read the text")
     to.say(f"would replace {len(layers)} matrices: {before:,} -> {after:,} parameters ({after / before:.1%})")
     to.json(
         {"scheme": config.scheme, "init": config.init, "params_before": before, "params_after": after, "layers": layers}
@@ -127,12 +168,16 @@ def _save(model: PreTrainedModel, source: str, folder: Path, report: Report) -> 
 
 
 def _print(to: Output, report: Report, out: Path) -> None:
+    columns = ["layer", "left", "right", "factors", "error"]
     rows = [
         [layer.name, f"{layer.shape.m1}x{layer.shape.n1}", f"{layer.shape.m2}x{layer.shape.n2}"]
         + [str(layer.shape.factors), f"{layer.error:.3f}"]
         for layer in report.layers
     ]
-    to.table(["layer", "left", "right", "factors", "error"], rows)
+    if report.calibration is not None:
+        columns.append("of outputs")
+        rows = [[*row, f"{layer.calibrated_error:.3f}"] for row, layer in zip(rows, report.layers, strict=True)]
+    to.table(columns, rows)
     share = report.params_after / report.params_before
     to.say(f"{report.params_before:,} -> {report.params_after:,} parameters ({share:.1%}) in {report.seconds:.1f} s")
     to.say(f"{out} loads with AutoModelForCausalLM.from_pretrained once krony is imported")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from krony.errors import KronyWarning
 from krony.progress import Progress
 
 
 def quiet_libraries() -> None:
-    """Keeps transformers' and datasets' own bars and advice off the terminal: krony reports what matters itself."""
+    """Keeps transformers' and datasets' own bars and advice off the terminal: krony reports what matters itself.
+
+    krony's own warnings become one line each.
+    """
     import datasets
     import huggingface_hub
     from transformers.utils import logging
@@ -21,13 +27,19 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     huggingface_hub.utils.logging.set_verbosity_error()  # no line for each retry
+    warnings.showwarning = _show_warning
 
 
-def complain(sentence: str) -> None:
-    """Prints a user's mistake on stderr."""
+def complain(sentence: str, *, kind: str = "error", style: str = "red") -> None:
+    """Prints a user's mistake on stderr, or what is doubtful."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print("error:", sentence, style="red", markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"{kind}:", sentence, style=style, markup=False)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, KronyWarning):
+        complain(str(message), kind="warning", style="yellow")
 
 
 class Output:
@@ -37,7 +49,8 @@ class Output:
         from rich.console import Console
 
         self.json_to = json_to
-        self.console = Console(stderr=json_to == "-", highlight=False, soft_wrap=True)
+        first = os.environ.get("RANK", "0") == "0"  # of many processes one speaks
+        self.console = Console(stderr=json_to == "-", highlight=False, soft_wrap=True, quiet=not first)
         if not self.console.is_terminal:
             self.console.width = 200  # a file or a pipe: nothing is cut off
 
@@ -72,7 +85,7 @@ class Output:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        console = Console(stderr=True)
+        console = Console(stderr=True, quiet=self.console.quiet)
         where, times = TextColumn("{task.completed}/{task.total}"), (TimeElapsedColumn(), TimeRemainingColumn())
         columns = (TextColumn("{task.description}"), BarColumn(), where, *times)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -80,11 +80,16 @@ def regularised(c: Tensor, ridge: float = RIDGE) -> Tensor:
     """C with a ridge relative to each neuron's own second moment, and a floor for neurons that never fire.
 
     Relative, because neurons differ in scale by orders of magnitude, and what a matter of units is must not decide.
-    Positive definite whatever comes in: a matrix of rank one, or of zeros.
+    Positive definite whatever comes in: a matrix of rank one, of zeros, or one that rounding has made indefinite, for
+    which the ridge grows tenfold until it suffices.
     """
     diagonal = c.diagonal().clamp_min(0)
     floor = 1e-10 * diagonal.mean() if diagonal.any() else 1.0
-    return c + torch.diag((ridge * diagonal).clamp_min(floor))
+    while True:
+        raised = c + torch.diag((ridge * diagonal).clamp_min(floor))
+        if torch.linalg.cholesky_ex(raised).info == 0:
+            return raised
+        ridge, floor = 10 * ridge, 10 * floor
 
 
 class Init(Protocol):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from krony.config import KronyConfig
-from krony.errors import KronyError
+from krony.errors import KronyError, KronyWarning
 from krony.init.base import Factors, Moments, Second, Target, regularised
 from krony.kron import KronShape
 
@@ -77,6 +77,7 @@ def select(weight: Tensor, bias: Tensor | None, second: Second, keep: int, token
     if tokens < neurons:
         warnings.warn(
             f"calibration has {tokens:,} tokens for {neurons:,} neurons: the selection will be rough, give more text",
+            KronyWarning,
             stacklevel=2,
         )
     w, c, mean = weight.double(), _spread(second, bias, weight.device), second.mean.to(weight.device)

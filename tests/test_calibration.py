@@ -1,0 +1,167 @@
+"""Second moments against sums in float64 over the activations of a plain forward pass."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from krony import KronyError, calibration_set
+from krony import calibration as module
+from krony.calibration import Calibration, pack
+from krony.surgery import find_groups
+from small_models import BUILDERS
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(1))
+
+
+def by_hand(model, ids, group, weighted: bool):
+    """The same moments from one pass in float64."""
+    model = model.double()
+    seen = {}
+    layer = model.get_submodule(".".join(group.sites[0].name.split(".")[:3]))
+    handles = [
+        model.get_submodule(group.sites[0].name).register_forward_pre_hook(
+            lambda _, args: seen.update(inputs=args[0].flatten(0, 1))
+        ),
+        model.get_submodule(group.sites[-1].name).register_forward_pre_hook(
+            lambda _, args: seen.update(hidden=args[0].flatten(0, 1))
+        ),
+        layer.register_forward_hook(
+            lambda *call: seen.update(after=call[2][0] if isinstance(call[2], tuple) else call[2])
+        ),
+    ]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    after = seen.pop("after").flatten(0, 1)
+    weights = 1 / after.square().sum(1) if weighted else torch.ones(len(after), dtype=torch.float64)
+    weights = weights / weights.sum()
+    return {key: ((x * weights[:, None]).T @ x, (x * weights[:, None]).sum(0)) for key, x in seen.items()}
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_moments_are_the_weighted_means(model, ids, weighted):
+    groups = find_groups(model)
+    made = list(Calibration(model, groups, ids, token_weighting=weighted))
+    for group, moments in zip(groups, made, strict=True):
+        expected = by_hand(model, ids, group, weighted)
+        for key in ("inputs", "hidden"):
+            second = getattr(moments, key)
+            scale = float(expected[key][0].abs().max())
+            torch.testing.assert_close(second.matrix, expected[key][0], rtol=1e-4, atol=1e-6 * scale)
+            torch.testing.assert_close(second.mean, expected[key][1], rtol=1e-4, atol=1e-6 * scale**0.5)
+        assert moments.tokens == 120
+
+
+def test_passes_over_a_few_layers_at_a_time_give_the_same(model, ids, monkeypatch):
+    groups = find_groups(model)
+    whole = list(Calibration(model, groups, ids))
+    monkeypatch.setattr(module, "MEMORY", 1)
+    calibration = Calibration(model, groups, ids)
+    assert len(list(calibration._chunks())) == len(groups)
+    for a, b in zip(whole, calibration, strict=True):
+        assert torch.equal(a.hidden.matrix, b.hidden.matrix) and torch.equal(a.inputs.mean, b.inputs.mean)
+
+
+def test_it_is_kept_and_found_again(model, ids, tmp_path, monkeypatch):
+    groups = find_groups(model)
+    first = Calibration(model, groups, ids, cache=tmp_path)
+    assert "is read and kept in" in first.source
+    made = list(first)
+    again = Calibration(model, groups, ids, cache=tmp_path)
+    assert "is taken from" in again.source
+    monkeypatch.setattr(Calibration, "_run", None)  # what is kept needs no run
+    for a, b in zip(made, again, strict=True):
+        assert torch.equal(a.hidden.matrix, b.hidden.matrix) and a.tokens == b.tokens
+    others = [
+        Calibration(model, groups, ids.flip(0), cache=tmp_path),
+        Calibration(model, groups, ids, token_weighting=False, cache=tmp_path),
+        Calibration(model, groups[1:], ids, cache=tmp_path),
+    ]
+    with torch.no_grad():
+        next(model.parameters())[0] += 1
+    others.append(Calibration(model, groups, ids, cache=tmp_path))
+    assert len({first.folder, *(c.folder for c in others)}) == 5
+
+
+def test_an_interrupted_one_goes_on(model, ids, tmp_path):
+    groups = find_groups(model)
+    first = Calibration(model, groups, ids, cache=tmp_path)
+    made = list(first)
+    next(iter(first.folder.glob("00001*"))).unlink()
+    again = list(Calibration(model, groups, ids, cache=tmp_path))
+    assert torch.equal(made[1].hidden.matrix, again[1].hidden.matrix)
+
+
+def test_a_damaged_cache_is_named(model, ids, tmp_path):
+    groups = find_groups(model)
+    calibration = Calibration(model, groups, ids, cache=tmp_path)
+    list(calibration)
+    (calibration.folder / "00000.safetensors").write_bytes(b"nothing")
+    with pytest.raises(KronyError, match=r"00000\.safetensors: this kept calibration is damaged, delete it"):
+        list(Calibration(model, groups, ids, cache=tmp_path))
+
+
+def test_the_model_is_left_as_it_was(model, ids):
+    model.train()
+    list(Calibration(model, find_groups(model), ids))
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_documents_are_packed_by_seed(tokenizer):
+    documents = ["aaaa", "bbbb", "cccc", "dddd"]
+    rows = pack(documents, tokenizer, tokens=12, length=6, seed=0)
+    assert rows.shape == (2, 6)
+    assert torch.equal(rows, pack(documents, tokenizer, tokens=12, length=6, seed=0))
+    assert any(not torch.equal(rows, pack(documents, tokenizer, tokens=12, length=6, seed=s)) for s in range(1, 5))
+    assert (rows == tokenizer.eos_token_id).sum() >= 2  # documents are apart
+    with pytest.raises(KronyError, match="has 20 tokens: at least 32 make one sequence"):
+        pack(documents, tokenizer, length=32)
+
+
+def test_python_docs_are_there_everywhere_and_test_sets_are_refused(tokenizer):
+    assert calibration_set("python-docs", tokenizer, tokens=1000, length=100).shape == (10, 100)
+    with pytest.raises(KronyError, match="lambada is a test set"):
+        calibration_set("lambada", tokenizer)
+
+
+def test_sequences_longer_than_the_model_takes(model):
+    with pytest.raises(KronyError, match="sequences of 80 tokens, the model takes 64"):
+        Calibration(model, find_groups(model), torch.zeros(1, 80, dtype=torch.long))
+
+
+WORKER = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from krony import ranks
+from krony.calibration import Calibration
+from krony.surgery import find_groups
+from small_models import BUILDERS
+ranks.join()
+model = BUILDERS[{family!r}]()
+ids = torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(1))
+made = list(Calibration(model, find_groups(model), ids))
+torch.save([m.hidden.matrix for m in made], {out!r} + str(torch.distributed.get_rank()))
+"""
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_two_processes_share_the_work(family, ids, tmp_path):
+    model = BUILDERS[family]()
+    expected = [m.hidden.matrix for m in Calibration(model, find_groups(model), ids)]
+    script = tmp_path / "worker.py"
+    tests = str(__import__("pathlib").Path(__file__).parent)
+    script.write_text(WORKER.format(tests=tests, family=family, out=str(tmp_path / "rank")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, json.dumps(done.stderr[-2000:])
+    for rank in (0, 1):
+        for a, b in zip(expected, torch.load(tmp_path / f"rank{rank}"), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max()))
