@@ -59,6 +59,36 @@ def test_moments_are_the_weighted_means(model, ids, weighted):
         assert moments.tokens == 120
 
 
+def test_sensitivity_is_of_the_gradients_at_the_output(model, ids):
+    groups = find_groups(model)
+    frozen = next(model.parameters())
+    frozen.requires_grad_(False)
+    made = list(Calibration(model, groups, ids, sensitivity=True))
+    assert not frozen.requires_grad and all(p.grad is None for p in model.parameters())
+    assert sum(p.requires_grad for p in model.parameters()) == len(list(model.parameters())) - 1
+    outputs = {}
+    for group in groups:
+        name = group.sites[-1].name
+        model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: outputs.update({name: out}))
+    logits = model.double()(ids).logits
+    drawn = module._draw(logits.float().log_softmax(-1), ids).squeeze(-1)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum")
+    for group, moments in zip(groups, made, strict=True):
+        (gradient,) = torch.autograd.grad(loss, outputs[group.sites[-1].name], retain_graph=True)
+        g = gradient.flatten(0, 1)
+        expected = g.T @ g / len(g)
+        torch.testing.assert_close(moments.sensitivity, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_drawn_tokens_follow_the_model(ids):
+    probabilities = torch.tensor([0.5, 0.2, 0.3, 0.0])
+    rows = torch.arange(400 * 5).view(400, 5)
+    drawn = module._draw(probabilities.log().expand(400, 5, 4), rows)
+    shares = drawn.flatten().bincount(minlength=4) / drawn.numel()
+    torch.testing.assert_close(shares, probabilities, atol=0.04, rtol=0)
+    assert torch.equal(drawn[7:9], module._draw(probabilities.log().expand(2, 5, 4), rows[7:9]))
+
+
 def test_passes_over_a_few_layers_at_a_time_give_the_same(model, ids, monkeypatch):
     groups = find_groups(model)
     whole = list(Calibration(model, groups, ids))
@@ -82,12 +112,13 @@ def test_it_is_kept_and_found_again(model, ids, tmp_path, monkeypatch):
     others = [
         Calibration(model, groups, ids.flip(0), cache=tmp_path),
         Calibration(model, groups, ids, token_weighting=False, cache=tmp_path),
+        Calibration(model, groups, ids, sensitivity=True, cache=tmp_path),
         Calibration(model, groups[1:], ids, cache=tmp_path),
     ]
     with torch.no_grad():
         next(model.parameters())[0] += 1
     others.append(Calibration(model, groups, ids, cache=tmp_path))
-    assert len({first.folder, *(c.folder for c in others)}) == 5
+    assert len({first.folder, *(c.folder for c in others)}) == 6
 
 
 def test_an_interrupted_one_goes_on(model, ids, tmp_path):

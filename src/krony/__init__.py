@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from krony.evaluation import evaluate as evaluate
     from krony.export import export_model as export_model
     from krony.linear import KroneckerLinear as KroneckerLinear
+    from krony.models import demo_model as demo_model
     from krony.models import load_model as load_model
     from krony.models import load_tokenizer as load_tokenizer
 
@@ -37,6 +38,7 @@ _HOMES = {
     "Report": "krony.compression",
     "calibration_set": "krony.calibration",
     "compress": "krony.compression",
+    "demo_model": "krony.models",
     "evaluate": "krony.evaluation",
     "export_model": "krony.export",
     "load_model": "krony.models",

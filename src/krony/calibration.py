@@ -5,6 +5,10 @@ For every group of layers, over the calibration tokens t with weights w_t that s
 - ``inputs``: ``Σ w_t x_t x_tᵀ`` and ``Σ w_t x_t`` of what enters the group (an MLP's up matrices, or a single layer),
 - ``hidden``: the same of what enters an MLP's down matrix.
 
+- ``sensitivity``, if asked for: the mean of ``g_t g_tᵀ``, g the gradient of the loss with respect to what comes out of
+  the group, for next tokens drawn from the model itself. A change E of the group's matrix then costs about
+  ``½ tr(sensitivity · E C Eᵀ)`` nats a token (the Fisher information, factored as K-FAC does), whatever the layer.
+
 With token weighting ``w_t ∝ 1/‖h_t‖²``, h the residual stream after the layer: what counts is how much of it is lost,
 and a few tokens with huge hidden states would otherwise decide everything.
 """
@@ -93,12 +97,13 @@ class Calibration:
         ids: Tensor,
         *,
         token_weighting: bool = True,
+        sensitivity: bool = False,
         cache: Path | None = None,
         progress: Progress = silent,
     ) -> None:
-        """``ids``: token ids ``(sequences, length)``."""
+        """``ids``: token ids ``(sequences, length)``. Raises KronyError if the model can't take them."""
         self.model, self.groups, self.ids = model, groups, check_ids(ids, model)
-        self.token_weighting = token_weighting
+        self.token_weighting, self.sensitivity = token_weighting, sensitivity
         self.progress = progress
         self.kept: list[Moments] | None = None  # those of a model whose sums all fit MEMORY
         self.folder = None if cache is None else cache / f"moments-{self._key()}"
@@ -160,18 +165,23 @@ class Calibration:
             size += need
         yield chunk
 
-    @torch.no_grad()
     def _run(self, groups: list[Group]) -> list[Moments]:
         """One pass over the text for these groups."""
-        sums = [_Sums(self.model, group, self.token_weighting) for group in groups]
-        ids, batch = ranks.share(self.ids), max(1, BATCH_TOKENS // self.ids.shape[1])
-        body = self.model.base_model  # without the head: nobody needs the logits
+        sums = [_Sums(self.model, group, self.token_weighting, self.sensitivity) for group in groups]
+        ids = ranks.share(self.ids)
+        tokens = BATCH_TOKENS // 4 if self.sensitivity else BATCH_TOKENS  # a backward pass keeps what it needs
+        batch = max(1, tokens // self.ids.shape[1])
         training = self.model.training
         self.model.eval()
         try:
             for start in range(0, len(ids), batch):
                 self.progress(start, len(ids), "calibration")
-                body(input_ids=ids[start : start + batch].to(self.model.device), use_cache=False)
+                rows = ids[start : start + batch].to(self.model.device)
+                if self.sensitivity:
+                    _backward(self.model, rows)
+                else:
+                    with torch.no_grad():
+                        self.model.base_model(input_ids=rows, use_cache=False)  # without the head: no logits needed
         finally:
             self.model.train(training)
             for one in sums:
@@ -184,15 +194,17 @@ class Calibration:
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         digest.update(self.ids.contiguous().numpy().data)
-        digest.update(repr((self.token_weighting, [s.name for g in self.groups for s in g.sites])).encode())
+        settings = self.token_weighting, self.sensitivity
+        digest.update(repr((settings, [s.name for g in self.groups for s in g.sites])).encode())
         return digest.hexdigest()
 
 
 class _Sums:
     """Adds up the moments of one group while the model runs."""
 
-    def __init__(self, model: PreTrainedModel, group: Group, token_weighting: bool) -> None:
-        self.total = 0.0
+    def __init__(self, model: PreTrainedModel, group: Group, token_weighting: bool, sensitivity: bool) -> None:
+        self.total, self.tokens = 0.0, 0
+        self.gradients: Tensor | None = None
         self.seen: dict[str, Tensor] = {}  # this batch's activations, until the layer is done
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.weighted = token_weighting
@@ -200,6 +212,8 @@ class _Sums:
         self.handles: list[Any] = []
         for key, name in sites.items():
             self.handles.append(model.get_submodule(name).register_forward_pre_hook(self._take(key)))
+        if sensitivity:
+            self.handles.append(model.get_submodule(group.sites[-1].name).register_forward_hook(self._watch))
         layer = _enclosing_layer(model, group)
         self.handles.append(layer.register_forward_hook(self._add))
 
@@ -224,6 +238,15 @@ class _Sums:
                 self.sums[key] = second, mean
         self.seen.clear()
 
+    def _watch(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        output.register_hook(self._add_gradient)
+
+    def _add_gradient(self, gradient: Tensor) -> None:
+        g = gradient.flatten(0, -2).float()  # (tokens, out)
+        self.tokens += len(g)
+        products = (g.T @ g).double()
+        self.gradients = products if self.gradients is None else self.gradients.add_(products)
+
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
@@ -237,7 +260,38 @@ class _Sums:
             made[key] = Second(matrix.float().double(), vector.float().double())
             if not torch.isfinite(made[key].matrix).all():
                 raise KronyError("calibration: the model's activations are not finite on this text")
-        return Moments(made["inputs"], made.get("hidden"), tokens)
+        sensitivity = None
+        if self.gradients is not None:
+            count = ranks.add_up(torch.tensor(self.tokens)).item()
+            sensitivity = (ranks.add_up(self.gradients) / count).float().double()
+        return Moments(made["inputs"], made.get("hidden"), tokens, sensitivity)
+
+
+def _backward(model: PreTrainedModel, ids: Tensor) -> None:
+    """Runs forward and backward on ``ids: (sequences, length)`` for the hooks' sake; no weight gets a gradient."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    first = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            likelihoods = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)  # (b, length, vocab)
+            likelihoods.gather(-1, _draw(likelihoods, ids)).sum().backward()
+    finally:
+        first.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def _draw(likelihoods: Tensor, ids: Tensor) -> Tensor:
+    """A next token for every place as the model would draw it, ``(b, length, 1)``; a sequence's own, in any batch."""
+    drawn = []
+    for row, one in zip(ids.tolist(), likelihoods, strict=True):
+        generator = torch.Generator().manual_seed(hash(tuple(row)) % 2**63)
+        noise = torch.rand(one.shape[0], 1, generator=generator).to(one.device)
+        drawn.append((one.exp().cumsum(-1) < noise).sum(-1, keepdim=True).clamp_max(one.shape[-1] - 1))
+    return torch.stack(drawn)
 
 
 def check_ids(ids: Tensor, model: PreTrainedModel) -> Tensor:
@@ -264,6 +318,8 @@ def _enclosing_layer(model: PreTrainedModel, group: Group) -> nn.Module:
 def _pack(moments: Moments) -> dict[str, Tensor]:
     named = {"inputs": moments.inputs, "hidden": moments.hidden}
     tensors = {"tokens": torch.tensor(moments.tokens)}
+    if moments.sensitivity is not None:
+        tensors["sensitivity"] = moments.sensitivity.float().cpu()
     for key, second in named.items():
         if second is not None:
             tensors[f"{key}.matrix"] = second.matrix.float().cpu()
@@ -277,4 +333,5 @@ def _unpack(stored: dict[str, Tensor]) -> Moments:
         for key in ("inputs", "hidden")
         if f"{key}.matrix" in stored
     }
-    return Moments(seconds["inputs"], seconds.get("hidden"), int(stored["tokens"]))
+    sensitivity = stored["sensitivity"].double() if "sensitivity" in stored else None
+    return Moments(seconds["inputs"], seconds.get("hidden"), int(stored["tokens"]), sensitivity)

@@ -151,7 +151,13 @@ def _moments(
             raise KronyError("calibration is texts, so tokenizer= is needed; or give token ids")
         calibration = pack(list(calibration), tokenizer, seed=config.seed)
     return Calibration(
-        model, groups, calibration, token_weighting=config.token_weighting, cache=cache, progress=progress
+        model,
+        groups,
+        calibration,
+        token_weighting=config.token_weighting,
+        sensitivity=config.allocation == "global",
+        cache=cache,
+        progress=progress,
     )
 
 
@@ -193,7 +199,7 @@ def _allocate(
         progress(done, len(groups), "allocation")
         assert moments is not None and moments.hidden is not None  # init neurons always has them
         weight, bias = take_out(model, group.sites[-1].name)
-        curves.append(neurons.cost_curve(weight, bias, moments.hidden, width - unit))
+        curves.append(neurons.cost_curve(weight, bias, moments, width - unit))
     kept = spend(curves, unit, first.m1 * first.factors * len(groups), config.max_width)
     made = {}
     for group, count in zip(groups, kept, strict=True):

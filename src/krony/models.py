@@ -20,6 +20,7 @@ from transformers import (
 
 from krony.errors import KronyError
 
+DEMO = Path(__file__).parent / "shipped" / "demo"  # the model called ``demo``
 GPT2_NAMES = ("gpt2", "openai-community/gpt2")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -28,9 +29,8 @@ def load_config(name: str) -> PretrainedConfig:
     """The config of a model, without its weights; GPT-2 124M's is known by name and needs no hub. Raises KronyError."""
     if name in GPT2_NAMES and not Path(name).exists():
         return GPT2Config()
-    _check_name(name)
     with _Sentences(name):
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(_locate(name))
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -41,9 +41,9 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises KronyError if there is none."""
-    _check_name(name)
+    folder = _locate(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises whatever the tokenizer's parts do
         raise KronyError(f"{name}: no tokenizer can be loaded from there: {_first_line(error)}") from None
     if not tokenizer("a")["input_ids"]:  # from a folder without one, transformers makes some that know no text
@@ -55,18 +55,20 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", device: str = "c
     """A causal LM in eval mode, dense or compressed, from safetensors only.
 
     Args:
-        name: a folder or a hub name.
-        dtype: ``auto`` for the one it was saved in, or one of ``DTYPES``.
+        name: a folder, a hub name, or ``demo`` for the model that comes with krony.
+        dtype: ``auto`` for the one it was saved in (``demo``: float32), or one of ``DTYPES``.
         device: as torch names it; ``auto`` spreads the model over what there is.
 
     Raises:
         KronyError: no such model, no network, a damaged or incomplete file, an architecture that isn't a causal LM.
     """
-    _check_name(name)
+    folder = _locate(name)
     options: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
+    if name == "demo" and dtype == "auto":
+        dtype = torch.float32  # it is stored in half precision for its size alone
     with _Sentences(name):
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=parse_dtype(dtype), use_safetensors=True, output_loading_info=True, **options
+            folder, dtype=parse_dtype(dtype), use_safetensors=True, output_loading_info=True, **options
         )
     if missing := sorted(info["missing_keys"]):
         raise KronyError(f"{name}: the weights are incomplete: {missing[0]} and {len(missing) - 1} more are missing")
@@ -74,6 +76,11 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", device: str = "c
         return model.eval() if device == "auto" else model.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that isn't there
         raise KronyError(f"device {device!r} can't be used: {_first_line(error)}") from None
+
+
+def demo_model() -> PreTrainedModel:
+    """The GPT-2 of six layers that comes with krony, in float32 and eval mode; ``load_tokenizer("demo")`` fits it."""
+    return load_model("demo")
 
 
 def save(model: PreTrainedModel, folder: Path, *, source: str) -> None:
@@ -98,8 +105,10 @@ def context_length(model: PreTrainedModel) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 1024)
 
 
-def _check_name(name: str) -> None:
-    """What transformers would answer with a page about the hub, when a folder was meant."""
+def _locate(name: str) -> str:
+    """What transformers finds the model by. Raises KronyError where it would answer with a page about the hub."""
+    if name == "demo":
+        return str(DEMO)
     path = Path(name)
     if path.is_file():
         raise KronyError(f"{name} is a file: MODEL is a folder with config.json and model.safetensors, or a hub name")
@@ -108,6 +117,7 @@ def _check_name(name: str) -> None:
     looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or not name
     if looks_like_a_path and not path.is_dir():
         raise KronyError(f"{name!r}: there is no such folder")
+    return name
 
 
 class _Sentences:

@@ -72,14 +72,32 @@ def test_selection_of_a_whole_layer_uses_the_bias_for_the_mean():
     x = activations(500, 8) + 5.0
     weight = torch.randn(3, 8, dtype=torch.float64)
     second = Second(x.T @ x / 500, x.mean(0))
-    with_bias = neurons.select(weight, torch.zeros(3), second, 4, 500)
-    without = neurons.select(weight, None, second, 4, 500)
+    moments = Moments(second, second, 500)
+    with_bias = neurons.select(weight, torch.zeros(3), moments, 4)
+    without = neurons.select(weight, None, moments, 4)
     assert without.bias is None and with_bias.bias is not None
     target = x @ weight.T
     made = x[:, with_bias.kept] @ with_bias.down.T + with_bias.bias
     torch.testing.assert_close(made.mean(0), target.mean(0), rtol=1e-4, atol=1e-4)
     plain = x[:, without.kept] @ without.down.T
     assert (target - made).square().sum() < (target - plain).square().sum()
+
+
+def test_sensitivity_decides_what_goes_and_prices_it():
+    """Rows that the loss does not feel don't count, and the cost is tr(G (W − Ŵ) C (W − Ŵ)ᵀ)."""
+    x, weight, c = problem(5, 6, 16)
+    root = torch.randn(6, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    sensitivity = root @ root.T
+    second = Second(c, x.mean(0))
+    moments = Moments(second, second, 400, sensitivity)
+    curve = neurons.cost_curve(weight, None, moments, 8)
+    chosen = neurons.select(weight, None, moments, 8)
+    lost = weight.clone()
+    lost[:, chosen.kept] -= chosen.down
+    expected = torch.trace(sensitivity @ lost @ c @ lost.T)
+    torch.testing.assert_close(curve[8], expected, rtol=2e-2, atol=0)
+    blind = neurons.select(weight, None, Moments(second, second, 400), 8)
+    assert blind.kept.tolist() != chosen.kept.tolist()
 
 
 @pytest.fixture

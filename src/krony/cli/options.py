@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a name on the hub.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A folder, a name on the hub, or demo, which comes with krony.", show_default=False
+    ),
+]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must be new or empty.")]
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write the figures as JSON; - is stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the model.")]

@@ -25,11 +25,20 @@ class Second:
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of one group; ``hidden`` is None for a single layer."""
+    """What is known of one group.
+
+    Attributes:
+        inputs: of what enters its first matrix.
+        hidden: of what enters the down matrix; None for a single layer.
+        tokens: how many were read.
+        sensitivity: ``(out, out)``, the mean of ``g gᵀ`` over tokens, g the gradient of the loss with respect to what
+            comes out of the group; None unless it was asked for.
+    """
 
     inputs: Second
     hidden: Second | None
     tokens: int
+    sensitivity: Tensor | None = None
 
     def of(self, role: str) -> Second:
         """The moments of the inputs of a matrix with this role."""

@@ -10,6 +10,9 @@ block W and C⁻¹ are what they would be had those neurons never been there:
 
     S = (C⁻¹[D, D])⁻¹ C⁻¹[D, K],   W ← W[:, K] − W[:, D] S,   C⁻¹ ← C⁻¹[K, K] − C⁻¹[K, D] S.
 
+Where the loss's sensitivity G to the MLP's output is known, ``‖W[:, j]‖²`` is ``W[:, j]ᵀ G W[:, j]``: costs are then in
+nats (but for a factor) and layers can be compared. The repair does not depend on G.
+
 The rows of the up matrices that are kept stay exact, biases too.
 """
 
@@ -46,7 +49,7 @@ def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments 
     if moments is None or moments.hidden is None:
         raise KronyError("init neurons needs calibration text")
     shape = ups[0].shape
-    selection = select(down.weight, down.bias, moments.hidden, shape.factors * shape.m1, moments.tokens)
+    selection = select(down.weight, down.bias, moments, shape.factors * shape.m1)
     epsilon = config.epsilon or 0.0
     order = hidden_order(selection.kept, shape)
     made = [_up(target, selection.kept, order, epsilon) for target in ups]
@@ -67,32 +70,43 @@ def check_targets(targets: Sequence[Target]) -> None:
         )
 
 
-def select(weight: Tensor, bias: Tensor | None, second: Second, keep: int, tokens: int) -> Selection:
+def select(weight: Tensor, bias: Tensor | None, moments: Moments, keep: int) -> Selection:
     """Chooses ``keep`` of the hidden neurons and refits the down matrix ``weight: (out, n)`` to them.
 
     Where there is a bias it takes up the mean of what was dropped, and C is the covariance. Warns where the text has
     fewer tokens than the MLP has neurons.
     """
+    assert moments.hidden is not None
     neurons = weight.shape[1]
-    if tokens < neurons:
+    if moments.tokens < neurons:
         warnings.warn(
-            f"calibration has {tokens:,} tokens for {neurons:,} neurons: the selection will be rough, give more text",
+            f"calibration has {moments.tokens:,} tokens for {neurons:,} neurons: "
+            "the selection will be rough, give more text",
             KronyWarning,
             stacklevel=2,
         )
-    w, c, mean = weight.double(), _spread(second, bias, weight.device), second.mean.to(weight.device)
-    dropped, _ = drop(w, c, neurons - keep)
+    w, c = weight.double(), _spread(moments.hidden, bias, weight.device)
+    dropped, _ = drop(_felt(w, moments), c, neurons - keep)
     stays = torch.ones(neurons, dtype=torch.bool, device=weight.device)
     stays[dropped] = False
     kept = stays.nonzero().squeeze(1)
     down = refit(w, c, kept)
+    mean = moments.hidden.mean.to(weight.device)
     return Selection(kept, down, None if bias is None else bias.double() + w @ mean - down @ mean[kept])
 
 
-def cost_curve(weight: Tensor, bias: Tensor | None, second: Second, count: int) -> Tensor:
+def cost_curve(weight: Tensor, bias: Tensor | None, moments: Moments, count: int) -> Tensor:
     """The cost of dropping the n cheapest neurons, for n from 0 to ``count``: ``(count + 1,)``."""
-    _, costs = drop(weight.double(), _spread(second, bias, weight.device), count)
+    assert moments.hidden is not None
+    _, costs = drop(_felt(weight.double(), moments), _spread(moments.hidden, bias, weight.device), count)
     return torch.cat([costs.new_zeros(1), costs])
+
+
+def _felt(weight: Tensor, moments: Moments) -> Tensor:
+    """The rows of ``weight`` turned and scaled to what the loss feels of them: ``‖felt w‖² = wᵀ · sensitivity · w``."""
+    if moments.sensitivity is None:
+        return weight
+    return torch.linalg.cholesky(regularised(moments.sensitivity.to(weight.device))).T @ weight
 
 
 def _spread(second: Second, bias: Tensor | None, device: torch.device) -> Tensor:
