@@ -1,0 +1,150 @@
+"""What each initialisation makes of a model at equal parameters, without any training.
+
+    python benchmarks/quality.py MODEL --calibration FILE --data-dir DIR --out NAME
+
+Every way compresses the MLPs of all layers to the same parameters and is evaluated on the first tokens of OpenWebText's
+validation sample (every token weighing alike), of WikiText-2's test set (the paper's protocol) and of LAMBADA's, with
+the accuracy of the last word. DIR holds ``openwebtext/val.jsonl``, ``wikitext-2`` and ``lambada``. The figures go to
+``benchmarks/results/quality-NAME.json`` and, as a table and a picture, to ``docs``; what was measured stays in the file,
+so that a run that is interrupted, or is given other ways, goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+
+import torch
+from machine import machine
+
+import krony
+from krony.files import cache_folder, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+WAYS: dict[str, dict] = {
+    "neurons": {},
+    "neurons, global": {"allocation": "global"},
+    "svd": {"init": "svd"},
+    "van-loan": {"init": "van-loan"},
+    "prune": {"init": "prune"},
+}
+CALIBRATED = ("neurons", "neurons, global", "svd")
+SETS = {"OpenWebText": "token", "WikiText-2": "paper", "LAMBADA": "paper"}
+
+
+def evaluate(model: torch.nn.Module, tokenizer: object, options: argparse.Namespace) -> dict[str, dict]:
+    """Perplexity (and last-word accuracy) on each set."""
+    sources = dict(zip(SETS, (str(options.data_dir / "openwebtext/val.jsonl"), "wikitext-2", "lambada"), strict=True))
+    figures = {}
+    for name, protocol in SETS.items():
+        result = krony.evaluate(
+            model, tokenizer, sources[name], data_dir=options.data_dir, protocol=protocol, max_tokens=options.tokens
+        )
+        figures[name] = {"perplexity": result.perplexity, "accuracy": result.accuracy, "tokens": result.tokens}
+    return figures
+
+
+def measure(way: str, keep: float, base: torch.nn.Module, ids: torch.Tensor, tokenizer: object, options) -> dict:
+    """One row: the model compressed one way, and what is left of it."""
+    model = copy.deepcopy(base)
+    start = time.perf_counter()
+    config = krony.KronyConfig(f"keep={keep:g}", seed=options.seed, **WAYS[way])
+    calibration = ids if way in CALIBRATED else None
+    report = krony.compress(model, config, calibration=calibration, cache=cache_folder())
+    seconds = time.perf_counter() - start
+    figures = evaluate(model.to(options.dtype), tokenizer, options)
+    return {"way": way, "removed": 1 - keep, "params": report.params_after, "seconds": seconds, "sets": figures}
+
+
+def table(results: dict) -> str:
+    """The figures in Markdown."""
+    base = results["base"]["sets"]
+    lines = [
+        "| MLP parameters removed | init | parameters | OpenWebText | ratio | WikiText-2 | LAMBADA | last word |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| none | | {results['base']['params']:,} | {_cells(base, base)} |",
+    ]
+    for row in sorted(results["rows"], key=lambda row: (row["removed"], list(WAYS).index(row["way"]))):
+        lines.append(f"| {row['removed']:.0%} | {row['way']} | {row['params']:,} | {_cells(row['sets'], base)} |")
+    return "\n".join(lines)
+
+
+def _cells(sets: dict, base: dict) -> str:
+    first, second, third = (sets[name]["perplexity"] for name in SETS)
+    ratio = first / base["OpenWebText"]["perplexity"]
+    figures = [_short(first), _short(ratio), _short(second), _short(third), f"{sets['LAMBADA']['accuracy']:.1%}"]
+    return " | ".join(figures)
+
+
+def _short(figure: float) -> str:
+    return f"{figure:,.0f}" if figure >= 1000 else f"{figure:.2f}"
+
+
+def picture(results: dict, file: Path) -> None:
+    """Perplexity against parameters, a line for each way."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for way, marker in zip(WAYS, "osD^v", strict=True):
+        rows = sorted((row for row in results["rows"] if row["way"] == way), key=lambda row: row["params"])
+        points = [(row["params"] / 1e6, row["sets"]["OpenWebText"]["perplexity"]) for row in rows]
+        axes.plot(*zip(*points, strict=True), marker=marker, label=way) if points else None
+    axes.axhline(results["base"]["sets"]["OpenWebText"]["perplexity"], color="black", linestyle=":", label="the original")
+    axes.set(xlabel="parameters, millions", ylabel="perplexity on OpenWebText, before any training", yscale="log")
+    axes.legend()
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measures what isn't measured yet, and writes the table and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True, metavar="FILE|python-docs")
+    parser.add_argument("--calibration-tokens", type=int, default=49_152)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--out", required=True, metavar="NAME")
+    parser.add_argument("--label", help="the model's name in the table; MODEL by default")
+    parser.add_argument("--tokens", type=int, default=16_384, help="evaluated of each set")
+    parser.add_argument("--keep", type=float, nargs="*", default=[0.75, 0.5, 0.25])
+    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32, help="evaluated in")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    file = ROOT / "benchmarks/results" / f"quality-{options.out}.json"
+    base, tokenizer = krony.load_model(options.model, dtype=torch.float32), krony.load_tokenizer(options.model)
+    length = min(512, base.config.max_position_embeddings)
+    ids = krony.calibration_set(
+        options.calibration, tokenizer, tokens=options.calibration_tokens, length=length, seed=options.seed
+    )
+    results = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    results |= {
+        "model": options.label or options.model, "machine": machine(), "dtype": str(options.dtype).removeprefix("torch."),
+        "seed": options.seed, "tokens": options.tokens, "calibration_tokens": ids.numel(),
+    }  # fmt: skip
+    if "base" not in results:
+        figures = evaluate(copy.deepcopy(base).to(options.dtype), tokenizer, options)
+        results["base"] = {"params": sum(p.numel() for p in base.parameters()), "sets": figures}
+        write_json(file, results)
+    for keep in options.keep:
+        for way in options.ways:
+            if any(row["way"] == way and row["removed"] == 1 - keep for row in results["rows"]):
+                continue
+            results["rows"].append(measure(way, keep, base, ids, tokenizer, options))
+            write_json(file, results)
+            print(table(results).splitlines()[-1], flush=True)
+    text = (
+        f"{results['model']}, no training; calibration on {ids.numel():,} tokens; the first {options.tokens:,} tokens of "
+        f"each set, in {results['dtype']}; perplexities, and LAMBADA's last-word accuracy.\n\n{table(results)}\n"
+    )
+    (ROOT / "docs" / f"quality-{options.out}.md").write_text(text, encoding="utf-8")
+    picture(results, ROOT / "docs" / f"quality-{options.out}.svg")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
