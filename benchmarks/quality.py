@@ -5,8 +5,8 @@
 Every way compresses the MLPs of all layers to the same parameters and is evaluated on the first tokens of OpenWebText's
 validation sample (every token weighing alike), of WikiText-2's test set (the paper's protocol) and of LAMBADA's, with
 the accuracy of the last word. DIR holds ``openwebtext/val.jsonl``, ``wikitext-2`` and ``lambada``. The figures go to
-``benchmarks/results/quality-NAME.json`` and, as a table and a picture, to ``docs``; what was measured stays in the file,
-so that a run that is interrupted, or is given other ways, goes on.
+``benchmarks/results/quality-NAME.json`` and, as a table and a picture, to ``docs``; what was measured stays in the
+file, so that a run that is interrupted, or is given other ways, goes on.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def evaluate(model: torch.nn.Module, tokenizer: object, options: argparse.Namesp
     return figures
 
 
-def measure(way: str, keep: float, base: torch.nn.Module, ids: torch.Tensor, tokenizer: object, options) -> dict:
+def measure(
+    way: str, keep: float, base: torch.nn.Module, ids: torch.Tensor, tokenizer: object, options: argparse.Namespace
+) -> dict:
     """One row: the model compressed one way, and what is left of it."""
     model = copy.deepcopy(base)
     start = time.perf_counter()
@@ -92,7 +94,9 @@ def picture(results: dict, file: Path) -> None:
         rows = sorted((row for row in results["rows"] if row["way"] == way), key=lambda row: row["params"])
         points = [(row["params"] / 1e6, row["sets"]["OpenWebText"]["perplexity"]) for row in rows]
         axes.plot(*zip(*points, strict=True), marker=marker, label=way) if points else None
-    axes.axhline(results["base"]["sets"]["OpenWebText"]["perplexity"], color="black", linestyle=":", label="the original")
+    axes.axhline(
+        results["base"]["sets"]["OpenWebText"]["perplexity"], color="black", linestyle=":", label="the original"
+    )
     axes.set(xlabel="parameters, millions", ylabel="perplexity on OpenWebText, before any training", yscale="log")
     axes.legend()
     figure.savefig(file)
@@ -123,7 +127,8 @@ def main() -> None:
     )
     results = json.loads(file.read_text()) if file.exists() else {"rows": []}
     results |= {
-        "model": options.label or options.model, "machine": machine(), "dtype": str(options.dtype).removeprefix("torch."),
+        "model": options.label or options.model, "machine": machine(),
+        "dtype": f"{options.dtype}".removeprefix("torch."),
         "seed": options.seed, "tokens": options.tokens, "calibration_tokens": ids.numel(),
     }  # fmt: skip
     if "base" not in results:
@@ -138,8 +143,8 @@ def main() -> None:
             write_json(file, results)
             print(table(results).splitlines()[-1], flush=True)
     text = (
-        f"{results['model']}, no training; calibration on {ids.numel():,} tokens; the first {options.tokens:,} tokens of "
-        f"each set, in {results['dtype']}; perplexities, and LAMBADA's last-word accuracy.\n\n{table(results)}\n"
+        f"{results['model']}, no training; calibration on {ids.numel():,} tokens; the first {options.tokens:,} tokens "
+        f"of each set, in {results['dtype']}; perplexities, and LAMBADA's last-word accuracy.\n\n{table(results)}\n"
     )
     (ROOT / "docs" / f"quality-{options.out}.md").write_text(text, encoding="utf-8")
     picture(results, ROOT / "docs" / f"quality-{options.out}.svg")

@@ -11,13 +11,14 @@ ROOT = Path(krony.__file__).parent
 
 # From the bottom up: a module imports from earlier lines only (and, in a package, from its own files).
 ORDER = [
-    ["errors", "_version", "progress", "python_docs"],
+    ["errors", "_version", "progress", "python_docs", "hardware"],
     ["kron", "config", "files", "allocation", "ranks"],
     ["schemes", "init"],
     ["linear"],
     ["surgery"],
     ["hf", "models", "data"],
     ["calibration", "evaluation", "export", "inspection"],
+    ["reconstruction"],
     ["compression"],
     ["card"],
     ["cli"],

@@ -214,7 +214,7 @@ class _Sums:
             self.handles.append(model.get_submodule(name).register_forward_pre_hook(self._take(key)))
         if sensitivity:
             self.handles.append(model.get_submodule(group.sites[-1].name).register_forward_hook(self._watch))
-        layer = _enclosing_layer(model, group)
+        layer = enclosing_layer(model, group)
         self.handles.append(layer.register_forward_hook(self._add))
 
     def _take(self, key: str) -> Any:
@@ -224,9 +224,7 @@ class _Sums:
         return hook
 
     def _add(self, _: nn.Module, __: Any, output: Any) -> None:
-        after = (output[0] if isinstance(output, tuple) else output).detach().flatten(0, -2).float()  # (tokens, d)
-        weights = after.square().sum(-1).clamp_min(1e-12).reciprocal() if self.weighted else torch.ones(len(after))
-        weights = weights.to(after.device)
+        weights = token_weights(output, self.weighted)
         self.total += weights.sum().item()
         for key, x in self.seen.items():
             weighted = x * weights[:, None]
@@ -308,7 +306,14 @@ def check_ids(ids: Tensor, model: PreTrainedModel) -> Tensor:
     return ids
 
 
-def _enclosing_layer(model: PreTrainedModel, group: Group) -> nn.Module:
+def token_weights(output: Any, weighted: bool) -> Tensor:
+    """``1/‖h_t‖²`` of what a transformer layer gives, or ones: ``(tokens,)``, float32."""
+    after = (output[0] if isinstance(output, tuple) else output).detach().flatten(0, -2).float()  # (tokens, d)
+    sizes = after.square().sum(-1).clamp_min(1e-12)
+    return sizes.reciprocal() if weighted else torch.ones_like(sizes)
+
+
+def enclosing_layer(model: PreTrainedModel, group: Group) -> nn.Module:
     """The transformer layer that the group is in; the model itself for what is in none."""
     parts = group.sites[0].name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from krony.init.svd import low_rank
 from krony.kron import KronShape
 from krony.linear import KroneckerLinear
 from krony.progress import Progress, silent
+from krony.reconstruction import Examples, examples, module_name, reconstruct
 from krony.surgery import (
     Group,
     count_parameters,
@@ -106,18 +108,24 @@ def compress(
     groups = plan(model, config)
     before = count_parameters(model)
     initialise = get_init(config.init)
-    known = _moments(model, groups, config, calibration, tokenizer, cache, progress)
+    ids = _token_ids(calibration, tokenizer, config)
+    known = _moments(model, groups, config, ids, cache, progress)
     source = known.source if isinstance(known, Calibration) else None
     shapes = _allocate(model, groups, config, known, progress)
     replaced: dict[str, tuple[KroneckerLinear, LayerReport]] = {}
     with torch.no_grad():
-        for done, (group, moments) in enumerate(zip(groups, known, strict=True)):
+        texts = _texts(model, groups, config, ids, progress)
+        for done, (group, moments, text) in enumerate(zip(groups, known, texts, strict=True)):
             progress(done, len(groups), group.sites[0].name)
             if not any(site.name in shapes for site in group.sites):
                 continue  # allocation leaves this layer whole
             targets = _targets(model, group, shapes)
-            for target, factors in zip(targets, initialise(targets, config, moments), strict=True):
-                layer = _build(target, factors, config)
+            made = initialise(targets, config, moments)
+            layers = {t.name: _build(t, factors, config) for t, factors in zip(targets, made, strict=True)}
+            if text is not None:
+                _reconstruct(model, group, layers, text, config)
+            for target, factors in zip(targets, made, strict=True):
+                layer = layers[target.name]
                 replaced[target.name] = layer, _report(target, factors, layer, moments)
         for name, (layer, _) in replaced.items():
             put_in(model, name, layer)
@@ -125,40 +133,72 @@ def compress(
             _reinitialise(model, config.seed)
     progress(len(groups), len(groups), "done")
     hf.mark(model, config)
-    layers = [layer_report for _, layer_report in replaced.values()]
+    reports = [layer_report for _, layer_report in replaced.values()]
     return Report(
-        config.scheme, config.init, before, count_parameters(model), time.perf_counter() - start, layers, source
+        config.scheme, config.init, before, count_parameters(model), time.perf_counter() - start, reports, source
     )
+
+
+def _token_ids(
+    calibration: Tensor | Iterable[str] | None, tokenizer: PreTrainedTokenizerBase | None, config: KronyConfig
+) -> Tensor | None:
+    if calibration is None:
+        if config.init in CALIBRATED or config.reconstruct:
+            what = f"init {config.init}" if config.init in CALIBRATED else "reconstruct"
+            raise KronyError(f"{what} needs calibration text: give calibration= (on the command line, --calibration)")
+        return None
+    if isinstance(calibration, Tensor):
+        return calibration
+    if tokenizer is None:
+        raise KronyError("calibration is texts, so tokenizer= is needed; or give token ids")
+    return pack(list(calibration), tokenizer, seed=config.seed)
 
 
 def _moments(
     model: PreTrainedModel,
     groups: list[Group],
     config: KronyConfig,
-    calibration: Tensor | Iterable[str] | None,
-    tokenizer: PreTrainedTokenizerBase | None,
+    ids: Tensor | None,
     cache: Path | None,
     progress: Progress,
 ) -> Iterable[Moments | None]:
-    if calibration is None:
-        if config.init in CALIBRATED:
-            raise KronyError(
-                f"init {config.init} needs calibration text: give calibration= (on the command line, --calibration)"
-            )
+    if ids is None:
         return [None] * len(groups)
-    if not isinstance(calibration, Tensor):
-        if tokenizer is None:
-            raise KronyError("calibration is texts, so tokenizer= is needed; or give token ids")
-        calibration = pack(list(calibration), tokenizer, seed=config.seed)
     return Calibration(
         model,
         groups,
-        calibration,
+        ids,
         token_weighting=config.token_weighting,
         sensitivity=config.allocation == "global",
         cache=cache,
         progress=progress,
     )
+
+
+def _texts(
+    model: PreTrainedModel, groups: list[Group], config: KronyConfig, ids: Tensor | None, progress: Progress
+) -> Iterable[Examples | None]:
+    """What ``reconstruct`` trains each group on."""
+    if ids is None or not config.reconstruct:
+        return [None] * len(groups)
+    return examples(model, groups, ids, token_weighting=config.token_weighting, progress=progress)
+
+
+def _reconstruct(
+    model: PreTrainedModel, group: Group, layers: dict[str, KroneckerLinear], text: Examples, config: KronyConfig
+) -> None:
+    """Trains the group's new layers, in float32 whatever their dtype."""
+    name = module_name(group)
+    original = copy.deepcopy(model.get_submodule(name)).eval().float()
+    student: nn.Module = copy.deepcopy(original) if group.is_mlp else layers[name]
+    dtype = next(iter(layers.values())).weight.dtype
+    for layer_name, layer in layers.items():
+        if group.is_mlp:
+            put_in(student, layer_name.removeprefix(f"{name}."), layer)
+        layer.float()
+    reconstruct(original, student, text, steps=config.reconstruct, seed=config.seed)
+    for layer in layers.values():
+        layer.to(dtype)
 
 
 def plan(model: PreTrainedModel, config: KronyConfig) -> list[Group]:

@@ -31,6 +31,7 @@ class KronyConfig:
         seed: of everything random.
         max_width: with ``global``, the most hidden neurons that a layer may keep.
         multiple_of: with ``global``, the neurons that a layer keeps are a multiple of it.
+        reconstruct: steps of training each MLP by itself on the calibration text; 0 for none.
     """
 
     scheme: str
@@ -47,6 +48,7 @@ class KronyConfig:
     seed: int = 0
     max_width: int | None = None
     multiple_of: int | None = None
+    reconstruct: int = 0
 
     def __post_init__(self) -> None:
         _one_of("init", self.init, INITS)
@@ -64,6 +66,8 @@ class KronyConfig:
                 raise KronyError(f"{name} is of allocation global, and the allocation is {self.allocation}")
             if value is not None and value < 1:
                 raise KronyError(f"{name} is {value}: it takes a number of neurons from 1")
+        if self.reconstruct < 0:
+            raise KronyError(f"reconstruct is {self.reconstruct}: it takes a number of steps, 0 for none")
         if self.scalar_init == 0:
             raise KronyError("scalar_init is 0: the left factors are divided by it, so it takes another number")
 

@@ -48,6 +48,9 @@ def run(
     token_weighting: Annotated[
         bool, typer.Option(help="Weigh tokens by 1/|hidden state|², so that a few huge ones don't decide.")
     ] = True,
+    reconstruct: Annotated[
+        int, typer.Option(metavar="STEPS", help="Then train each MLP by itself on that text, for so many steps.")
+    ] = 0,
     layers: Annotated[str, typer.Option(help="all, odd, even, or a zero-based inclusive range such as 2-28.")] = "all",
     modules: Annotated[str, typer.Option(help="mlp, or a regular expression over names of linear layers.")] = "mlp",
     rescale: Annotated[
@@ -98,6 +101,7 @@ def run(
         token_weighting=token_weighting,
         max_width=max_width,
         multiple_of=multiple_of,
+        reconstruct=reconstruct,
         reinit=reinit,
         seed=seed,
     )
@@ -105,9 +109,10 @@ def run(
     if dry_run:
         _preview(to, skeleton, groups, config)
         return
-    if calibration is None and init in CALIBRATED:
+    if calibration is None and (init in CALIBRATED or reconstruct):
+        reader = f"init {init}" if init in CALIBRATED else "--reconstruct"
         raise KronyError(
-            f"init {init} needs text like that the model is for: --calibration FILE (.txt or .jsonl), or python-docs"
+            f"{reader} needs text like that the model is for: --calibration FILE (.txt or .jsonl), or python-docs"
         )
     check_writable(out)
     device = ranks.join(device)

@@ -1,0 +1,15 @@
+"""What the machine is good at."""
+
+from __future__ import annotations
+
+import torch
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 where this device multiplies matrices faster in it than in float32, else float32."""
+    kind = torch.device(device).type
+    fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cpu":
+        abilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
+        fast = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32

@@ -1,0 +1,160 @@
+"""A short training of each compressed MLP by itself, to give back what the original gave on the calibration text.
+
+Every MLP is trained alone, on the inputs that the original model gives it, towards the original MLP's outputs:
+``min Σ_t w_t ‖student(x_t) − original(x_t)‖²``, with the calibration's token weights. There is no pass through the rest
+of the model, so it costs seconds a layer. Right factors stay as they are: neurons that were dropped stay dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from krony.calibration import BATCH_TOKENS, MEMORY, enclosing_layer, token_weights
+from krony.hardware import fast_dtype
+from krony.linear import KroneckerLinear
+from krony.progress import Progress
+from krony.surgery import Group
+
+BATCH = 2048  # tokens a step
+RATE = 0.02  # of the first steps, relative to the root mean square of what is trained
+WARM_UP = 0.1  # of the steps
+ROUNDING = 0.01  # relative error that bfloat16 can't see
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What one group of the original model read: inputs ``(tokens, in)`` and token weights ``(tokens,)`` of mean 1."""
+
+    inputs: Tensor
+    weights: Tensor
+
+
+def module_name(group: Group) -> str:
+    """The module that a group is trained in: the MLP around its matrices, or the single layer itself."""
+    last = group.sites[-1].name
+    return last.rpartition(".")[0] if group.is_mlp else last
+
+
+def examples(
+    model: PreTrainedModel, groups: list[Group], ids: Tensor, *, token_weighting: bool, progress: Progress
+) -> Iterator[Examples]:
+    """The inputs of every group in order; as many are held as fit into memory, and the model runs again for the next.
+
+    ``ids``: token ids ``(sequences, length)``.
+    """
+    dtype = fast_dtype(model.device)
+    size = ids.numel() * max(group.sites[0].in_features for group in groups) * dtype.itemsize
+    at_once = max(1, MEMORY // size)
+    for start in range(0, len(groups), at_once):
+        yield from _record(model, groups[start : start + at_once], ids, dtype, token_weighting, progress)
+
+
+@torch.no_grad()
+def _record(
+    model: PreTrainedModel,
+    groups: list[Group],
+    ids: Tensor,
+    dtype: torch.dtype,
+    token_weighting: bool,
+    progress: Progress,
+) -> list[Examples]:
+    inputs: list[list[Tensor]] = [[] for _ in groups]
+    weights: list[list[Tensor]] = [[] for _ in groups]
+    handles: list[Any] = []
+
+    def watch(index: int, group: Group) -> None:
+        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[index].append(args[0].flatten(0, -2).to(dtype))  # (tokens, in)
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            weights[index].append(token_weights(output, token_weighting))
+
+        handles.append(model.get_submodule(module_name(group)).register_forward_pre_hook(before))
+        handles.append(enclosing_layer(model, group).register_forward_hook(after))
+
+    for index, group in enumerate(groups):
+        watch(index, group)
+    training, batch = model.training, max(1, BATCH_TOKENS // ids.shape[1])
+    model.eval()
+    try:
+        for start in range(0, len(ids), batch):
+            progress(start, len(ids), "activations")
+            model.base_model(input_ids=ids[start : start + batch].to(model.device), use_cache=False)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    joined = [torch.cat(w) for w in weights]
+    return [Examples(torch.cat(x), w / w.mean()) for x, w in zip(inputs, joined, strict=True)]
+
+
+def reconstruct(
+    original: nn.Module, student: nn.Module, text: Examples, *, steps: int, seed: int
+) -> tuple[float, float]:
+    """Trains the Kronecker layers of ``student`` in place, in float32.
+
+    Returns the relative error of its outputs on the text, ``‖student − original‖ / ‖original‖``, before and after. If
+    the training did not lower it the student is left as it was.
+    """
+    layers = [m for m in student.modules() if isinstance(m, KroneckerLinear)]
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    first = [p.detach().clone() for p in parameters]
+    targets = _run(original, text.inputs)
+    scale = (text.weights * targets.square().sum(-1)).mean().clamp_min(torch.finfo(torch.float32).tiny)
+    before = _error(student, text, targets, scale)
+    if before < ROUNDING and text.inputs.dtype != torch.float32:
+        return before, before  # training in half precision would only add its rounding
+    with torch.enable_grad():
+        _descend(student, parameters, text, targets / scale.sqrt(), scale.sqrt(), steps, seed)
+    after = _error(student, text, targets, scale)
+    if not after < before:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, first, strict=True):
+                parameter.copy_(value)
+    return before, min(before, after)
+
+
+def _descend(
+    student: nn.Module, parameters: list[nn.Parameter], text: Examples, targets: Tensor, scale: Tensor, steps: int,
+    seed: int,
+) -> None:  # fmt: skip
+    """AdamW with rates relative to the size of what they change, so that a model's units don't matter."""
+    sizes = [p.detach().square().mean().sqrt().item() for p in parameters]
+    groups = [{"params": [p], "lr": RATE * (size or 1.0)} for p, size in zip(parameters, sizes, strict=True)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [RATE * (size or 1.0) for size in sizes], total_steps=steps, pct_start=WARM_UP, cycle_momentum=False
+    )
+    generator = torch.Generator().manual_seed(seed)
+    device = text.inputs.device
+    for _ in range(steps):
+        chosen = torch.randint(len(text.inputs), (BATCH,), generator=generator).to(device)
+        lost = _forward(student, text.inputs[chosen]) / scale - targets[chosen]  # (BATCH, out)
+        loss = (text.weights[chosen] * lost.square().sum(-1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _forward(module: nn.Module, inputs: Tensor) -> Tensor:
+    """``(tokens, in) -> (tokens, out)`` in float32, with products in the dtype of the inputs."""
+    low = inputs.dtype != torch.float32
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=low):
+        return module(inputs if low else inputs.float()).float()
+
+
+@torch.no_grad()
+def _run(module: nn.Module, inputs: Tensor) -> Tensor:
+    return torch.cat([_forward(module, piece) for piece in inputs.split(4 * BATCH)])
+
+
+def _error(student: nn.Module, text: Examples, targets: Tensor, scale: Tensor) -> float:
+    lost = _run(student, text.inputs) - targets
+    return ((text.weights * lost.square().sum(-1)).mean() / scale).sqrt().item()
