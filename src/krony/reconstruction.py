@@ -22,7 +22,7 @@ from krony.progress import Progress
 from krony.surgery import Group
 
 BATCH = 2048  # tokens a step
-RATE = 0.02  # of the first steps, relative to the root mean square of what is trained
+RATE = 0.05  # the highest, relative to the root mean square of what is trained, and to the error it starts from
 WARM_UP = 0.1  # of the steps
 ROUNDING = 0.01  # relative error that bfloat16 can't see
 
@@ -111,7 +111,7 @@ def reconstruct(
     if before < ROUNDING and text.inputs.dtype != torch.float32:
         return before, before  # training in half precision would only add its rounding
     with torch.enable_grad():
-        _descend(student, parameters, text, targets / scale.sqrt(), scale.sqrt(), steps, seed)
+        _descend(student, parameters, text, targets / scale.sqrt(), scale.sqrt(), steps, RATE * min(1.0, before), seed)
     after = _error(student, text, targets, scale)
     if not after < before:
         with torch.no_grad():
@@ -122,14 +122,14 @@ def reconstruct(
 
 def _descend(
     student: nn.Module, parameters: list[nn.Parameter], text: Examples, targets: Tensor, scale: Tensor, steps: int,
-    seed: int,
+    rate: float, seed: int,
 ) -> None:  # fmt: skip
     """AdamW with rates relative to the size of what they change, so that a model's units don't matter."""
     sizes = [p.detach().square().mean().sqrt().item() for p in parameters]
-    groups = [{"params": [p], "lr": RATE * (size or 1.0)} for p, size in zip(parameters, sizes, strict=True)]
+    groups = [{"params": [p], "lr": rate * (size or 1.0)} for p, size in zip(parameters, sizes, strict=True)]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [RATE * (size or 1.0) for size in sizes], total_steps=steps, pct_start=WARM_UP, cycle_momentum=False
+        optimizer, [rate * (size or 1.0) for size in sizes], total_steps=steps, pct_start=WARM_UP, cycle_momentum=False
     )
     generator = torch.Generator().manual_seed(seed)
     device = text.inputs.device

@@ -1,0 +1,110 @@
+"""Training each MLP by itself: it lowers the error it promises to lower, and touches nothing else."""
+
+import copy
+
+import pytest
+import torch
+
+from krony import KronyConfig, KronyError, compress, reconstruction
+from krony.export import slim
+from krony.reconstruction import examples, module_name, reconstruct
+from krony.surgery import find_groups, kronecker_layers
+from small_models import gpt2, llama
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 256, (24, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    """The errors of these tiny models are below what bfloat16 sees."""
+    monkeypatch.setattr(reconstruction, "fast_dtype", lambda _: torch.float32)
+
+
+def outputs(model, group, text):
+    with torch.no_grad():
+        return model.get_submodule(module_name(group))(text.inputs)
+
+
+@pytest.mark.parametrize("config", [{"init": "neurons"}, {"init": "van-loan"}, {"init": "als"}])
+def test_every_mlp_comes_nearer_to_the_original(model, ids, config):
+    original, plain = copy.deepcopy(model), copy.deepcopy(model)
+    compress(plain, KronyConfig("keep=0.5", **config), calibration=ids)
+    compress(model, KronyConfig("keep=0.5", reconstruct=60, **config), calibration=ids)
+    groups = find_groups(original)
+    texts = examples(original, groups, ids, token_weighting=True, progress=lambda *_: None)
+    for group, text in zip(groups, texts, strict=True):
+        expected = outputs(original, group, text)
+
+        def lost(m, group=group, text=text, expected=expected):
+            return (text.weights * (outputs(m, group, text) - expected).square().sum(-1)).mean()
+
+        assert lost(model) < 0.95 * lost(plain)
+
+
+def test_examples_are_what_the_mlps_read(model, ids):
+    seen = []
+    groups = find_groups(model)
+    name = module_name(groups[1])
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    (made,) = list(examples(model, groups[1:2], ids, token_weighting=False, progress=lambda *_: None))
+    with torch.no_grad():
+        model(ids)
+    torch.testing.assert_close(made.inputs, torch.cat(seen[: len(seen) // 2]))
+    assert made.weights.tolist() == [1.0] * ids.numel()
+
+
+def test_a_few_groups_at_a_time_give_the_same(model, ids, monkeypatch):
+    groups = find_groups(model)
+    whole = list(examples(model, groups, ids, token_weighting=True, progress=lambda *_: None))
+    monkeypatch.setattr(reconstruction, "MEMORY", 1)
+    for a, b in zip(whole, examples(model, groups, ids, token_weighting=True, progress=lambda *_: None), strict=True):
+        assert torch.equal(a.inputs, b.inputs) and torch.equal(a.weights, b.weights)
+
+
+def test_dropped_neurons_stay_dropped(model, ids):
+    compress(model, KronyConfig("keep=0.5", reconstruct=20), calibration=ids)
+    expected = model(ids).logits
+    exported = slim(model)
+    torch.testing.assert_close(exported.model(ids).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_training_that_makes_it_worse_is_undone(ids, monkeypatch):
+    model = llama()
+    compress(model, KronyConfig("keep=0.5"), calibration=ids)
+    student = model.get_submodule("model.layers.0.mlp")
+    before = copy.deepcopy(student.state_dict())
+    group = find_groups(llama())[0]
+    (text,) = examples(llama(), [group], ids, token_weighting=True, progress=lambda *_: None)
+    monkeypatch.setattr(reconstruction, "RATE", 100.0)
+    first, last = reconstruct(llama().get_submodule("model.layers.0.mlp"), student, text, steps=3, seed=0)
+    assert first == last
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), student.state_dict().values(), strict=True))
+
+
+def test_the_same_twice_and_dtype_is_kept(ids):
+    models = [gpt2().bfloat16(), gpt2().bfloat16()]
+    for model in models:
+        compress(model, KronyConfig("keep=0.5", reconstruct=5), calibration=ids)
+    first, second = (dict(m.named_parameters()) for m in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert {p.dtype for p in first.values()} == {torch.bfloat16}
+
+
+def test_single_layers(ids):
+    model, plain = gpt2(), gpt2()
+    options = {"scheme": "keep=0.5", "init": "van-loan", "modules": "c_attn"}
+    expected = model(ids).logits
+    compress(plain, KronyConfig(**options))
+    compress(model, KronyConfig(**options, reconstruct=40), calibration=ids)
+    assert (model(ids).logits - expected).norm() < (plain(ids).logits - expected).norm()
+    assert set(kronecker_layers(model)) == set(kronecker_layers(plain))
+
+
+def test_mistakes():
+    with pytest.raises(KronyError, match="reconstruct needs calibration text"):
+        compress(gpt2(), KronyConfig("keep=0.5", init="van-loan", reconstruct=5))
+    with pytest.raises(KronyError, match="reconstruct is -1: it takes a number of steps"):
+        KronyConfig("keep=0.5", reconstruct=-1)
