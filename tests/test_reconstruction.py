@@ -41,7 +41,9 @@ def test_every_mlp_comes_nearer_to_the_original(model, ids, config):
         def lost(m, group=group, text=text, expected=expected):
             return (text.weights * (outputs(m, group, text) - expected).square().sum(-1)).mean()
 
-        assert lost(model) < 0.95 * lost(plain)
+        whole = (text.weights * expected.square().sum(-1)).mean()
+        assert lost(model) <= lost(plain)
+        assert lost(model) < 0.95 * lost(plain) or lost(plain) < 1e-5 * whole  # the least squares have found it already
 
 
 def test_examples_are_what_the_mlps_read(model, ids):
