@@ -23,7 +23,7 @@ def workplace(tmp_path, monkeypatch, tokenizer):
 
     monkeypatch.chdir(tmp_path)
     config = GPT2Config(
-        n_layer=2, n_embd=48, n_head=4, n_positions=64, vocab_size=257, bos_token_id=256, eos_token_id=256
+        n_layer=2, n_embd=48, n_head=4, n_positions=512, vocab_size=257, bos_token_id=256, eos_token_id=256
     )
     torch.manual_seed(0)
     GPT2LMHeadModel(config).save_pretrained("gpt2")
