@@ -22,16 +22,18 @@ from machine import machine
 
 import krony
 from krony.files import cache_folder, write_json
+from krony.report import lines
 
 ROOT = Path(__file__).resolve().parents[1]
 WAYS: dict[str, dict] = {
     "neurons": {},
     "neurons, global": {"allocation": "global"},
+    "neurons, global, reconstructed": {"allocation": "global", "reconstruct": 300},
     "svd": {"init": "svd"},
     "van-loan": {"init": "van-loan"},
     "prune": {"init": "prune"},
 }
-CALIBRATED = ("neurons", "neurons, global", "svd")
+CALIBRATED = ("neurons", "neurons, global", "neurons, global, reconstructed", "svd")
 SETS = {"OpenWebText": "token", "WikiText-2": "paper", "LAMBADA": "paper"}
 
 
@@ -85,22 +87,16 @@ def _short(figure: float) -> str:
     return f"{figure:,.0f}" if figure >= 1000 else f"{figure:.2f}"
 
 
-def picture(results: dict, file: Path) -> None:
+def picture(results: dict) -> str:
     """Perplexity against parameters, a line for each way."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for way, marker in zip(WAYS, "osD^v", strict=True):
+    series = {}
+    for way in WAYS:
         rows = sorted((row for row in results["rows"] if row["way"] == way), key=lambda row: row["params"])
-        points = [(row["params"] / 1e6, row["sets"]["OpenWebText"]["perplexity"]) for row in rows]
-        axes.plot(*zip(*points, strict=True), marker=marker, label=way) if points else None
-    axes.axhline(
-        results["base"]["sets"]["OpenWebText"]["perplexity"], color="black", linestyle=":", label="the original"
-    )
-    axes.set(xlabel="parameters, millions", ylabel="perplexity on OpenWebText, before any training", yscale="log")
-    axes.legend()
-    figure.savefig(file)
-    plt.close(figure)
+        if rows:
+            series[way] = [(row["params"] / 1e6, row["sets"]["OpenWebText"]["perplexity"]) for row in rows]
+    original = results["base"]["sets"]["OpenWebText"]["perplexity"]
+    labels = "parameters, millions", "perplexity on OpenWebText, no training"
+    return lines(series, *labels, level=("the original", original))
 
 
 def main() -> None:
@@ -147,7 +143,7 @@ def main() -> None:
         f"of each set, in {results['dtype']}; perplexities, and LAMBADA's last-word accuracy.\n\n{table(results)}\n"
     )
     (ROOT / "docs" / f"quality-{options.out}.md").write_text(text, encoding="utf-8")
-    picture(results, ROOT / "docs" / f"quality-{options.out}.svg")
+    (ROOT / "docs" / f"quality-{options.out}.svg").write_text(picture(results), encoding="utf-8")
     print(text)
 
 

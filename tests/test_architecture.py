@@ -11,7 +11,7 @@ ROOT = Path(krony.__file__).parent
 
 # From the bottom up: a module imports from earlier lines only (and, in a package, from its own files).
 ORDER = [
-    ["errors", "_version", "progress", "python_docs", "hardware"],
+    ["errors", "_version", "progress", "python_docs", "hardware", "report"],
     ["kron", "config", "files", "allocation", "ranks"],
     ["schemes", "init"],
     ["linear"],
