@@ -80,6 +80,17 @@ def test_sensitivity_is_of_the_gradients_at_the_output(model, ids):
         torch.testing.assert_close(moments.sensitivity, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_sensitivity_of_a_part_leaves_the_moments_whole(model, ids, monkeypatch):
+    groups = find_groups(model)
+    whole = list(Calibration(model, groups, ids, sensitivity=True))
+    monkeypatch.setattr(module, "SENSITIVITY_TOKENS", 40)
+    part = list(Calibration(model, groups, ids, sensitivity=True))
+    first = list(Calibration(model, groups, ids[:2], sensitivity=True))
+    for a, b, c in zip(whole, part, first, strict=True):
+        torch.testing.assert_close(a.hidden.matrix, b.hidden.matrix, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(b.sensitivity, c.sensitivity)
+
+
 def test_drawn_tokens_follow_the_model(ids):
     probabilities = torch.tensor([0.5, 0.2, 0.3, 0.0])
     rows = torch.arange(400 * 5).view(400, 5)

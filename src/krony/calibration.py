@@ -36,6 +36,7 @@ from krony.surgery import Group
 
 TOKENS, LENGTH = 49_152, 512
 BATCH_TOKENS = 4096  # tokens a forward pass
+SENSITIVITY_TOKENS = 16_384  # enough for a matrix of the model's width; a backward pass is dear
 MEMORY = 4 * 1024**3  # bytes of sums held at once; a model that needs more is read in several passes
 
 
@@ -169,19 +170,17 @@ class Calibration:
         """One pass over the text for these groups."""
         sums = [_Sums(self.model, group, self.token_weighting, self.sensitivity) for group in groups]
         ids = ranks.share(self.ids)
-        tokens = BATCH_TOKENS // 4 if self.sensitivity else BATCH_TOKENS  # a backward pass keeps what it needs
-        batch = max(1, tokens // self.ids.shape[1])
+        felt = min(len(ids), -(-SENSITIVITY_TOKENS // (ids.shape[1] * ranks.count()))) if self.sensitivity else 0
         training = self.model.training
         self.model.eval()
         try:
-            for start in range(0, len(ids), batch):
-                self.progress(start, len(ids), "calibration")
-                rows = ids[start : start + batch].to(self.model.device)
-                if self.sensitivity:
-                    _backward(self.model, rows)
-                else:
-                    with torch.no_grad():
-                        self.model.base_model(input_ids=rows, use_cache=False)  # without the head: no logits needed
+            for rows in _batches(ids[:felt], BATCH_TOKENS // 4):  # a backward pass keeps what it needs
+                self.progress(0, len(ids), "calibration, sensitivity")
+                _backward(self.model, rows.to(self.model.device))
+            for done, rows in enumerate(_batches(ids[felt:], BATCH_TOKENS)):
+                self.progress(felt + done * len(rows), len(ids), "calibration")
+                with torch.no_grad():
+                    self.model.base_model(input_ids=rows.to(self.model.device), use_cache=False)  # no logits needed
         finally:
             self.model.train(training)
             for one in sums:
@@ -237,7 +236,8 @@ class _Sums:
         self.seen.clear()
 
     def _watch(self, _: nn.Module, __: Any, output: Tensor) -> None:
-        output.register_hook(self._add_gradient)
+        if output.requires_grad:
+            output.register_hook(self._add_gradient)
 
     def _add_gradient(self, gradient: Tensor) -> None:
         g = gradient.flatten(0, -2).float()  # (tokens, out)
@@ -263,6 +263,11 @@ class _Sums:
             count = ranks.add_up(torch.tensor(self.tokens)).item()
             sensitivity = (ranks.add_up(self.gradients) / count).float().double()
         return Moments(made["inputs"], made.get("hidden"), tokens, sensitivity)
+
+
+def _batches(ids: Tensor, tokens: int) -> tuple[Tensor, ...]:
+    """Sequences of about so many tokens together."""
+    return ids.split(max(1, tokens // ids.shape[1])) if len(ids) else ()
 
 
 def _backward(model: PreTrainedModel, ids: Tensor) -> None:

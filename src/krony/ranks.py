@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import torch
@@ -18,7 +19,14 @@ def join(device: str = "cpu") -> str:
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")
+    atexit.register(_leave)
     return device if device == "cpu" else str(state.device)
+
+
+def _leave() -> None:
+    """A process that ends without this may be taken for a crashed one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def is_first() -> bool:
