@@ -44,3 +44,30 @@ The error of a layer is the Frobenius norm of what was lost, relative to the ori
 | --- | --- | --- | ---: | ---: |
 {layers}
 """
+
+
+def healed_card(source: str, figures: dict) -> str:
+    """Markdown for the folder of a model that was trained on: how, and its validation perplexity before and after."""
+    teacher = f", taught by `{figures['teacher']}`" if figures["teacher"] else ""
+    return f"""---
+library_name: transformers
+base_model: {source}
+tags: [krony, kronecker, compression]
+---
+
+# {source}, healed with krony
+
+`{source}` trained on for {figures["tokens"]:,} tokens (recipe `{figures["recipe"]}`{teacher}, krony {__version__}).
+
+| | validation perplexity |
+| --- | ---: |
+| before | {figures["perplexity_before"]:.2f} |
+| after | {figures["perplexity_after"]:.2f} |
+
+```python
+import krony  # registers the layers with transformers
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+"""

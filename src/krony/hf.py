@@ -78,7 +78,9 @@ class KronyQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         model.is_quantized = False  # it is trainable and castable like any other: .half() and .float() must work
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        if isinstance(dtype, str):  # what a config holds after save_pretrained
+            dtype = getattr(torch, dtype)
         return to_dense(model) if dtype is None else to_dense(model).to(dtype)
 
 

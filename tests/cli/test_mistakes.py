@@ -169,3 +169,17 @@ def test_slim_where_it_is_not_exact(refused, compressed, tmp_path):
     assert "export to slim saves nothing exactly" in refused("export", compressed, tmp_path / "out", "--to", "slim")
     assert "--multiple-of is of --to slim" in refused("export", compressed, tmp_path / "out", "--multiple-of", 8)
     assert not (tmp_path / "out").exists()
+
+
+def test_heal(refused, compressed, tmp_path):
+    (tmp_path / "text.txt").write_text("too short")
+    arguments = ("heal", compressed, tmp_path / "out", "--data", tmp_path / "text.txt")
+    assert "has 9 tokens: at least 64 make one row" in refused(*arguments)
+    assert "recipe 'slow' is unknown: it is one of quick, paper" in refused(*arguments, "--recipe", "slow")
+    (tmp_path / "out.work").mkdir()
+    assert "is of a run that did not end: --resume goes on from it" in refused(*arguments)
+    (tmp_path / "text.txt").write_text("long enough for some rows of text " * 100)
+    assert "holds no checkpoint: there is nothing to resume" in refused(*arguments, "--resume")
+    (tmp_path / "out.work").rmdir()
+    assert "lambada is a test set" in refused(*arguments[:3], "--data", "lambada")
+    assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import krony as library
+from krony.surgery import kronecker_layers
 
 
 def test_schemes_gives_table_1_as_json(krony):
@@ -148,7 +149,23 @@ def test_the_installed_command(gpt2_folder):
     assert done.returncode == 0 and len(json.loads(done.stdout)) == 6
 
 
-@pytest.mark.parametrize("verb", ["schemes", "compress", "eval", "inspect", "generate", "export"])
+@pytest.mark.parametrize("verb", ["schemes", "compress", "heal", "eval", "inspect", "generate", "export"])
 def test_every_verb_has_help(krony, verb):
     done = krony(verb, "--help")
     assert done.code == 0 and "--json" in done.out
+
+
+def test_heal(krony, compressed, gpt2_folder, tmp_path):
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten. " * 200)
+    options = ("--data", tmp_path / "text.txt", "--length", 32, "--learning-rate", 0.003)
+    done = krony(
+        "heal", compressed, tmp_path / "out", *options, "--teacher", gpt2_folder, "--json", tmp_path / "h.json"
+    )
+    assert done.code == 0, done.err
+    figures = json.loads((tmp_path / "h.json").read_text())
+    assert 0 < figures["tokens"] <= 73 * 4 * 32 and figures["perplexity_after"] > 1 and len(figures["curve"]) > 5
+    assert "validation perplexity" in done.out and "tokens to train on" in done.out
+    assert not (tmp_path / "out.work").exists() and list((tmp_path / "out/runs").rglob("events*"))
+    assert f"{figures['tokens']:,} tokens" in (tmp_path / "out/README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert kronecker_layers(model) and AutoTokenizer.from_pretrained(tmp_path / "out")("a")["input_ids"]

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from krony._version import __version__
-from krony.cli import compress, evaluate, export, generate, inspect, schemes
+from krony.cli import compress, evaluate, export, generate, heal, inspect, schemes
 from krony.cli.output import complain
 from krony.errors import KronyError
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("schemes")(schemes.run)
 app.command("compress")(compress.run)
+app.command("heal")(heal.run)
 app.command("eval")(evaluate.run)
 app.command("inspect")(inspect.run)
 app.command("generate")(generate.run)

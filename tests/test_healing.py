@@ -1,0 +1,223 @@
+"""Healing: what trains, what stays, and that it can be stopped, resumed and shared without a trace."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from krony import KronyConfig, KronyError, compress, healing
+from krony.export import slim
+from krony.healing import RECIPES, Recipe, divergence, heal
+from krony.rows import Rows
+from krony.surgery import kronecker_layers
+from small_models import gpt2, llama
+
+TINY = Recipe(sequences=4, batch=2, length=32, learning_rate=3e-3, final_rate=1e-4, warm_up=2, epochs=1.0)
+TESTS = str(Path(__file__).parent)
+
+
+def text(rows: int = 60) -> Rows:
+    """Counting up by steps of three: something that can be learnt."""
+    return Rows((np.arange(rows * 32) * 3 % 250).astype(np.uint16), 32)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def small(ids):
+    model = llama()
+    compress(model, KronyConfig("keep=0.5"), calibration=ids)
+    return model
+
+
+def test_it_learns(small, tmp_path):
+    train, validation = text().split(4)
+    seen = []
+    report = heal(small, train, validation, work=tmp_path, recipe=TINY, progress=lambda *a: seen.append(a))
+    assert report.loss_after < report.loss_before - 0.5
+    assert report.tokens == 14 * 4 * 32 and seen[-1][:2] == (14, 14) and "tokens/s" in seen[-1][2]
+    assert report.curve[-1][0] <= report.tokens and report.curve[0][1] > report.curve[-1][1]
+    assert not small.training and all(p.requires_grad for p in small.parameters())
+
+
+def test_it_ends_in_its_best_state(small, tmp_path):
+    """The validation text is something else, so that training makes it worse and worse."""
+    train, _ = text(200).split(4)
+    noise = Rows(torch.randint(0, 256, (8 * 32,), generator=torch.Generator().manual_seed(3)).numpy(), 32)
+    report = heal(small, train, noise, work=tmp_path, recipe=TINY)
+    with torch.no_grad():
+        losses = [
+            float(small(input_ids=row[None], labels=row[None]).loss) for row in (noise[i]["labels"] for i in range(8))
+        ]
+    assert sum(losses) / 8 == pytest.approx(report.loss_after, rel=1e-2)  # bfloat16 in the trainer
+    assert report.tokens < 49 * 4 * 32  # it stopped early
+
+
+@pytest.mark.parametrize("freeze", healing.FREEZE)
+def test_what_is_frozen_stays(small, tmp_path, freeze):
+    before = {name: p.detach().clone() for name, p in small.named_parameters()}
+    train, validation = text(20).split(4)
+    heal(small, train, validation, work=tmp_path, recipe=TINY, freeze=freeze)
+    changed = {name for name, p in small.named_parameters() if not torch.equal(p, before[name])}
+    compressed = {f"{name}.weight" for name in kronecker_layers(small)}
+    rights = {f"{name}.right" for name in kronecker_layers(small)}
+    assert compressed <= changed
+    assert bool(rights & changed) == (freeze != "right")
+    assert bool(changed - compressed - rights) == (freeze != "inherited")
+
+
+def test_slim_is_exact_after_healing(small, ids, tmp_path):
+    train, validation = text(20).split(4)
+    heal(small, train, validation, work=tmp_path, recipe=TINY, freeze="right")
+    expected = small(ids).logits
+    torch.testing.assert_close(slim(small).model(ids).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_is_followed(ids, tmp_path):
+    """What the student says comes nearer to the teacher, whatever the text is."""
+    teacher, model = llama(tie_word_embeddings=False), llama(tie_word_embeddings=False)
+    with torch.no_grad():
+        for one in (teacher, model):
+            one.lm_head.weight.mul_(30)  # a model at random has no opinions, and its MLPs hardly any say
+            for layer in one.model.layers:
+                layer.mlp.down_proj.weight.mul_(30)
+    compress(model, KronyConfig("keep=0.5", init="van-loan"))
+    noise = Rows(ids.flatten().repeat(8).numpy(), 32)
+    train, validation = noise.split(4)
+    recipe = replace(TINY, learning_rate=1e-3)
+
+    @torch.no_grad()
+    def apart() -> float:
+        return divergence(model(ids).logits, teacher(ids).logits).item()
+
+    before = apart()
+    heal(model, train, validation, work=tmp_path, recipe=recipe, teacher=teacher)
+    assert apart() < 0.7 * before
+
+
+def test_divergence_is_that_of_the_formula():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    p, q = b.softmax(-1), a.softmax(-1)
+    expected = (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(divergence(a, b).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_only_factors_decay(small):
+    optimizer = healing._optimizer(small, RECIPES["paper"], 1e-4)
+    factors, others = optimizer.param_groups
+    assert (factors["weight_decay"], factors["lr"]) == (0.1, 1e-4)
+    assert (others["weight_decay"], others["lr"]) == (0.0, 6e-5)
+    assert len(factors["params"]) == 2 * len(kronecker_layers(small))
+    assert factors["betas"] == (0.9, 0.95)
+
+
+def test_the_papers_recipes(small, tmp_path, monkeypatch):
+    """Section 4.2: 120 sequences of 1024 a step as 5 times 24, cosine from 6e-5 to 6e-6; then 320 at 6e-6."""
+    rows = Rows(np.zeros(640 * 1024, dtype=np.uint16), 1024)
+    made = healing._arguments(small, rows, RECIPES["paper"], tmp_path, False, "cpu", False, 0)
+    assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (24, 5)
+    assert made.max_steps == 15 and made.lr_scheduler_kwargs == {"min_lr": 6e-6} and made.max_grad_norm == 1.0
+    made = healing._arguments(small, rows, RECIPES["paper-final"], tmp_path, False, "cpu", False, 0)
+    assert made.per_device_train_batch_size * made.gradient_accumulation_steps == 320
+    assert made.lr_scheduler_type == "constant_with_warmup" and made.warmup_steps == 0 and made.learning_rate == 6e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"freeze": "left"}, "'left' is unknown: it is one of none, right, inherited"),
+        ({"recipe": replace(TINY, sequences=99)}, "one step of this recipe takes 99"),
+        ({"recipe": replace(TINY, sequences=3)}, "3 sequences a step can't be shared by 2 at once"),
+        ({"validation": Rows(np.zeros(0), 32)}, "no row to validate on"),
+        ({"train": Rows(np.zeros(5000, dtype=np.uint16), 80)}, "rows of 80 tokens: the model takes 64"),
+        ({"resume": True}, "holds no checkpoint: there is nothing to resume"),
+        ({"teacher": gpt2(vocab_size=300)}, "the teacher knows 300 tokens and the model 257"),
+    ],
+)
+def test_mistakes(small, tmp_path, changes, words):
+    train, validation = text(20).split(4)
+    options = {"train": train, "validation": validation, "recipe": TINY, "work": tmp_path} | changes
+    with pytest.raises(KronyError, match=words):
+        heal(small, **options)
+
+
+def test_a_dense_model_has_no_factors_to_train_alone(tmp_path):
+    train, validation = text(20).split(4)
+    with pytest.raises(KronyError, match="leaves a dense model nothing to train"):
+        heal(llama(), train, validation, work=tmp_path, recipe=TINY, freeze="inherited")
+    assert heal(llama(), train, validation, work=tmp_path, recipe=TINY).loss_after > 0  # the control
+
+
+def test_a_loss_that_is_no_number_stops_it(small, tmp_path):
+    train, validation = text(60).split(4)
+    with pytest.raises(KronyError, match=r"the loss is nan at step .*: lower the learning rate"):
+        heal(small, train, validation, work=tmp_path, recipe=replace(TINY, learning_rate=1e30, warm_up=0))
+
+
+WORKER = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from krony import KronyConfig, compress, healing, ranks
+from test_healing import TINY, text
+from small_models import gpt2
+healing.fast_dtype = lambda _: torch.float32
+device = ranks.join()
+model = gpt2(attn_pdrop=0.1).to({dtype})
+compress(model, KronyConfig("keep=0.5", init="van-loan"))
+train, validation = text({rows}).split(4)
+report = healing.heal(model, train, validation, work=__import__("pathlib").Path({work!r}), recipe=TINY, device="cpu",
+                      resume={resume})
+if ranks.is_first():
+    torch.save((report.curve, list(model.state_dict().values())), {out!r})
+"""
+
+
+def start(tmp_path, name, *, processes=1, rows=40, resume=False, work=None, dtype="torch.float32"):
+    script, out = tmp_path / f"{name}.py", tmp_path / f"{name}.pt"
+    work = str(work or tmp_path / f"{name}.work")
+    script.write_text(WORKER.format(tests=TESTS, rows=rows, work=work, resume=resume, out=str(out), dtype=dtype))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, str(script)], stderr=subprocess.PIPE), out
+
+
+def finish(process, out):
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()[-2000:]
+    return torch.load(out)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("torch.float64", 1e-9), ("torch.float32", 1e-5)])
+def test_two_processes_are_one_with_twice_the_accumulation(tmp_path, dtype, tolerance):
+    alone, whole = finish(*start(tmp_path, "one", dtype=dtype))
+    shared, halves = finish(*start(tmp_path, "two", processes=2, dtype=dtype))
+    assert [tokens for tokens, _ in alone] == [tokens for tokens, _ in shared]
+    assert [loss for _, loss in alone] == pytest.approx([loss for _, loss in shared], rel=max(tolerance, 1e-6))
+    for a, b in zip(whole, halves, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=100 * tolerance)
+
+
+def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
+    """SIGKILL somewhere after the first checkpoint; bit for bit."""
+    rows = 300
+    curve, expected = finish(*start(tmp_path, "whole", rows=rows))
+    work = tmp_path / "killed.work"
+    process, _ = start(tmp_path, "killed", rows=rows, work=work)
+    while not list(work.glob("checkpoint-*/trainer_state.json")) and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(float(np.random.default_rng(os.getpid()).uniform(0, 1)))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    again, resumed = finish(*start(tmp_path, "resumed", rows=rows, work=work, resume=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True))
+    assert again == curve
