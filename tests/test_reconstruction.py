@@ -28,11 +28,21 @@ def outputs(model, group, text):
         return model.get_submodule(module_name(group))(text.inputs)
 
 
-@pytest.mark.parametrize("config", [{"init": "neurons"}, {"init": "van-loan"}, {"init": "als"}])
+CONFIGS = (
+    {"scheme": "keep=0.5"},
+    {"scheme": "24x48:3", "scalars": True, "scalar_init": 2.0},
+    {"scheme": "keep=0.5", "epsilon": 0.1},
+    {"scheme": "keep=0.5", "init": "van-loan"},
+    {"scheme": "keep=0.5", "init": "als"},
+    {"scheme": "48x24", "init": "prune", "epsilon": 0.0},
+)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_mlp_comes_nearer_to_the_original(model, ids, config):
     original, plain = copy.deepcopy(model), copy.deepcopy(model)
-    compress(plain, KronyConfig("keep=0.5", **config), calibration=ids)
-    compress(model, KronyConfig("keep=0.5", reconstruct=60, **config), calibration=ids)
+    compress(plain, KronyConfig(**config), calibration=ids)
+    compress(model, KronyConfig(reconstruct=60, **config), calibration=ids)
     groups = find_groups(original)
     texts = examples(original, groups, ids, token_weighting=True, progress=lambda *_: None)
     for group, text in zip(groups, texts, strict=True):
@@ -77,11 +87,12 @@ def test_training_that_makes_it_worse_is_undone(ids, monkeypatch):
     model = llama()
     compress(model, KronyConfig("keep=0.5"), calibration=ids)
     student = model.get_submodule("model.layers.0.mlp")
+    layers = kronecker_layers(student)
     before = copy.deepcopy(student.state_dict())
     group = find_groups(llama())[0]
     (text,) = examples(llama(), [group], ids, token_weighting=True, progress=lambda *_: None)
     monkeypatch.setattr(reconstruction, "RATE", 100.0)
-    first, last = reconstruct(llama().get_submodule("model.layers.0.mlp"), student, text, steps=3, seed=0)
+    first, last = reconstruct(llama().get_submodule("model.layers.0.mlp"), layers, text, steps=3, seed=0)
     assert first == last
     assert all(torch.equal(a, b) for a, b in zip(before.values(), student.state_dict().values(), strict=True))
 

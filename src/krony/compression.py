@@ -190,13 +190,9 @@ def _reconstruct(
     """Trains the group's new layers, in float32 whatever their dtype."""
     name = module_name(group)
     original = copy.deepcopy(model.get_submodule(name)).eval().float()
-    student: nn.Module = copy.deepcopy(original) if group.is_mlp else layers[name]
     dtype = next(iter(layers.values())).weight.dtype
-    for layer_name, layer in layers.items():
-        if group.is_mlp:
-            put_in(student, layer_name.removeprefix(f"{name}."), layer)
-        layer.float()
-    reconstruct(original, student, text, steps=config.reconstruct, seed=config.seed)
+    new = {full.removeprefix(name).removeprefix("."): layer.float() for full, layer in layers.items()}
+    reconstruct(original, new, text, steps=config.reconstruct, seed=config.seed)
     for layer in layers.values():
         layer.to(dtype)
 

@@ -7,19 +7,21 @@ of the model, so it costs seconds a layer. Right factors stay as they are: neuro
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from krony.calibration import BATCH_TOKENS, MEMORY, enclosing_layer, token_weights
 from krony.hardware import fast_dtype
 from krony.linear import KroneckerLinear
 from krony.progress import Progress
-from krony.surgery import Group
+from krony.surgery import Group, put_in
 
 BATCH = 2048  # tokens a step
 RATE = 0.05  # the highest, relative to the root mean square of what is trained, and to the error it starts from
@@ -95,21 +97,28 @@ def _record(
 
 
 def reconstruct(
-    original: nn.Module, student: nn.Module, text: Examples, *, steps: int, seed: int
+    original: nn.Module, layers: dict[str, KroneckerLinear], text: Examples, *, steps: int, seed: int
 ) -> tuple[float, float]:
-    """Trains the Kronecker layers of ``student`` in place, in float32.
+    """Trains new ``layers`` to give together what ``original`` gives, in place and in float32.
 
-    Returns the relative error of its outputs on the text, ``‖student − original‖ / ‖original‖``, before and after. If
-    the training did not lower it the student is left as it was.
+    Args:
+        original: an MLP, or the single layer that the only one of ``layers``, called "", takes the place of.
+        layers: by their names in ``original``.
+
+    Returns the relative error of the outputs on the text, ``‖new − original‖ / ‖original‖``, before and after. If the
+    training did not lower it the layers are left as they were.
     """
-    layers = [m for m in student.modules() if isinstance(m, KroneckerLinear)]
-    parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-    first = [p.detach().clone() for p in parameters]
+    small: dict[str, Any] = {n: _Small(layer) for n, layer in layers.items()} if _leave_out(layers) else dict(layers)
+    student = small[""] if "" in small else copy.deepcopy(original)
+    for name, layer in small.items() if "" not in small else ():
+        put_in(student, name, layer)
+    parameters = [p for layer in small.values() for p in (layer.weight, layer.bias) if p is not None]
     targets = _run(original, text.inputs)
     scale = (text.weights * targets.square().sum(-1)).mean().clamp_min(torch.finfo(torch.float32).tiny)
     before = _error(student, text, targets, scale)
     if before < ROUNDING and text.inputs.dtype != torch.float32:
         return before, before  # training in half precision would only add its rounding
+    first = [p.detach().clone() for p in parameters]
     with torch.enable_grad():
         _descend(student, parameters, text, targets / scale.sqrt(), scale.sqrt(), steps, RATE * min(1.0, before), seed)
     after = _error(student, text, targets, scale)
@@ -117,7 +126,60 @@ def reconstruct(
         with torch.no_grad():
             for parameter, value in zip(parameters, first, strict=True):
                 parameter.copy_(value)
-    return before, min(before, after)
+        return before, before
+    for layer in small.values():
+        if isinstance(layer, _Small):
+            layer.write_back()
+    return before, after
+
+
+class _Small(nn.Module):
+    """A Kronecker layer of selections (``B_f = e_f``) without the neurons that are left out: a small dense layer."""
+
+    def __init__(self, layer: KroneckerLinear) -> None:
+        super().__init__()
+        self.layer = [layer]  # in a list: not a submodule
+        self.is_up = layer.shape.n2 == 1
+        left = layer.weight.detach() * (1.0 if layer.scalars is None else layer.scalars.detach()[:, None, None])
+        # up: rows i·k + f, (groups·k, in); down: columns i·k + f, (out, groups·k)
+        rows = left.transpose(0, 1) if self.is_up else left.permute(1, 2, 0)
+        self.weight = nn.Parameter(rows.reshape(-1, left.shape[2]) if self.is_up else rows.flatten(1))
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        if bias is not None and self.is_up:
+            bias = bias.view(layer.shape.m1, -1)[:, : layer.shape.factors].flatten()
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Gives the Kronecker layer what was learnt."""
+        (layer,) = self.layer
+        k = layer.shape.factors
+        if self.is_up:
+            left = self.weight.view(-1, k, self.weight.shape[1]).transpose(0, 1)
+        else:
+            left = self.weight.view(len(self.weight), -1, k).permute(2, 0, 1)
+        layer.weight.copy_(left if layer.scalars is None else left / layer.scalars[:, None, None])
+        if layer.bias is not None and self.bias is not None:
+            if self.is_up:
+                layer.bias.view(layer.shape.m1, -1)[:, :k].copy_(self.bias.view(-1, k))
+            else:
+                layer.bias.copy_(self.bias)
+
+
+def _leave_out(layers: dict[str, KroneckerLinear]) -> bool:
+    """Whether these are an MLP's whose right factors leave hidden neurons out, and do nothing else."""
+    *ups, down = layers.values()
+    hidden = ups and all(up.shape.n2 == 1 for up in ups) and down.shape.m2 == 1
+    return bool(hidden) and all(map(_is_selection, layers.values()))
+
+
+def _is_selection(layer: KroneckerLinear) -> bool:
+    """Whether every right factor is the unit vector ``e_f``."""
+    k, size = layer.shape.factors, layer.shape.m2 * layer.shape.n2
+    return torch.equal(layer.right.detach().float().cpu().view(k, size), torch.eye(k, size))
 
 
 def _descend(
