@@ -10,7 +10,8 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: demo test test-slow lint bench clean
 
 demo: $(READY)
-	$(BIN)/python examples/compress_a_small_gpt2.py
+	rm -rf krony-demo
+	$(BIN)/krony demo krony-demo
 
 test: $(READY) lint
 	$(BIN)/pytest
@@ -27,7 +28,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/decomposition.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) krony-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -20,7 +20,7 @@ ORDER = [
     ["calibration", "evaluation", "export", "inspection", "rows"],
     ["reconstruction", "healing"],
     ["compression"],
-    ["card"],
+    ["card", "demo"],
     ["cli"],
     ["__main__"],
 ]

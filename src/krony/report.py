@@ -49,7 +49,7 @@ def lines(series: Mapping[str, Pairs], x: str, y: str, *, level: tuple[str, floa
     return _svg(draw)
 
 
-def bars(groups: Mapping[str, Mapping[str, float]], y: str, *, level: float | None = None) -> str:
+def bars(groups: Mapping[str, Mapping[str, float]], y: str, *, level: float | None = None, log: bool = False) -> str:
     """A picture of groups of bars, ``{bar: {group: height}}``, as SVG; ``level`` is a horizontal line."""
 
     def draw(axes: Any) -> None:
@@ -61,8 +61,10 @@ def bars(groups: Mapping[str, Mapping[str, float]], y: str, *, level: float | No
             axes.bar(xs, list(heights.values()), width, label=bar, **style)
         if level is not None:
             axes.axhline(level, color="black", linestyle=":")
-        axes.set_xticks(range(len(places)), places, rotation=30 if len(places) > 6 else 0)
+        many = len(places) > 6
+        axes.set_xticks(range(len(places)), places, rotation=45 if many else 0, ha="right" if many else "center")
         axes.set_ylabel(y)
+        axes.set_yscale("log" if log else "linear")
         if len(groups) > 1:
             axes.legend()
 

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from krony._version import __version__
-from krony.cli import compress, evaluate, export, generate, heal, inspect, schemes
+from krony.cli import compress, demo, evaluate, export, generate, heal, inspect, schemes
 from krony.cli.output import complain
 from krony.errors import KronyError
 
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("demo")(demo.run)
 app.command("schemes")(schemes.run)
 app.command("compress")(compress.run)
 app.command("heal")(heal.run)

@@ -1,0 +1,84 @@
+"""The demo in a shortened form: its table's figures are those of the models, and the report holds them."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+import krony
+from krony.cli import main
+from krony.surgery import count_parameters, kronecker_layers
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The folder that the demo wrote, and its figures."""
+    folder = tmp_path_factory.mktemp("demo")
+    arguments = [
+        "krony",
+        "demo",
+        folder / "out",
+        "--heal-tokens",
+        16_384,
+        "--max-tokens",
+        6144,
+        "--json",
+        folder / "d.json",
+    ]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(sys, "argv", list(map(str, arguments)))
+        main()
+    assert exit.value.code == 0
+    return folder / "out", json.loads((folder / "d.json").read_text())
+
+
+def test_the_table_tells_the_story(demo):
+    rows = {row["init"]: row for row in demo[1]["rows"]}
+    assert list(rows) == ["original", "neurons", "van-loan", "prune"]
+    assert rows["original"]["ratio"] == 1.0 and rows["original"]["prefill_ratio"] == 1.0
+    assert rows["neurons"]["params"] == rows["van-loan"]["params"] == rows["prune"]["params"]
+    assert rows["neurons"]["ratio"] <= 1.25 < 5 < min(rows["van-loan"]["ratio"], rows["prune"]["ratio"])
+    assert rows["neurons"]["perplexity_healed"] < rows["neurons"]["perplexity"]
+    assert rows["neurons"]["ratio_healed"] == rows["neurons"]["perplexity_healed"] / rows["original"]["perplexity"]
+    assert rows["original"]["perplexity_healed"] and rows["van-loan"]["perplexity_healed"] is None
+
+
+def test_its_figures_are_those_of_the_models(demo):
+    out, figures = demo
+    original, neurons = figures["rows"][:2]
+    tokenizer = krony.load_tokenizer("demo")
+    options = {"protocol": "token", "max_tokens": 6144}
+    assert original["params"] == count_parameters(krony.demo_model()) and original["bytes"] == 4 * original["params"]
+    measured = krony.evaluate(krony.demo_model(), tokenizer, "python-docs", **options).perplexity
+    assert original["perplexity"] == pytest.approx(measured, rel=1e-4)
+    healed = krony.load_model(str(out))
+    assert len(kronecker_layers(healed)) == 12 and count_parameters(healed) == neurons["params"]
+    measured = krony.evaluate(healed, krony.load_tokenizer(str(out)), "python-docs", **options).perplexity
+    assert neurons["perplexity_healed"] == pytest.approx(measured, rel=1e-4)
+
+
+def test_the_report_holds_the_table_and_its_pictures(demo):
+    out, figures = demo
+    page = (out / "report.html").read_text()
+    for row in figures["rows"]:
+        assert f"{row['perplexity']:,.2f}" in page and f"{row['params']:,}" in page
+    assert page.count("<svg") == 4 and "times the original" in page
+    assert not re.search(r'(src|href)="http', page)
+
+
+def test_an_out_that_is_taken(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(sys, "argv", ["krony", "demo", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2 and "is not empty" in capsys.readouterr().err
+
+
+def test_the_example_runs(capsys):
+    runpy.run_path(str(EXAMPLES / "compress_and_reload.py"))
+    assert "5,918,720 -> 4,345,880 parameters, 12 matrices replaced" in capsys.readouterr().out
