@@ -1,5 +1,7 @@
 """Every forward path and its gradients against the dense layer."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -87,3 +89,38 @@ def test_the_cheapest_path(shape, path):
 def test_the_left_factor_is_not_a_matrix():
     layer = KroneckerLinear(KronShape(3, 2, 1, 1))
     assert layer.weight.ndim == 3  # a dense checkpoint's or model's weight never fits
+
+
+@pytest.mark.parametrize(
+    ("shape", "path"), [(SHAPES[1], "right"), (SHAPES[1].transposed, "left"), (SHAPES[2], "dense")]
+)
+def test_what_is_kept_for_inference_follows_the_factors(shape, path):
+    layer = layer_of(shape).eval()
+    layer.path = path
+    x = torch.randn(3, shape.columns, dtype=torch.float64)
+
+    def check():
+        expected = F.linear(x, layer.dense_weight(), layer.bias)
+        for _ in range(2):
+            torch.testing.assert_close(layer(x), expected)
+
+    with torch.no_grad():
+        check()
+        assert layer._made is not None
+        layer.weight.mul_(2)
+        check()
+        layer.load_state_dict(layer_of(shape, seed=1).state_dict())
+        check()
+        copied = copy.deepcopy(layer)
+        assert copied._made is None
+        copied.right.mul_(3)
+        torch.testing.assert_close(copied(x), F.linear(x, copied.dense_weight(), copied.bias))
+        check()
+        layer.float()
+        x = x.float()
+        check()
+    layer.train()
+    assert layer._made is None
+    with torch.no_grad():
+        layer(x)
+    assert layer._made is None

@@ -82,10 +82,11 @@ def run_demo(
     text = pack(topics("calibration"), tokenizer, seed=seed)
     models: dict[str, PreTrainedModel] = {"original": original}
     reports: dict[str, Report] = {}
-    for number, init in enumerate(INITS):
-        progress(number, 8, f"compressing by {init}")
-        models[init] = demo_model()
-        reports[init] = compress(models[init], KronyConfig(SCHEME, init=init, seed=seed), calibration=text)
+    with tempfile.TemporaryDirectory() as cache:  # the text is read once
+        for number, init in enumerate(INITS):
+            progress(number, 8, f"compressing by {init}")
+            models[init], config = demo_model(), KronyConfig(SCHEME, init=init, seed=seed)
+            reports[init] = compress(models[init], config, calibration=text, cache=Path(cache))
     progress(3, 8, "measuring")
     before = {name: _perplexity(model, tokenizer, max_tokens) for name, model in models.items()}
     healed: dict[str, PreTrainedModel] = {}

@@ -6,6 +6,7 @@ may come first; which one is cheaper depends on the shapes, and where neither be
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -58,6 +59,7 @@ class KroneckerLinear(nn.Module):
         super().__init__()
         self.shape = shape
         self.path: Path | None = None
+        self._made: tuple[tuple, Tensor] | None = None
 
         def parameter(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
@@ -85,10 +87,47 @@ class KroneckerLinear(nn.Module):
         """``(..., in) -> (..., out)``."""
         path = self.path or cheapest_path(self.shape)
         if path == "dense":
-            return F.linear(x, self.dense_weight(), self.bias)
+            return F.linear(x, self._kept(self.dense_weight), self.bias)
         right = self.right if self.scalars is None else self.right * self.scalars[:, None, None]
-        y = (_left_first if path == "left" else _right_first)(x, self.weight, right)
+        if path == "left" and self.shape.n2 == 1:
+            y = self._left_then_mix(x, right)
+        elif path == "right" and self.shape.m2 == 1:
+            return self._mix_then_left(x, right)
+        else:
+            y = (_left_first if path == "left" else _right_first)(x, self.weight, right)
         return y if self.bias is None else y + self.bias
+
+    def _left_then_mix(self, x: Tensor, right: Tensor) -> Tensor:
+        """Right factors are columns, as in matrices to the hidden width: two plain products, nothing turned around."""
+        s, k = self.shape, self.shape.factors
+        stacked = self.weight[0] if k == 1 else self._kept(lambda: self.weight.transpose(0, 1).reshape(s.m1 * k, s.n1))
+        u = F.linear(x, stacked).reshape(-1, k)  # (t*m1, k)
+        return (u @ right.view(k, s.m2)).view(*x.shape[:-1], s.rows)
+
+    def _mix_then_left(self, x: Tensor, right: Tensor) -> Tensor:
+        """Right factors are rows, as in matrices back from the hidden width: the input shrinks first."""
+        s, k = self.shape, self.shape.factors
+        stacked = self.weight[0] if k == 1 else self._kept(lambda: self.weight.permute(1, 2, 0).reshape(s.m1, s.n1 * k))
+        z = x.reshape(-1, s.n2) @ right.view(k, s.n2).T  # (t*n1, k)
+        return F.linear(z.view(*x.shape[:-1], s.n1 * k), stacked, self.bias)
+
+    def _kept(self, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gives, made once for as long as the factors stay the same; anew where gradients are wanted."""
+        parameters = list(self.parameters())
+        changing = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if changing or any(p.is_inference() for p in parameters):
+            return make()
+        state = tuple((p.data_ptr(), p._version, p.dtype) for p in parameters)
+        if self._made is None or self._made[0] != state:
+            self._made = state, make()
+        return self._made[1]
+
+    def train(self, mode: bool = True) -> KroneckerLinear:
+        self._made = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_made": None}  # a copy makes its own
 
     def extra_repr(self) -> str:
         s = self.shape
