@@ -38,7 +38,6 @@ from krony.surgery import kronecker_layers
 
 FREEZE = ("none", "right", "inherited")
 EVALUATIONS = 10  # of the validation loss, spread over a run; a checkpoint goes with each
-PATIENCE = 3  # evaluations without a gain before it stops
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,10 @@ class Recipe:
         batch: rows at once on one device; the rest is accumulated.
         length: tokens a row.
         learning_rate: the highest; a cosine leads to ``final_rate``, or it is constant if they are equal.
-        warm_up: steps, at most a tenth of all.
+        warm_up: steps, at most a fifth of all.
         epochs: passes over the data.
+        patience: evaluations without a gain before it stops. A short run needs its last, small steps, so that it has
+            as much patience as there are evaluations; the best state is kept in any case.
         weight_decay: of the factors; nothing else decays (section 4.2).
     """
 
@@ -62,11 +63,12 @@ class Recipe:
     final_rate: float
     warm_up: int
     epochs: float
+    patience: int = 3
     weight_decay: float = 0.1
 
 
 RECIPES = {
-    "quick": Recipe(4, 4, 512, 5e-4, 5e-6, 50, 1.0),
+    "quick": Recipe(4, 4, 512, 5e-4, 5e-6, 50, 1.0, patience=EVALUATIONS),
     "paper": Recipe(120, 24, 1024, 6e-5, 6e-6, 500, 3.0),  # 5 accumulation steps of 24 sequences
     "paper-final": Recipe(320, 20, 1024, 6e-6, 6e-6, 0, 1.0),  # from the best checkpoint of ``paper``
 }
@@ -137,7 +139,7 @@ def heal(
             train_dataset=train,
             eval_dataset=validation,
             optimizers=(_optimizer(model, recipe, factor_rate), None),
-            callbacks=[_Watch(progress, tokens), EarlyStoppingCallback(PATIENCE)],
+            callbacks=[_Watch(progress, tokens), EarlyStoppingCallback(recipe.patience)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(trainer.args.device)
@@ -233,7 +235,7 @@ def _arguments(
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="constant_with_warmup" if constant else "cosine_with_min_lr",
         lr_scheduler_kwargs={} if constant else {"min_lr": recipe.final_rate},
-        warmup_steps=min(recipe.warm_up, steps // 10),
+        warmup_steps=min(recipe.warm_up, steps // 5),
         max_grad_norm=1.0,
         bf16=half,
         use_cpu=on_cpu,
