@@ -19,17 +19,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def demo(tmp_path_factory):
     """The folder that the demo wrote, and its figures."""
     folder = tmp_path_factory.mktemp("demo")
-    arguments = [
-        "krony",
-        "demo",
-        folder / "out",
-        "--heal-tokens",
-        16_384,
-        "--max-tokens",
-        6144,
-        "--json",
-        folder / "d.json",
-    ]
+    arguments = ["krony", "demo", folder / "out", "--max-tokens", 6144, "--json", folder / "d.json"]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
         patch.setattr(sys, "argv", list(map(str, arguments)))
         main()
