@@ -28,12 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 WAYS: dict[str, dict] = {
     "neurons": {},
     "neurons, global": {"allocation": "global"},
-    "neurons, global, reconstructed": {"allocation": "global", "reconstruct": 300},
     "svd": {"init": "svd"},
     "van-loan": {"init": "van-loan"},
     "prune": {"init": "prune"},
 }
-CALIBRATED = ("neurons", "neurons, global", "neurons, global, reconstructed", "svd")
+CALIBRATED = ("neurons", "neurons, global", "svd")
 SETS = {"OpenWebText": "token", "WikiText-2": "paper", "LAMBADA": "paper"}
 
 
@@ -116,6 +115,7 @@ def main() -> None:
     options = parser.parse_args()
 
     file = ROOT / "benchmarks/results" / f"quality-{options.out}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     base, tokenizer = krony.load_model(options.model, dtype=torch.float32), krony.load_tokenizer(options.model)
     length = min(512, base.config.max_position_embeddings)
     ids = krony.calibration_set(

@@ -3,6 +3,8 @@
 import json
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,6 +62,17 @@ def test_the_report_holds_the_table_and_its_pictures(demo):
         assert f"{row['perplexity']:,.2f}" in page and f"{row['params']:,}" in page
     assert page.count("<svg") == 4 and "times the original" in page
     assert not re.search(r'(src|href)="http', page)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Debian's chromium is not installed")
+def test_a_browser_shows_the_table_and_every_picture(demo):
+    out, figures = demo
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", (out / "report.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    for row in figures["rows"]:
+        assert f"<td>{row['perplexity']:,.2f}</td>" in shown
+    assert shown.count("<svg") == 4
 
 
 def test_an_out_that_is_taken(tmp_path, monkeypatch, capsys):

@@ -63,6 +63,11 @@ def test_it_ends_in_its_best_state(small, tmp_path):
     assert report.tokens < 49 * 4 * 32  # it stopped early
 
 
+def test_one_row_is_enough_to_validate_on(small, tmp_path):
+    train, validation = text(11).split(1)
+    assert heal(small, train, validation, work=tmp_path, recipe=TINY).tokens == 2 * 4 * 32  # whole steps only
+
+
 @pytest.mark.parametrize("freeze", healing.FREEZE)
 def test_what_is_frozen_stays(small, tmp_path, freeze):
     before = {name: p.detach().clone() for name, p in small.named_parameters()}

@@ -193,7 +193,7 @@ class Calibration:
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         digest.update(self.ids.contiguous().numpy().data)
-        settings = self.token_weighting, self.sensitivity
+        settings = self.token_weighting, self.sensitivity and SENSITIVITY_TOKENS
         digest.update(repr((settings, [s.name for g in self.groups for s in g.sites])).encode())
         return digest.hexdigest()
 

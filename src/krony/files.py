@@ -57,9 +57,14 @@ def fresh_folder(out: Path) -> Iterator[Path]:
 
 def write_json(path: Path, payload: Any) -> None:
     """Writes ``payload`` as indented JSON. Raises KronyError if the file can't be written."""
+    write_text(path, json.dumps(payload, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises KronyError if it can't be written."""
     beside = path.with_name(f".{path.name}.partial")
     try:
-        beside.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     except OSError as error:
         raise KronyError(f"{path} can't be written: {error.strerror or error}") from None

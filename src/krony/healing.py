@@ -132,6 +132,7 @@ def heal(
     ranks.join(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     _check(model, train, validation, recipe, teacher, freeze)
     tokens = train.length * recipe.sequences  # a step
+    train, _ = train.split(len(train) % recipe.sequences)  # whole steps only
     with _trainable(model, freeze, gradient_checkpointing):
         trainer = HealingTrainer(
             model=model,
@@ -252,7 +253,6 @@ def _arguments(
         logging_steps=log,
         logging_nan_inf_filter=False,
         prediction_loss_only=True,
-        dataloader_drop_last=True,
         dataloader_pin_memory=not on_cpu,
         ddp_find_unused_parameters=False,
         disable_tqdm=True,

@@ -44,6 +44,7 @@ def lines(series: Mapping[str, Pairs], x: str, y: str, *, level: tuple[str, floa
         if level is not None:
             axes.axhline(level[1], color="black", linestyle=":", label=level[0])
         axes.set(xlabel=x, ylabel=y, yscale="log")
+        _plain_numbers(axes.xaxis, axes.yaxis)
         axes.legend()
 
     return _svg(draw)
@@ -58,13 +59,16 @@ def bars(groups: Mapping[str, Mapping[str, float]], y: str, *, level: float | No
         for index, (bar, heights) in enumerate(groups.items()):
             xs = [places.index(name) + (index - (len(groups) - 1) / 2) * width for name in heights]
             style = {"color": COLOURS[index % 7], "hatch": HATCHES[index % 7], "edgecolor": "white"}
-            axes.bar(xs, list(heights.values()), width, label=bar, **style)
+            drawn = axes.bar(xs, list(heights.values()), width, label=bar, **style)
+            if len(places) <= 6:
+                axes.bar_label(drawn, fmt="{:.3g}", padding=2)
         if level is not None:
             axes.axhline(level, color="black", linestyle=":")
         many = len(places) > 6
         axes.set_xticks(range(len(places)), places, rotation=45 if many else 0, ha="right" if many else "center")
         axes.set_ylabel(y)
         axes.set_yscale("log" if log else "linear")
+        _plain_numbers(axes.yaxis)
         if len(groups) > 1:
             axes.legend()
 
@@ -99,6 +103,13 @@ blockquote {{ margin: 0.5rem 0; padding-left: 1rem; border-left: 3px solid #ccc;
 def paragraphs(*sentences: str) -> str:
     """Text as HTML paragraphs."""
     return "\n".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences)
+
+
+def _plain_numbers(*sides: Any) -> None:
+    """10,000 rather than 10⁴."""
+    for side in sides:
+        side.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        side.set_minor_formatter(lambda value, _: "")
 
 
 def _svg(draw: Callable[[Any], None]) -> str:

@@ -155,6 +155,12 @@ def test_json_that_cannot_be_written(krony, compressed, tmp_path):
     assert done.code == 2 and "can't be written" in done.err
 
 
+def test_pictures_and_pages_that_cannot_be_written(refused, krony, compressed, tmp_path):
+    assert "the name ends in .svg" in refused("inspect", compressed, "--plot", tmp_path / "p.gif")
+    done = krony("inspect", compressed, "--plot", tmp_path / "none/p.svg")
+    assert done.code == 2 and "can't be written" in done.err
+
+
 def test_factors_that_are_no_numbers(refused):
     assert "it takes numbers of factors" in refused("schemes", "gpt2", "--factors", "1,x")
     assert "it takes numbers of factors" in refused("schemes", "gpt2", "--factors", "0")

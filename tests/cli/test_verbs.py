@@ -99,6 +99,15 @@ def test_inspect_compares_with_the_base(krony, compressed, gpt2_folder):
     assert krony("inspect", gpt2_folder).code == 0
 
 
+def test_pictures_and_pages(krony, compressed, gpt2_folder, tmp_path):
+    assert krony("inspect", compressed, "--base", gpt2_folder, "--plot", tmp_path / "p.svg").code == 0
+    picture = (tmp_path / "p.svg").read_text()
+    assert "relative error, Frobenius norm" in picture and "transformer.h.2.mlp.c_proj" in picture
+    options = ("--data", "python-docs", "--max-tokens", 200, "--report", tmp_path / "r.html", "--json", "-")
+    done = krony("eval", compressed, *options)
+    assert f"{done.json['results'][0]['perplexity']:,.2f}" in (tmp_path / "r.html").read_text()
+
+
 def test_generate(krony, compressed):
     done = krony("generate", compressed, "--prompt", "The", "--max-new-tokens", "5", "--json", "-")
     assert done.json["text"].startswith("The") and done.json["new_tokens"] <= 5
@@ -163,7 +172,7 @@ def test_heal(krony, compressed, gpt2_folder, tmp_path):
     )
     assert done.code == 0, done.err
     figures = json.loads((tmp_path / "h.json").read_text())
-    assert 0 < figures["tokens"] <= 73 * 4 * 32 and figures["perplexity_after"] > 1 and len(figures["curve"]) > 5
+    assert 0 < figures["tokens"] <= 75 * 4 * 32 and figures["perplexity_after"] > 1 and len(figures["curve"]) > 5
     assert "validation perplexity" in done.out and "tokens to train on" in done.out
     assert not (tmp_path / "out.work").exists() and list((tmp_path / "out/runs").rglob("events*"))
     assert f"{figures['tokens']:,} tokens" in (tmp_path / "out/README.md").read_text()

@@ -45,8 +45,8 @@ def run(
         save(demo.model, folder, source="demo")
         (folder / "README.md").write_text(healed_card("demo", figures), encoding="utf-8")
         (folder / "report.html").write_text(_page(demo), encoding="utf-8")
-    table = _table(demo)
-    to.table(table.columns, table.rows)
+    shown = table(demo)
+    to.table(shown.columns, shown.rows)
     for row in demo.rows:
         to.say(f"{row.init}{', healed' if row.perplexity_healed else ''}: {row.sentence}")
     to.say("")
@@ -54,7 +54,8 @@ def run(
     to.json(demo.to_json())
 
 
-def _table(demo: Demo) -> Table:
+def table(demo: Demo) -> Table:
+    """The demo's table: a row a model."""
     from krony.report import Table
 
     columns = ["", "parameters", "MB", "perplexity", "of original", "healed", "of original", "prefill", "decode"]
@@ -98,7 +99,7 @@ def _page(demo: Demo) -> str:
         "writes it."
     )
     parts = [
-        ("What was lost and gained", _table(demo).html() + explained),
+        ("What was lost and gained", table(demo).html() + explained),
         ("Perplexity against the original's", bars(quality, "times the original's perplexity", level=1.0, log=True)),
         ("What each matrix lost", bars(layers, "relative error of its outputs")),
         ("Healing", lines(curves, "tokens", "nats a token")),

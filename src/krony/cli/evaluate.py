@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,6 +22,9 @@ def run(
     window: Annotated[int | None, typer.Option(help="Tokens a window (default: the context, at most 1024).")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows (default: the window).")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Use the first so many tokens of each set.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write the table as a page of its own.")
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     json_to: Json = None,
@@ -28,7 +32,9 @@ def run(
     """Measure MODEL on standard data: perplexity, and the accuracy of the last word on LAMBADA."""
     to = Output(json_to)
     from krony.evaluation import evaluate
+    from krony.files import write_text
     from krony.models import load_model, load_tokenizer
+    from krony.report import Table, page, paragraphs
     from krony.surgery import count_parameters
 
     quiet_libraries()
@@ -55,5 +61,9 @@ def run(
         for r in results
     ]
     to.say(f"{model}: {params:,} parameters")
-    to.table(["data", "protocol", "window", "stride", "tokens", "perplexity", "last word"], rows)
+    table = Table(["data", "protocol", "window", "stride", "tokens", "perplexity", "last word"], rows)
+    if report is not None:
+        sentence = f"{params:,} parameters; a head tied to the embedding is counted once."
+        write_text(report, page(f"{model}, evaluated by krony", [("Perplexity", paragraphs(sentence) + table.html())]))
+    to.table(table.columns, table.rows)
     to.json({"model": model, "params": params, "results": [r.to_json() for r in results]})

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from krony.cli.options import Json, Model
 from krony.cli.output import Output, quiet_libraries
+from krony.errors import KronyError
 
 
 def run(
     model: Model,
     base: Annotated[str | None, typer.Option(help="The model it was compressed from, to compare with.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="A picture: error a layer, or norm without --base.")
+    ] = None,
     json_to: Json = None,
 ) -> None:
     """Look into MODEL: norms as in the paper's Table 4, singular values, scalars, and what is left of --base."""
     to = Output(json_to)
+    if plot is not None and plot.suffix != ".svg":
+        raise KronyError(f"{plot}: pictures are written as SVG, so the name ends in .svg")
+    from krony.files import write_text
     from krony.inspection import inspect
     from krony.models import load_model
+    from krony.report import bars
 
     quiet_libraries()
     views = inspect(load_model(model), load_model(base) if base else None)
@@ -31,5 +40,9 @@ def run(
     if base:
         columns += ["of base", "error"]
         rows = [[*row, f"{v.kept:.1%}", f"{v.error:.3f}"] for row, v in zip(rows, views, strict=True)]
+    if plot is not None:
+        heights = {v.name: v.frobenius if v.error is None else v.error for v in views}
+        label = "relative error, Frobenius norm" if base else "Frobenius norm"
+        write_text(plot, bars({label: heights}, label))
     to.table(columns, rows)
     to.json({"model": model, "base": base, "layers": [v.to_json() for v in views]})
