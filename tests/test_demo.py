@@ -60,7 +60,7 @@ def test_the_report_holds_the_table_and_its_pictures(demo):
     page = (out / "report.html").read_text()
     for row in figures["rows"]:
         assert f"{row['perplexity']:,.2f}" in page and f"{row['params']:,}" in page
-    assert page.count("<svg") == 4 and "times the original" in page
+    assert page.count("<svg") == 5 and "times the original" in page
     assert not re.search(r'(src|href)="http', page)
 
 
@@ -72,7 +72,7 @@ def test_a_browser_shows_the_table_and_every_picture(demo):
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     for row in figures["rows"]:
         assert f"<td>{row['perplexity']:,.2f}</td>" in shown
-    assert shown.count("<svg") == 4
+    assert shown.count("<svg") == 5
 
 
 def test_an_out_that_is_taken(tmp_path, monkeypatch, capsys):

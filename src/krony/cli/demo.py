@@ -71,7 +71,7 @@ def table(demo: Demo) -> Table:
 
 
 def _page(demo: Demo) -> str:
-    """The report: the table, four pictures, and what each model writes."""
+    """The report: the table, five pictures, and what each model writes."""
     import html
 
     from krony.report import bars, lines, page, paragraphs
@@ -98,9 +98,11 @@ def _page(demo: Demo) -> str:
         "the original's, medians of alternating runs on this machine; neurons is timed as krony export --to slim "
         "writes it."
     )
+    sizes = {row.init: [(row.params / 1e6, row.perplexity)] for row in demo.rows}
     parts = [
         ("What was lost and gained", table(demo).html() + explained),
         ("Perplexity against the original's", bars(quality, "times the original's perplexity", level=1.0, log=True)),
+        ("Perplexity against size, before healing", lines(sizes, "parameters, millions", "perplexity")),
         ("What each matrix lost", bars(layers, "relative error of its outputs")),
         ("Healing", lines(curves, "tokens", "nats a token")),
         ("Speed", bars(speed, "times the original's speed", level=1.0)),
