@@ -28,7 +28,6 @@ from krony.surgery import count_parameters
 SCHEME, INITS = "keep=0.5", ("neurons", "van-loan", "prune")
 PROMPT = "The function returns"
 HEAL_TOKENS = 65_536
-RATE = 1e-3  # the original is small, and takes larger steps than the recipe's
 ROUNDS = 9  # of each timing
 
 
@@ -132,7 +131,7 @@ def _heal(
 ) -> HealReport:
     rows = load_rows("python-docs", tokenizer, length=512, vocabulary=len(tokenizer))
     train, validation = rows.split(8)
-    recipe = replace(RECIPES["quick"], learning_rate=RATE, epochs=tokens / (len(train) * train.length))
+    recipe = replace(RECIPES["quick"], epochs=tokens / (len(train) * train.length))
     with tempfile.TemporaryDirectory() as work:
         return heal(model, train, validation, work=Path(work), recipe=recipe, teacher=teacher, seed=seed)
 
