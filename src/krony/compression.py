@@ -123,7 +123,7 @@ def compress(
             made = initialise(targets, config, moments)
             layers = {t.name: _build(t, factors, config) for t, factors in zip(targets, made, strict=True)}
             if text is not None:
-                _reconstruct(model, group, layers, text, config)
+                _reconstruct(model, group, layers, text, moments, config)
             for target, factors in zip(targets, made, strict=True):
                 layer = layers[target.name]
                 replaced[target.name] = layer, _report(target, factors, layer, moments)
@@ -169,7 +169,7 @@ def _moments(
         groups,
         ids,
         token_weighting=config.token_weighting,
-        sensitivity=config.allocation == "global",
+        sensitivity=config.allocation == "global" or config.reconstruct > 0,
         cache=cache,
         progress=progress,
     )
@@ -185,14 +185,20 @@ def _texts(
 
 
 def _reconstruct(
-    model: PreTrainedModel, group: Group, layers: dict[str, KroneckerLinear], text: Examples, config: KronyConfig
+    model: PreTrainedModel,
+    group: Group,
+    layers: dict[str, KroneckerLinear],
+    text: Examples,
+    moments: Moments | None,
+    config: KronyConfig,
 ) -> None:
     """Trains the group's new layers, in float32 whatever their dtype."""
     name = module_name(group)
     original = copy.deepcopy(model.get_submodule(name)).eval().float()
     dtype = next(iter(layers.values())).weight.dtype
     new = {full.removeprefix(name).removeprefix("."): layer.float() for full, layer in layers.items()}
-    reconstruct(original, new, text, steps=config.reconstruct, seed=config.seed)
+    sensitivity = None if moments is None else moments.sensitivity
+    reconstruct(original, new, text, steps=config.reconstruct, seed=config.seed, sensitivity=sensitivity)
     for layer in layers.values():
         layer.to(dtype)
 

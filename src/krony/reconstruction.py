@@ -1,7 +1,8 @@
 """A short training of each compressed MLP by itself, to give back what the original gave on the calibration text.
 
 Every MLP is trained alone, on the inputs that the original model gives it, towards the original MLP's outputs:
-``min Σ_t w_t ‖student(x_t) − original(x_t)‖²``, with the calibration's token weights. There is no pass through the rest
+``min Σ_t w_t e_tᵀ G e_t``, e_t = student(x_t) − original(x_t), with the calibration's token weights and G the loss's
+sensitivity to the outputs: what the rest of the model does not feel is not repaired. There is no pass through the rest
 of the model, so it costs seconds a layer. Right factors stay as they are: neurons that were dropped stay dropped.
 """
 
@@ -97,31 +98,39 @@ def _record(
 
 
 def reconstruct(
-    original: nn.Module, layers: dict[str, KroneckerLinear], text: Examples, *, steps: int, seed: int
+    original: nn.Module,
+    layers: dict[str, KroneckerLinear],
+    text: Examples,
+    *,
+    steps: int,
+    seed: int,
+    sensitivity: Tensor | None = None,
 ) -> tuple[float, float]:
     """Trains new ``layers`` to give together what ``original`` gives, in place and in float32.
 
     Args:
         original: an MLP, or the single layer that the only one of ``layers``, called "", takes the place of.
         layers: by their names in ``original``.
+        sensitivity: G, ``(out, out)``; the identity by default.
 
-    Returns the relative error of the outputs on the text, ``‖new − original‖ / ‖original‖``, before and after. If the
-    training did not lower it the layers are left as they were.
+    Returns the relative error of the outputs on the text in G's norm, ``‖new − original‖ / ‖original‖``, before and
+    after. If the training did not lower it the layers are left as they were.
     """
     small: dict[str, Any] = {n: _Small(layer) for n, layer in layers.items()} if _leave_out(layers) else dict(layers)
     student = small[""] if "" in small else copy.deepcopy(original)
     for name, layer in small.items() if "" not in small else ():
         put_in(student, name, layer)
     parameters = [p for layer in small.values() for p in (layer.weight, layer.bias) if p is not None]
+    felt = None if sensitivity is None else _root(sensitivity).to(text.inputs.device, torch.float32)
     targets = _run(original, text.inputs)
-    scale = (text.weights * targets.square().sum(-1)).mean().clamp_min(torch.finfo(torch.float32).tiny)
-    before = _error(student, text, targets, scale)
+    scale = (text.weights * _squared(targets, felt)).mean().clamp_min(torch.finfo(torch.float32).tiny)
+    before = _error(student, text, targets, scale, felt)
     if before < ROUNDING and text.inputs.dtype != torch.float32:
         return before, before  # training in half precision would only add its rounding
     first = [p.detach().clone() for p in parameters]
     with torch.enable_grad():
-        _descend(student, parameters, text, targets / scale.sqrt(), scale.sqrt(), steps, RATE * min(1.0, before), seed)
-    after = _error(student, text, targets, scale)
+        _descend(student, parameters, text, targets, scale, felt, steps, RATE * min(1.0, before), seed)
+    after = _error(student, text, targets, scale, felt)
     if not after < before:
         with torch.no_grad():
             for parameter, value in zip(parameters, first, strict=True):
@@ -183,8 +192,8 @@ def _is_selection(layer: KroneckerLinear) -> bool:
 
 
 def _descend(
-    student: nn.Module, parameters: list[nn.Parameter], text: Examples, targets: Tensor, scale: Tensor, steps: int,
-    rate: float, seed: int,
+    student: nn.Module, parameters: list[nn.Parameter], text: Examples, targets: Tensor, scale: Tensor,
+    felt: Tensor | None, steps: int, rate: float, seed: int,
 ) -> None:  # fmt: skip
     """AdamW with rates relative to the size of what they change, so that a model's units don't matter."""
     sizes = [p.detach().square().mean().sqrt().item() for p in parameters]
@@ -197,8 +206,8 @@ def _descend(
     device = text.inputs.device
     for _ in range(steps):
         chosen = torch.randint(len(text.inputs), (BATCH,), generator=generator).to(device)
-        lost = _forward(student, text.inputs[chosen]) / scale - targets[chosen]  # (BATCH, out)
-        loss = (text.weights[chosen] * lost.square().sum(-1)).mean()
+        lost = _forward(student, text.inputs[chosen]) - targets[chosen]  # (BATCH, out)
+        loss = (text.weights[chosen] * _squared(lost, felt)).mean() / scale
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -217,6 +226,18 @@ def _run(module: nn.Module, inputs: Tensor) -> Tensor:
     return torch.cat([_forward(module, piece) for piece in inputs.split(4 * BATCH)])
 
 
-def _error(student: nn.Module, text: Examples, targets: Tensor, scale: Tensor) -> float:
+def _error(student: nn.Module, text: Examples, targets: Tensor, scale: Tensor, felt: Tensor | None) -> float:
     lost = _run(student, text.inputs) - targets
-    return ((text.weights * lost.square().sum(-1)).mean() / scale).sqrt().item()
+    return ((text.weights * _squared(lost, felt)).mean() / scale).sqrt().item()
+
+
+def _squared(lost: Tensor, felt: Tensor | None) -> Tensor:
+    """``eᵀ G e`` of every row: ``(tokens, out) -> (tokens,)``."""
+    return (lost if felt is None else lost @ felt).square().sum(-1)
+
+
+def _root(sensitivity: Tensor) -> Tensor:
+    """G's square root, with a little of the identity: 16,384 tokens don't tell that a direction is never felt."""
+    values, vectors = torch.linalg.eigh(sensitivity.double())
+    values = values.clamp_min(0)
+    return (vectors * (values + ROUNDING * values.mean()).sqrt()) @ vectors.T
