@@ -168,16 +168,16 @@ class Calibration:
 
     def _run(self, groups: list[Group]) -> list[Moments]:
         """One pass over the text for these groups."""
-        sums = [_Sums(self.model, group, self.token_weighting, self.sensitivity) for group in groups]
+        sums = [Sums(self.model, group, self.token_weighting, self.sensitivity) for group in groups]
         ids = ranks.share(self.ids)
         felt = min(len(ids), -(-SENSITIVITY_TOKENS // (ids.shape[1] * ranks.count()))) if self.sensitivity else 0
         training = self.model.training
         self.model.eval()
         try:
-            for rows in _batches(ids[:felt], BATCH_TOKENS // 4):  # a backward pass keeps what it needs
+            for rows in batches(ids[:felt], BATCH_TOKENS // 4):  # a backward pass keeps what it needs
                 self.progress(0, len(ids), "calibration, sensitivity")
                 _backward(self.model, rows.to(self.model.device))
-            for done, rows in enumerate(_batches(ids[felt:], BATCH_TOKENS)):
+            for done, rows in enumerate(batches(ids[felt:], BATCH_TOKENS)):
                 self.progress(felt + done * len(rows), len(ids), "calibration")
                 with torch.no_grad():
                     self.model.base_model(input_ids=rows.to(self.model.device), use_cache=False)  # no logits needed
@@ -198,7 +198,7 @@ class Calibration:
         return digest.hexdigest()
 
 
-class _Sums:
+class Sums:
     """Adds up the moments of one group while the model runs."""
 
     def __init__(self, model: PreTrainedModel, group: Group, token_weighting: bool, sensitivity: bool) -> None:
@@ -265,7 +265,7 @@ class _Sums:
         return Moments(made["inputs"], made.get("hidden"), tokens, sensitivity)
 
 
-def _batches(ids: Tensor, tokens: int) -> tuple[Tensor, ...]:
+def batches(ids: Tensor, tokens: int) -> tuple[Tensor, ...]:
     """Sequences of about so many tokens together."""
     return ids.split(max(1, tokens // ids.shape[1])) if len(ids) else ()
 
