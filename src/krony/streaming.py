@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from krony import hf, models
+from krony import hf, models, ranks
 from krony._version import __version__
 from krony.blockwise import Blocks, fill, release, stack_name
 from krony.calibration import check_ids
@@ -31,25 +31,59 @@ from krony.checkpoint import Checkpoint, Entry
 from krony.compression import LayerReport, Report, plan, replacements, uniform_shapes
 from krony.config import CALIBRATED, KronyConfig
 from krony.errors import KronyError
+from krony.hardware import memory
 from krony.journal import Journal
 from krony.kron import KronShape
 from krony.linear import KroneckerLinear
 from krony.progress import Progress, silent
 from krony.shards import SHARD_SIZE, Layout, Shards, total
 from krony.surgery import Group, count_parameters, put_in
+from krony.trust import check_entry
 
 ALONE = ("van-loan", "prune", "random")  # these take each matrix for itself
 AROUND = "embeddings, head and norms"
 
 
-def obstacle(config: KronyConfig) -> str | None:
+def choose(name: str, config: KronyConfig, *, wanted: bool | None, dtype: str, device: str) -> Stream | None:
+    """The plan for going layer by layer, or None for the way through memory.
+
+    Args:
+        wanted: what the user says; None leaves it to the rule: a folder goes layer by layer if the initialisation takes
+            each matrix for itself, and else if its weights are more than half of the machine's memory.
+
+    Raises:
+        KronyError: it is wanted and can't be done, or the folder is damaged.
+    """
+    folder = models.folder_of(name)
+    why = _obstacle(folder, config, device)
+    if wanted and why:
+        raise KronyError(f"--stream: {name} can't be compressed layer by layer: {why}")
+    if wanted is False or folder is None or why:
+        return None
+    if wanted is None and config.init not in ALONE and 2 * Checkpoint(folder).bytes <= memory():
+        return None
+    return prepare(folder, config, dtype=models.wanted_dtype(name, dtype))
+
+
+def _obstacle(folder: Path | None, config: KronyConfig, device: str = "cpu") -> str | None:
     """Why a compression can't go layer by layer, in words; None if it can."""
+    if folder is None:
+        return "it takes a folder, so fetch the model first (hf download NAME --local-dir FOLDER)"
     if config.allocation == "global":
-        return "allocation global needs the gradient through the whole model"
+        return "--allocation global needs the gradient through the whole model"
     if config.reconstruct:
-        return "reconstruct needs the gradient through the whole model"
+        return "--reconstruct needs the gradient through the whole model"
     if config.reinit:
-        return "reinit draws the whole model anew"
+        return "--reinit draws the whole model anew"
+    if device == "auto":
+        return "--device auto spreads the whole model"
+    if ranks.count() > 1:
+        return "one process does it, and these are many"
+    model_config = models.load_config(str(folder))
+    if getattr(model_config, "quantization_config", None) is not None:
+        return "it is compressed already"
+    if get_checkpoint_conversion_mapping(model_config.model_type) is not None:
+        return f"transformers rearranges the tensors of a {model_config.model_type} while it loads them"
     return None
 
 
@@ -81,17 +115,16 @@ class Stream:
             return 0
         return 2 * tokens * self.source.get_input_embeddings().weight.shape[1] * self.source.dtype.itemsize
 
-    def memory_bytes(self, batch_tokens: int = 0) -> int:
-        """About how much memory the run needs, the libraries included."""
-        matrix = max(site.out_features * site.in_features for group in self.groups for site in group.sites)
-        itemsize = self.source.dtype.itemsize
-        if self.config.init not in CALIBRATED:
-            return LIBRARIES + (4 * 8 + itemsize) * matrix
-        inner = max(site.in_features for group in self.groups for site in group.sites)
-        layer = max(_bytes_of(self.source.get_submodule(name)) for name in self._layers())
-        around = _bytes_of(self.source.base_model) - sum(_bytes_of(self.source.get_submodule(n)) for n in self._layers())
-        held = max(around, 6 * 8 * inner**2 + 3 * 8 * matrix)  # the embeddings are gone when the moments come
-        return LIBRARIES + layer + held + 16 * batch_tokens * inner
+    @property
+    def memory_bytes(self) -> int:
+        """About how much memory the run needs at its height, the libraries included."""
+        item, calibrated = self.source.dtype.itemsize, self.config.init in CALIBRATED
+        working = working_memory(self.groups, item, calibrated)
+        if not calibrated:
+            return working
+        layers = [_bytes_of(self.source.get_submodule(name)) for name in self._layers()]
+        table = _bytes_of(self.source.get_input_embeddings())
+        return max(layers) + max(working, table + LIBRARIES)  # the embeddings are needed before any moments are used
 
     def units(self) -> list[str]:
         """What is done one after the other: every layer by name, then all the rest."""
@@ -102,7 +135,17 @@ class Stream:
         return [f"{stack}.{n}" for n in range(len(self.source.get_submodule(stack)))]  # type: ignore[arg-type]
 
 
-LIBRARIES = 700 * 1000**2  # bytes of a Python that has imported torch and transformers
+LIBRARIES = 600 * 1000**2  # bytes of a Python that has imported torch and transformers
+
+
+def working_memory(groups: list[Group], itemsize: int, calibrated: bool) -> int:
+    """About what computing the factors takes besides the weights, in bytes, the libraries included."""
+    sites = [site for group in groups for site in group.sites]
+    matrix = max(site.out_features * site.in_features for site in sites)
+    if not calibrated:
+        return LIBRARIES + (4 * 8 + 2 * itemsize) * matrix  # W, what it is rearranged into, its approximation; float64
+    wide = max(site.in_features for site in sites)
+    return LIBRARIES + 6 * 8 * wide**2 + 4 * 8 * matrix  # second moments, their inverses and updates; float64
 
 
 def _bytes_of(module: nn.Module) -> int:
@@ -111,8 +154,8 @@ def _bytes_of(module: nn.Module) -> int:
 
 def prepare(folder: Path, config: KronyConfig, *, dtype: str | torch.dtype = "auto") -> Stream:
     """Reads the headers of the model in ``folder`` and settles what will be written. Raises KronyError."""
-    if why := obstacle(config):
-        raise KronyError(f"this can't be done layer by layer: {why}")
+    if why := _obstacle(folder, config):
+        raise KronyError(f"{folder} can't be compressed layer by layer: {why}")
     checkpoint = Checkpoint(folder)
     model_config = models.load_config(str(folder))
     model_config.dtype = _dtype(dtype, model_config.dtype, checkpoint)
@@ -142,21 +185,21 @@ def run(
     stream: Stream,
     out: Path,
     *,
-    name: str,
     calibration: Tensor | None = None,
     device: str = "cpu",
     shard_size: int = SHARD_SIZE,
     finish: Callable[[Path, Report], None] = lambda folder, report: None,
     progress: Progress = silent,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> Report:
     """Compresses the model and writes it to ``out``.
 
     Args:
-        name: what the source is called, for the report.
         calibration: token ids ``(sequences, length)``, where the initialisation needs them.
         device: where layers are run and factors computed.
         shard_size: bytes of tensors a file, about.
         finish: puts tokenizer, card and the like into the folder before it takes its place.
+        say: told where an interrupted run is taken up.
 
     Raises:
         KronyError: bad input, and then nothing is left. KeyboardInterrupt and a killed process leave ``OUT.work``, from
@@ -178,6 +221,8 @@ def run(
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             shards.create()
+        if journal.done:
+            say(f"going on after {journal.done[-1]['unit']}, unit {len(journal.done)} of {len(stream.units())}")
         for unit, made in _work(stream, journal, shards, calibration, device, progress):
             shards.sync()
             journal.note({"unit": unit, "layers": [report.to_json() for report in made]})
@@ -205,13 +250,14 @@ def _work(
     units = stream.units()
     first = len(journal.done)
     calibrated = stream.config.init in CALIBRATED
+    last = max((n for n, unit in enumerate(units[:-1]) if _groups_of(stream, unit, units)), default=-1)
     blocks: Blocks | None = None
     read = _reader(stream)
     for number, unit in enumerate(units[first:], start=first):
         progress(number, len(units), unit)
-        groups = [g for g in stream.groups if _unit_of(g, units) == unit]
+        groups = _groups_of(stream, unit, units)
         made: list[LayerReport] = []
-        if calibrated and unit != AROUND:
+        if calibrated and number <= last:
             if blocks is None:
                 assert ids is not None
                 blocks = Blocks(
@@ -222,9 +268,8 @@ def _work(
                     weighted=stream.config.token_weighting,
                     device=device,
                 )
-            last = number == len(units) - 2
             before = _states(journal, number) if number else None
-            moments = blocks.step(number, groups, before, None if last else _states(journal, number + 1))
+            moments = blocks.step(number, groups, before, None if number == last else _states(journal, number + 1))
             for group, known in zip(groups, moments, strict=True):
                 made += _replace(stream, group, known, shards)
             blocks.release(number)
@@ -296,8 +341,8 @@ def _owner(name: str, units: list[str]) -> str:
     return next((unit for unit in units if name.startswith(f"{unit}.")), AROUND)
 
 
-def _unit_of(group: Group, units: list[str]) -> str:
-    return _owner(f"{group.sites[0].name}.", units)
+def _groups_of(stream: Stream, unit: str, units: list[str]) -> list[Group]:
+    return [group for group in stream.groups if _owner(f"{group.sites[0].name}.", units) == unit]
 
 
 def _states(journal: Journal, number: int) -> Path:
@@ -318,9 +363,6 @@ def _saved(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _entries(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Entry]:
     """Where each tensor of the model lies, by the model's names. Raises KronyError for one that lies nowhere."""
-    kind = type(model).__name__
-    if get_checkpoint_conversion_mapping(model.config.model_type) is not None:
-        raise KronyError(f"{checkpoint.folder}: transformers rearranges the tensors of {kind} while it loads them: --no-stream")
     prefix = f"{model.base_model_prefix}."
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -333,16 +375,9 @@ def _entries(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Entry]
         if not there:
             raise KronyError(f"{checkpoint.folder}: the weights are incomplete: there is no {name}")
         entry = checkpoint.entries[there[0]]
-        if entry.shape != tuple(value.shape):
-            raise KronyError(f"{entry.file}: {entry.name} is {_by(entry.shape)}, and by config.json {_by(value.shape)}")
-        if value.is_floating_point() and not entry.dtype.is_floating_point:
-            raise KronyError(f"{entry.file}: {entry.name} is of type {entry.dtype}, and a weight is a floating-point number")
+        check_entry(entry, value)
         found[name] = entry
     return found
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a single number"
 
 
 def _dtype(wanted: str | torch.dtype, configured: Any, checkpoint: Checkpoint) -> torch.dtype:
