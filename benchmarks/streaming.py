@@ -2,10 +2,10 @@
 
     python benchmarks/streaming.py [FOLDER] [--layers 20] [--keep]
 
-Builds a Llama-shaped checkpoint of random weights in FOLDER (4096 wide, hidden width 11008, bfloat16, four shards; 8.6 GB
-with 20 layers), compresses all of it with ``van-loan`` and its first eight layers with ``neurons``, each in a process of
-its own. Writes ``benchmarks/results/streaming.json`` and the table in ``docs/streaming.md``. Peak memory is the kernel's
-``ru_maxrss``, the figure that GNU time prints: mapped pages are in it.
+Builds a Llama-shaped checkpoint of random weights in FOLDER (4096 wide, hidden width 11008, bfloat16, four shards;
+8.6 GB with 20 layers), compresses all of it with ``van-loan`` and its first eight layers with ``neurons``, each in a
+process of its own. Writes ``benchmarks/results/streaming.json`` and the table in ``docs/streaming.md``. Peak memory is
+the kernel's ``ru_maxrss``, the figure that GNU time prints: mapped pages are in it.
 """
 
 from __future__ import annotations

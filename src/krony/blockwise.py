@@ -2,8 +2,8 @@
 
 The skeleton lies on the meta device. To run layer i on the calibration text the skeleton runs as a whole, so that masks
 and position embeddings are what they always are, but for two things: every other layer hands its input on unchanged,
-and layer i takes the hidden states that were kept from layer i − 1. What it gives is kept in turn, in a file of its own,
-and is what an undivided run in the same batches gives, bit for bit.
+and layer i takes the hidden states that were kept from layer i − 1. What it gives is kept in turn, in a file of its
+own, and is what an undivided run in the same batches gives, bit for bit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Safetensors folders, read by hand: checked before anything believes them, and never mapped into memory.
 
 A checkpoint is a folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and the shards it names.
-``Checkpoint`` reads the headers alone; a tensor's bytes come when they are asked for, whole or some rows of it, by plain
-reads: pages of a map would count as this process' memory. Nothing outside the folder is opened.
+``Checkpoint`` reads the headers alone; a tensor's bytes come when they are asked for, whole or some rows of it, by
+plain reads: pages of a map would count as this process' memory. Nothing outside the folder is opened.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Entry:
 
     def _read(self, start: int, size: int) -> Tensor:
         buffer = torch.empty(size, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
         try:
             with self.file.open("rb", buffering=0) as stream:
                 stream.seek(start)
@@ -125,7 +125,8 @@ class Checkpoint:
                 if named.get(entry.name) == file:
                     found[entry.name] = entry
         if missing := sorted(set(named) - set(found)):
-            raise KronyError(f"{self.folder / named[missing[0]]} has no tensor {missing[0]}, which {index.name} says it has")
+            file = self.folder / named[missing[0]]
+            raise KronyError(f"{file} has no tensor {missing[0]}, which {index.name} says it has")
         self.entries = found
 
 
@@ -189,7 +190,7 @@ def read_header(file: Path) -> list[Entry]:
     position = 8 + length
     for entry in entries:
         if entry.start != position:
-            raise KronyError(f"{file}: {entry.name} does not begin where the tensor before it ends: the header is damaged")
+            raise KronyError(f"{file} has a damaged header: {entry.name} does not begin where the one before it ends")
         position += entry.bytes
     if position != size:
         raise KronyError(f"{file} has {size:,} bytes and should have {position:,}: fetch or write it again")

@@ -59,7 +59,8 @@ class LayerReport:
     @classmethod
     def from_json(cls, made: dict) -> LayerReport:
         """What ``to_json`` gave."""
-        shape = KronShape(*made["left"], *made["right"], made["factors"])
+        (m1, n1), (m2, n2) = made["left"], made["right"]
+        shape = KronShape(m1, n1, m2, n2, made["factors"])
         curve = tuple(made["curve"]) if "curve" in made else None
         return cls(made["name"], shape, made["error"], made["calibrated_error"], curve)
 

@@ -30,14 +30,14 @@ def cache_folder() -> Path:
 
 
 def check_writable(out: Path) -> None:
-    """Raises KronyError unless a new folder can be made at ``out``: it must be absent or empty, its parent writable."""
+    """Raises KronyError unless a folder can be made at ``out``: it must be absent or empty. Makes nothing itself."""
     if out.is_dir() and any(out.iterdir()):
         raise KronyError(f"{out} is not empty: name a new folder, or empty this one first")
     if out.exists() and not out.is_dir():
         raise KronyError(f"{out} is a file: name a folder to write the model to")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
+        nearest = next(folder for folder in out.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise KronyError(f"{out} can't be written: {error.strerror}") from None
@@ -51,9 +51,13 @@ def fresh_folder(out: Path) -> Iterator[Path]:
     """
     check_writable(out)
     prefix = f".{out.name}.partial-"
-    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
-        _clear_away(left)
-    beside = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+            _clear_away(left)
+        beside = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    except OSError as error:
+        raise KronyError(f"{out} can't be written: {error.strerror}") from None
     lock = Lock(beside)
     lock.take()
     try:

@@ -35,7 +35,9 @@ class KronyQuantizationConfig(QuantizationConfigMixin):
         made_with: how it was compressed, for the record; loading does not read it.
     """
 
-    def __init__(self, modules: dict[str, dict[str, Any]] | None = None, made_with: dict[str, Any] | None = None, **_: Any) -> None:
+    def __init__(
+        self, modules: dict[str, dict[str, Any]] | None = None, made_with: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         self.quant_method = METHOD
         self.modules: Any = modules  # what a file says: checked where it is used
         self.made_with = made_with or {}

@@ -32,7 +32,7 @@ class Journal:
             shutil.rmtree(self.folder)  # of a process that was killed after it had put OUT in its place
         check_writable(self.out)
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise KronyError(f"{self.folder} can't be written: {error.strerror}") from None
         self._lock = Lock(self.folder)

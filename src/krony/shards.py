@@ -82,7 +82,7 @@ class TensorFile:
         try:
             with self.path.open("r+b", buffering=0) as stream:
                 stream.seek(len(self._head) + self.starts[name] + at * values.dtype.itemsize)
-                view = memoryview(data.numpy())
+                view = memoryview(data.numpy())  # type: ignore[arg-type]
                 while view:
                     view = view[stream.write(view) :]
         except OSError as error:

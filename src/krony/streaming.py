@@ -1,11 +1,11 @@
 """Compression of a model that is never in memory as a whole: from safetensors to safetensors, layer by layer.
 
-Initialisations that look at one matrix at a time (``van-loan``, ``prune``, ``random``) hold one matrix. Those that read
-calibration text (``neurons``, ``als``, ``svd``) hold one transformer layer and its second moments; what enters the layer
-is kept on disk. All else is copied piece by piece. The tensors are those of ``krony.compress``, bit for bit.
+Initialisations that look at one matrix at a time (``van-loan``, ``prune``, ``random``) hold one matrix. Those that
+read calibration text (``neurons``, ``als``, ``svd``) hold one transformer layer and its second moments; what enters the
+layer is kept on disk. All else is copied piece by piece. The tensors are those of ``krony.compress``, bit for bit.
 
-What OUT will hold is known beforehand, so its files are laid out in ``OUT.work`` and filled layer by layer. Interrupted,
-the same call goes on after the last layer that was finished; in the end the folder takes OUT's place.
+What OUT will hold is known beforehand, so its files are laid out in ``OUT.work`` and filled layer by layer.
+Interrupted, the same call goes on after the last layer that was finished; in the end the folder takes OUT's place.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def run(
     start = time.perf_counter()
     config = stream.config
     if config.init in CALIBRATED and calibration is None:
-        raise KronyError(f"init {config.init} needs calibration text: give calibration= (on the command line, --calibration)")
+        raise KronyError(f"init {config.init} needs calibration text: give calibration=")
     if calibration is not None and config.init in CALIBRATED:
         check_ids(calibration, stream.source)
     journal = Journal(out, _key(stream, calibration, shard_size))

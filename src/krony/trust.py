@@ -58,7 +58,9 @@ def check_config(config: dict[str, Any], file: Path) -> None:
         if isinstance(config.get(name), str) and "/" in config[name]:
             raise KronyError(f"{file} asks for code from the hub ({name}: {config[name]}), which krony does not run")
     if config.get("transformers_weights") is not None:
-        raise KronyError(f"{file} names other weights (transformers_weights): krony reads model.safetensors, or remove it")
+        raise KronyError(
+            f"{file} names other weights (transformers_weights): krony reads model.safetensors and no other"
+        )
     for name, value in _numbers(config):
         last = name.rpartition(".")[2].partition("[")[0]
         if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
@@ -87,7 +89,9 @@ def check_weights(folder: Path, model: nn.Module) -> None:
 def check_entry(entry: Entry, value: Tensor) -> None:
     """Raises KronyError unless a tensor in a file has the shape and the type of the model's ``value``."""
     if entry.shape != tuple(value.shape):
-        raise KronyError(f"{entry.file}: {entry.name} is {by(entry.shape)}, and by config.json {by(tuple(value.shape))}")
+        raise KronyError(
+            f"{entry.file}: {entry.name} is {by(entry.shape)}, and by config.json {by(tuple(value.shape))}"
+        )
     if value.is_floating_point() and not entry.dtype.is_floating_point:
         kind = str(entry.dtype).removeprefix("torch.")
         raise KronyError(f"{entry.file}: {entry.name} is of type {kind}, and weights are floating-point numbers")

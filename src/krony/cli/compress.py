@@ -9,6 +9,7 @@ import typer
 
 from krony.cli.options import Device, Dtype, Json, Model, Out, Seed
 from krony.cli.output import Output, complain, quiet_libraries
+from krony.cli.preview import in_bytes, preview
 from krony.errors import KronyError
 
 if TYPE_CHECKING:
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from krony.compression import Report
-    from krony.config import KronyConfig
     from krony.streaming import Stream
-    from krony.surgery import Group
 
 
 def run(
@@ -121,7 +120,8 @@ def run(
     groups = plan(skeleton, config)
     way = choose(model, config, wanted=stream, dtype=dtype, device=device)
     if dry_run:
-        _preview(to, model, skeleton, groups, config, way, calibration_tokens if config.init in CALIBRATED else 0, dtype)
+        tokens = calibration_tokens if config.init in CALIBRATED else 0
+        preview(to, model, skeleton, groups, config, way, tokens=tokens, dtype=dtype)
         return
     if calibration is None and (init in CALIBRATED or reconstruct):
         reader = f"init {init}" if init in CALIBRATED else "--reconstruct"
@@ -162,61 +162,6 @@ def _scheme_for(params: str, skeleton: PreTrainedModel, modules: str, layers: st
     return for_budget(layout(skeleton, groups), parse_parameters(params), neurons=init == "neurons")
 
 
-def _preview(
-    to: Output,
-    model: str,
-    skeleton: PreTrainedModel,
-    groups: list[Group],
-    config: KronyConfig,
-    way: Stream | None,
-    tokens: int,
-    dtype: str,
-) -> None:
-    from krony.surgery import count_parameters
-
-    before = after = count_parameters(skeleton)
-    layers, rows = [], []
-    for site in (site for group in groups for site in group.sites):
-        shape = site.shape(config.scheme)
-        after += shape.parameters + shape.factors * config.has_scalars(shape.factors) - shape.rows * shape.columns
-        layers.append(
-            {"name": site.name, "left": list(shape.left), "right": list(shape.right), "factors": shape.factors}
-        )
-        rows.append([site.name, f"{shape.m1}x{shape.n1}", f"{shape.m2}x{shape.n2}", str(shape.factors)])
-    to.table(["layer", "left", "right", "factors"], rows)
-    if config.allocation == "global":
-        to.say("this is the budget, evenly: allocation global shares it out among the layers once it has read the text")
-    to.say(f"would replace {len(layers)} matrices: {before:,} -> {after:,} parameters ({after / before:.1%})")
-    costs = _costs(way, skeleton, groups, before, after, tokens, dtype)
-    how = "layer by layer from the files (--stream)" if way is not None else "with the model in memory (--no-stream)"
-    kept = f" and {_size(costs['kept_bytes'])} meanwhile in OUT.work" if costs["kept_bytes"] else ""
-    to.say(
-        f"would read {_size(costs['read_bytes'])} of {model} and write {_size(costs['write_bytes'])}{kept}, "
-        f"{how}, in about {_size(costs['memory_bytes'])} of memory"
-    )
-    figures = {"scheme": config.scheme, "init": config.init, "params_before": before, "params_after": after}
-    to.json(figures | costs | {"stream": way is not None, "layers": layers})
-
-
-def _costs(
-    way: Stream | None, skeleton: PreTrainedModel, groups: list[Group], before: int, after: int, tokens: int, dtype: str
-) -> dict[str, int]:
-    """Bytes that would be read, written, kept meanwhile, and held in memory."""
-    from krony.models import DTYPES
-    from krony.streaming import working_memory
-
-    if way is not None:
-        read, write = way.read_bytes, way.write_bytes
-        return {"read_bytes": read, "write_bytes": write, "kept_bytes": way.kept_bytes(tokens), "memory_bytes": way.memory_bytes}
-    item = DTYPES.get(dtype, skeleton.dtype).itemsize
-    held = item * (before + after) + working_memory(groups, item, bool(tokens))
-    return {"read_bytes": item * before, "write_bytes": item * after, "kept_bytes": 0, "memory_bytes": held}
-
-
-def _size(count: int) -> str:
-    return f"{count / 1000**3:.1f} GB" if count >= 1000**3 else f"{count / 1000**2:.1f} MB"
-
-
 def _stream(to: Output, way: Stream, model: str, out: Path, ids: Tensor | None, device: str) -> Report:
     from krony.journal import work_folder
     from krony.streaming import run
@@ -229,7 +174,7 @@ def _stream(to: Output, way: Stream, model: str, out: Path, ids: Tensor | None, 
         (folder / "README.md").write_text(model_card(model, report), encoding="utf-8")
 
     work = work_folder(out)
-    to.say(f"layer by layer, {_size(way.write_bytes)} to write; until it is whole it is in {work}")
+    to.say(f"layer by layer, {in_bytes(way.write_bytes)} to write; until it is whole it is in {work}")
     with to.progress() as progress:
         try:
             return run(way, out, calibration=ids, device=device, finish=finish, progress=progress, say=to.say)

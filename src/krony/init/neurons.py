@@ -125,7 +125,8 @@ def drop(weight: Tensor, c: Tensor, count: int, block: int = BLOCK) -> tuple[Ten
 
     The cost is what ``tr((W − Ŵ) C (W − Ŵ)ᵀ)`` has grown to; within a block it is spread by the neurons' own costs.
     """
-    weight, inverse = weight.clone(), torch.cholesky_inverse(torch.linalg.cholesky(c))
+    weight, inverse = weight.clone(), torch.linalg.cholesky(c)
+    torch.cholesky_inverse(inverse, out=inverse)  # in place: of matrices this large there is room for few
     left = torch.arange(weight.shape[1], device=weight.device)
     order, costs, spent = [], [], torch.zeros((), dtype=weight.dtype, device=weight.device)
     while count > 0:
@@ -142,9 +143,22 @@ def drop(weight: Tensor, c: Tensor, count: int, block: int = BLOCK) -> tuple[Ten
         spent = spent + cost
         order.append(left[cheapest])
         weight = weight[:, stay] - gone @ shift
-        inverse = inverse[stay][:, stay] - inverse[stay][:, cheapest] @ shift
+        inverse = _shrink(inverse, stay, inverse[:, cheapest][stay], shift)
         left, count = left[stay], count - len(cheapest)
     return torch.cat(order), torch.cat(costs)
+
+
+def _shrink(matrix: Tensor, stay: Tensor, across: Tensor, shift: Tensor, rows: int = 1024) -> Tensor:
+    """``matrix[stay][:, stay] - across @ shift`` in the memory of ``matrix``, which is contiguous, a few rows at a time.
+
+    A row moves up or stays where it is, so none is overwritten before it is read.
+    """
+    kept = stay.nonzero().squeeze(1)
+    small = matrix.view(-1)[: len(kept) ** 2].view(len(kept), len(kept))
+    for begin in range(0, len(kept), rows):
+        end = begin + rows
+        small[begin:end] = matrix[kept[begin:end]][:, kept] - across[begin:end] @ shift
+    return small
 
 
 def refit(weight: Tensor, c: Tensor, kept: Tensor) -> Tensor:
