@@ -127,6 +127,7 @@ def drop(weight: Tensor, c: Tensor, count: int, block: int = BLOCK) -> tuple[Ten
     """
     weight, inverse = weight.clone(), torch.linalg.cholesky(c)
     torch.cholesky_inverse(inverse, out=inverse)  # in place: of matrices this large there is room for few
+    inverse = inverse.mT.contiguous()  # symmetric, and stored by columns until now: nothing is copied
     left = torch.arange(weight.shape[1], device=weight.device)
     order, costs, spent = [], [], torch.zeros((), dtype=weight.dtype, device=weight.device)
     while count > 0:
