@@ -35,6 +35,7 @@ from krony.progress import Progress, silent
 from krony.surgery import Group
 
 TOKENS, LENGTH = 49_152, 512
+LONGEST_TOKEN = 64  # characters; tokens of text have four
 BATCH_TOKENS = 4096  # tokens a forward pass
 SENSITIVITY_TOKENS = 16_384  # enough for a matrix of the model's width; a backward pass is dear
 MEMORY = 4 * 1024**3  # bytes of sums held at once; a model that needs more is read in several passes
@@ -72,7 +73,8 @@ def pack(
     pieces: list[Tensor] = []
     have = 0
     for index in order:
-        pieces.append(texts.join_documents([documents[index], ""], tokenizer))
+        text = documents[index][: LONGEST_TOKEN * rows * length]  # of a document without end only that can be needed
+        pieces.append(texts.join_documents([text, ""], tokenizer))
         have += len(pieces[-1])
         if have >= rows * length:
             break

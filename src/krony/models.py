@@ -85,6 +85,7 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", device: str = "c
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that isn't there
         raise KronyError(f"device {device!r} can't be used: {_first_line(error)}") from None
     check_finite(model, name)
+    _check_runs(model, name)
     return model
 
 
@@ -150,6 +151,13 @@ def _locate(name: str) -> str:
     return name
 
 
+@torch.inference_mode()
+def _check_runs(model: PreTrainedModel, name: str) -> None:
+    """Two tokens go through the model: a config can fit its weights and still not run. Raises KronyError."""
+    with _Sentences(name, "by its config.json it can't run"):
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+
+
 def _check(name: str, folder: Path) -> None:
     """Compares the weights of a folder with its config. Raises KronyError."""
     config = load_config(name)
@@ -163,8 +171,8 @@ def _check(name: str, folder: Path) -> None:
 class _Sentences:
     """Turns what transformers and safetensors raise while loading ``name`` into one sentence."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, otherwise: str = "it can't be loaded as a causal language model") -> None:
+        self.name, self.otherwise = name, otherwise
 
     def __enter__(self) -> None:
         pass
@@ -182,7 +190,7 @@ class _Sentences:
             return "there is no such folder, and it can't be fetched from the hub (no network, or no such name)"
         if isinstance(error, RuntimeError) and "mismatched" in str(error):
             return "its weights have other shapes than its config.json says"
-        return f"it can't be loaded as a causal language model: {_first_line(error)}"
+        return f"{self.otherwise}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -131,7 +131,10 @@ class Stream:
         return [*self._layers(), AROUND]
 
     def _layers(self) -> list[str]:
-        stack = stack_name(self.groups, self.source)
+        inside = [group for group in self.groups if group.layer is not None or self.config.init in CALIBRATED]
+        if not inside:
+            return []
+        stack = stack_name(inside, self.source)
         return [f"{stack}.{n}" for n in range(len(self.source.get_submodule(stack)))]  # type: ignore[arg-type]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from krony.checkpoint import Checkpoint, Entry, check_link, read_json
 from krony.errors import KronyError
 
-MOST_LAYERS = 10_000  # no model has so many; transformers makes lists and modules of whatever number is there
+MOST_LAYERS = 1_000  # no model has so many; transformers makes lists and modules of whatever number is there
 LARGEST = 2**31  # no dimension of a model is larger
 SIZES = (  # what configs call the numbers that must be positive
     *("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head", "num_heads"),

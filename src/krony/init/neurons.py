@@ -150,7 +150,7 @@ def drop(weight: Tensor, c: Tensor, count: int, block: int = BLOCK) -> tuple[Ten
 
 
 def _shrink(matrix: Tensor, stay: Tensor, across: Tensor, shift: Tensor, rows: int = 1024) -> Tensor:
-    """``matrix[stay][:, stay] - across @ shift`` in the memory of ``matrix``, which is contiguous, a few rows at a time.
+    """``matrix[stay][:, stay] - across @ shift`` in the memory of ``matrix``, which is contiguous, some rows at a time.
 
     A row moves up or stays where it is, so none is overwritten before it is read.
     """
