@@ -317,7 +317,7 @@ def test_the_rule_which_way_is_taken(gpt2_folder, monkeypatch):
     assert way("van-loan") and way("prune") and way("random") and not way("van-loan", wanted=False)
     assert not way("neurons") and way("neurons", wanted=True)
     assert not way("neurons", allocation="global")
-    monkeypatch.setattr(streaming, "memory", lambda: 1_000_000)  # a small machine
+    monkeypatch.setattr(streaming, "memory", lambda: 100_000)  # a small machine
     assert way("neurons") and not way("neurons", wanted=False)
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
 from krony import hf, models, ranks
 from krony._version import __version__
@@ -82,7 +83,7 @@ def _obstacle(folder: Path | None, config: KronyConfig, device: str = "cpu") -> 
     model_config = models.load_config(str(folder))
     if getattr(model_config, "quantization_config", None) is not None:
         return "it is compressed already"
-    if get_checkpoint_conversion_mapping(model_config.model_type) is not None:
+    if _file_names(models.empty_model(model_config)) is None:
         return f"transformers rearranges the tensors of a {model_config.model_type} while it loads them"
     return None
 
@@ -98,12 +99,13 @@ class Stream:
     entries: dict[str, Entry]  # of the source model's tensors
     shapes: dict[str, KronShape]
     groups: list[Group]
-    layout: Layout
+    layout: Layout  # of what is written, by the target model's names
+    names: dict[str, str]  # and what the files call it
     params: tuple[int, int]  # before and after
 
     @property
     def read_bytes(self) -> int:
-        return sum(entry.bytes for entry in self.entries.values())
+        return sum(entry.bytes for entry in set(self.entries.values()))  # tied names lead to one
 
     @property
     def write_bytes(self) -> int:
@@ -179,7 +181,7 @@ def prepare(folder: Path, config: KronyConfig, *, dtype: str | torch.dtype = "au
     hf.mark(target, config)
     layout = {name: (value.dtype, tuple(value.shape)) for name, value in _saved(target).items()}
     params = count_parameters(source), count_parameters(target)
-    stream = Stream(folder, config, source, target, entries, shapes, groups, layout, params)
+    stream = Stream(folder, config, source, target, entries, shapes, groups, layout, _file_names(target) or {}, params)
     stream.units()  # there is one stack of layers
     return stream
 
@@ -218,7 +220,7 @@ def run(
     journal.open()
     try:
         folder = journal.folder / "model"
-        shards = Shards(folder, stream.layout, shard_size)
+        shards = Shards(folder, {stream.names[name]: one for name, one in stream.layout.items()}, shard_size)
         if not (journal.done and shards.are_there()):
             journal.restart()
             shutil.rmtree(folder, ignore_errors=True)
@@ -284,7 +286,7 @@ def _work(
                     made += _replace(stream, part, None, shards)
                     for site in part.sites:
                         release(stream.source, site.name)
-        for name in shards.layout:
+        for name in stream.layout:
             if _owner(name, units) == unit and name in stream.entries and not _is_replaced(name, stream):
                 _copy(stream, name, shards)
         yield unit, made
@@ -303,7 +305,7 @@ def _replace(stream: Stream, group: Group, moments: Any, shards: Shards) -> list
     with torch.no_grad():
         for name, (layer, report) in replacements(stream.source, group, stream.shapes, stream.config, moments).items():
             for key, value in layer.state_dict().items():
-                shards.put(f"{name}.{key}", value)
+                shards.put(stream.names[f"{name}.{key}"], value)
             reports.append(report)
     return reports
 
@@ -314,7 +316,7 @@ def _copy(stream: Stream, name: str, shards: Shards) -> None:
     at = 0
     for piece in entry.pieces():
         _check_finite(entry, piece)
-        shards.put(name, piece.to(dtype), at=at)
+        shards.put(stream.names[name], piece.to(dtype), at=at)
         at += len(piece)
 
 
@@ -364,17 +366,29 @@ def _saved(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name not in spare | ignored}
 
 
+def _file_names(model: PreTrainedModel) -> dict[str, str] | None:
+    """What ``save_pretrained`` calls each tensor of a model; None where it does more than to rename them."""
+    changes = get_model_conversion_mapping(model, add_legacy=False)
+    if not all(isinstance(change, WeightRenaming) for change in changes):
+        return None
+    tensors = model.state_dict()
+    if not changes:
+        return {name: name for name in tensors}
+    return {name: next(iter(revert_weight_conversion(model, {name: value}))) for name, value in tensors.items()}
+
+
 def _entries(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Entry]:
     """Where each tensor of the model lies, by the model's names. Raises KronyError for one that lies nowhere."""
-    prefix = f"{model.base_model_prefix}."
+    prefix, renamed = f"{model.base_model_prefix}.", _file_names(model) or {}
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     same = {name: names for names in owners.values() for name in names}
     found = {}
     for name, value in model.state_dict().items():
-        names = [name, *(other for other in same.get(name, []) if other != name)]
-        there = [n for other in names for n in (other, other.removeprefix(prefix)) if n in checkpoint.entries]
+        own = [name, *(other for other in same.get(name, []) if other != name)]
+        called = [n for other in own for n in (other, renamed.get(other, other))]
+        there = [n for other in called for n in (other, other.removeprefix(prefix)) if n in checkpoint.entries]
         if not there:
             raise KronyError(f"{checkpoint.folder}: the weights are incomplete: there is no {name}")
         entry = checkpoint.entries[there[0]]
