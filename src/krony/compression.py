@@ -322,12 +322,13 @@ def _build(target: Target, factors: Factors, config: KronyConfig) -> KroneckerLi
 def _report(target: Target, factors: Factors, layer: KroneckerLinear, moments: Moments | None) -> LayerReport:
     """The layer's errors: of the matrix, and of its outputs on the calibration text."""
     second = None if moments is None else moments.of(target.role).matrix
-    weight, order = target.weight.double(), factors.order
-    if order is not None:
-        weight = weight[:, order] if target.role == "down" else weight[order]
-        second = second[order][:, order] if second is not None and target.role == "down" else second
+    weight = target.weight.double()
     sizes = weight.norm().item(), 0.0 if second is None else _output_norm(weight, second)
-    lost = layer.dense_weight(torch.float64).sub_(weight)  # in place: these are the largest matrices there are
+    lost = layer.dense_weight(torch.float64)
+    if factors.order is not None:
+        places = factors.order.argsort()  # back to the old places: C is larger than W
+        lost = lost[:, places] if target.role == "down" else lost[places]
+    lost.sub_(weight)  # in place: these are the largest matrices there are
     calibrated = None if second is None else _relative(_output_norm(lost, second), sizes[1])
     error = _relative(lost.norm().item(), sizes[0])
     return LayerReport(target.name, target.shape, error, calibrated, factors.curve)

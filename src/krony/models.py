@@ -38,7 +38,7 @@ def load_config(name: str) -> PretrainedConfig:
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model that a config describes, dense, on the meta device: shapes without memory. Raises KronyError."""
-    with torch.device("meta"), _Sentences(type(config).__name__):
+    with torch.device("meta"), _Sentences(config.name_or_path or type(config).__name__):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
@@ -194,5 +194,5 @@ class _Sentences:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
+    text = f"{error} is unknown" if isinstance(error, KeyError) else str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
