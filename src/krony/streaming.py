@@ -150,7 +150,7 @@ def working_memory(groups: list[Group], itemsize: int, calibrated: bool) -> int:
     if not calibrated:
         return LIBRARIES + (4 * 8 + 2 * itemsize) * matrix  # W, what it is rearranged into, its approximation; float64
     wide = max(site.in_features for site in sites)
-    return LIBRARIES + 6 * 8 * wide**2 + 4 * 8 * matrix  # second moments, their inverses and updates; float64
+    return LIBRARIES + 4 * 8 * wide**2 + 3 * 8 * matrix  # second moments, their inverse, and updates; float64
 
 
 def _bytes_of(module: nn.Module) -> int:
