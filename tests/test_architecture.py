@@ -12,15 +12,16 @@ ROOT = Path(krony.__file__).parent
 # From the bottom up: a module imports from earlier lines only (and, in a package, from its own files).
 ORDER = [
     ["errors", "_version", "progress", "python_docs", "hardware", "report"],
-    ["kron", "config", "files", "allocation", "ranks"],
-    ["schemes", "init"],
+    ["kron", "config", "files", "allocation", "ranks", "checkpoint"],
+    ["schemes", "init", "shards", "journal", "trust"],
     ["linear"],
     ["surgery"],
-    ["hf", "models", "data"],
+    ["hf"],
+    ["models", "data"],
     ["calibration", "evaluation", "export", "inspection", "rows"],
-    ["reconstruction", "healing"],
+    ["reconstruction", "healing", "blockwise"],
     ["compression"],
-    ["card", "demo"],
+    ["card", "demo", "streaming"],
     ["cli"],
     ["__main__"],
 ]

@@ -35,6 +35,7 @@ from krony.progress import Progress, silent
 from krony.surgery import Group
 
 TOKENS, LENGTH = 49_152, 512
+LONGEST_TOKEN = 64  # characters; tokens of text have four
 BATCH_TOKENS = 4096  # tokens a forward pass
 SENSITIVITY_TOKENS = 16_384  # enough for a matrix of the model's width; a backward pass is dear
 MEMORY = 4 * 1024**3  # bytes of sums held at once; a model that needs more is read in several passes
@@ -72,7 +73,8 @@ def pack(
     pieces: list[Tensor] = []
     have = 0
     for index in order:
-        pieces.append(texts.join_documents([documents[index], ""], tokenizer))
+        text = documents[index][: LONGEST_TOKEN * rows * length]  # of a document without end only that can be needed
+        pieces.append(texts.join_documents([text, ""], tokenizer))
         have += len(pieces[-1])
         if have >= rows * length:
             break
@@ -168,16 +170,16 @@ class Calibration:
 
     def _run(self, groups: list[Group]) -> list[Moments]:
         """One pass over the text for these groups."""
-        sums = [_Sums(self.model, group, self.token_weighting, self.sensitivity) for group in groups]
+        sums = [Sums(self.model, group, self.token_weighting, self.sensitivity) for group in groups]
         ids = ranks.share(self.ids)
         felt = min(len(ids), -(-SENSITIVITY_TOKENS // (ids.shape[1] * ranks.count()))) if self.sensitivity else 0
         training = self.model.training
         self.model.eval()
         try:
-            for rows in _batches(ids[:felt], BATCH_TOKENS // 4):  # a backward pass keeps what it needs
+            for rows in batches(ids[:felt], BATCH_TOKENS // 4):  # a backward pass keeps what it needs
                 self.progress(0, len(ids), "calibration, sensitivity")
                 _backward(self.model, rows.to(self.model.device))
-            for done, rows in enumerate(_batches(ids[felt:], BATCH_TOKENS)):
+            for done, rows in enumerate(batches(ids[felt:], BATCH_TOKENS)):
                 self.progress(felt + done * len(rows), len(ids), "calibration")
                 with torch.no_grad():
                     self.model.base_model(input_ids=rows.to(self.model.device), use_cache=False)  # no logits needed
@@ -198,7 +200,7 @@ class Calibration:
         return digest.hexdigest()
 
 
-class _Sums:
+class Sums:
     """Adds up the moments of one group while the model runs."""
 
     def __init__(self, model: PreTrainedModel, group: Group, token_weighting: bool, sensitivity: bool) -> None:
@@ -265,7 +267,7 @@ class _Sums:
         return Moments(made["inputs"], made.get("hidden"), tokens, sensitivity)
 
 
-def _batches(ids: Tensor, tokens: int) -> tuple[Tensor, ...]:
+def batches(ids: Tensor, tokens: int) -> tuple[Tensor, ...]:
     """Sequences of about so many tokens together."""
     return ids.split(max(1, tokens // ids.shape[1])) if len(ids) else ()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,6 +55,14 @@ class LayerReport:
             "error": self.error,
             "calibrated_error": self.calibrated_error,
         } | ({} if self.curve is None else {"curve": list(self.curve)})
+
+    @classmethod
+    def from_json(cls, made: dict) -> LayerReport:
+        """What ``to_json`` gave."""
+        (m1, n1), (m2, n2) = made["left"], made["right"]
+        shape = KronShape(m1, n1, m2, n2, made["factors"])
+        curve = tuple(made["curve"]) if "curve" in made else None
+        return cls(made["name"], shape, made["error"], made["calibrated_error"], curve)
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,6 @@ def compress(
     start = time.perf_counter()
     groups = plan(model, config)
     before = count_parameters(model)
-    initialise = get_init(config.init)
     ids = _token_ids(calibration, tokenizer, config)
     known = _moments(model, groups, config, ids, cache, progress)
     source = known.source if isinstance(known, Calibration) else None
@@ -119,14 +127,8 @@ def compress(
             progress(done, len(groups), group.sites[0].name)
             if not any(site.name in shapes for site in group.sites):
                 continue  # allocation leaves this layer whole
-            targets = _targets(model, group, shapes)
-            made = initialise(targets, config, moments)
-            layers = {t.name: _build(t, factors, config) for t, factors in zip(targets, made, strict=True)}
-            if text is not None:
-                _reconstruct(model, group, layers, text, moments, config)
-            for target, factors in zip(targets, made, strict=True):
-                layer = layers[target.name]
-                replaced[target.name] = layer, _report(target, factors, layer, moments)
+            train = None if text is None else partial(_reconstruct, model, group, text, moments, config)
+            replaced |= replacements(model, group, shapes, config, moments, train)
         for name, (layer, _) in replaced.items():
             put_in(model, name, layer)
         if config.reinit == "all":
@@ -137,6 +139,33 @@ def compress(
     return Report(
         config.scheme, config.init, before, count_parameters(model), time.perf_counter() - start, reports, source
     )
+
+
+def replacements(
+    model: nn.Module,
+    group: Group,
+    shapes: dict[str, KronShape],
+    config: KronyConfig,
+    moments: Moments | None = None,
+    train: Callable[[dict[str, KroneckerLinear]], None] | None = None,
+) -> dict[str, tuple[KroneckerLinear, LayerReport]]:
+    """The layers that take the place of a group's, and what each lost; the model stays as it is.
+
+    Args:
+        shapes: module name -> split, for every layer of the group at least.
+        train: what is done to the new layers, by name, before their errors are measured.
+
+    Raises KronyError for a weight that is not finite.
+    """
+    targets = _targets(model, group, shapes)
+    made = get_init(config.init)(targets, config, moments)
+    layers = {t.name: _build(t, factors, config) for t, factors in zip(targets, made, strict=True)}
+    if train is not None:
+        train(layers)
+    return {
+        target.name: (layers[target.name], _report(target, factors, layers[target.name], moments))
+        for target, factors in zip(targets, made, strict=True)
+    }
 
 
 def _token_ids(
@@ -187,10 +216,10 @@ def _texts(
 def _reconstruct(
     model: PreTrainedModel,
     group: Group,
-    layers: dict[str, KroneckerLinear],
     text: Examples,
     moments: Moments | None,
     config: KronyConfig,
+    layers: dict[str, KroneckerLinear],
 ) -> None:
     """Trains the group's new layers, in float32 whatever their dtype."""
     name = module_name(group)
@@ -293,13 +322,15 @@ def _build(target: Target, factors: Factors, config: KronyConfig) -> KroneckerLi
 def _report(target: Target, factors: Factors, layer: KroneckerLinear, moments: Moments | None) -> LayerReport:
     """The layer's errors: of the matrix, and of its outputs on the calibration text."""
     second = None if moments is None else moments.of(target.role).matrix
-    weight, order = target.weight.double(), factors.order
-    if order is not None:
-        weight = weight[:, order] if target.role == "down" else weight[order]
-        second = second[order][:, order] if second is not None and target.role == "down" else second
-    lost = weight - layer.dense_weight(torch.float64)
-    calibrated = None if second is None else _relative(_output_norm(lost, second), _output_norm(weight, second))
-    error = _relative(lost.norm().item(), weight.norm().item())
+    weight = target.weight.double()
+    sizes = weight.norm().item(), 0.0 if second is None else _output_norm(weight, second)
+    lost = layer.dense_weight(torch.float64)
+    if factors.order is not None:
+        places = factors.order.argsort()  # back to the old places: C is larger than W
+        lost = lost[:, places] if target.role == "down" else lost[places]
+    lost.sub_(weight)  # in place: these are the largest matrices there are
+    calibrated = None if second is None else _relative(_output_norm(lost, second), sizes[1])
+    error = _relative(lost.norm().item(), sizes[0])
     return LayerReport(target.name, target.shape, error, calibrated, factors.curve)
 
 

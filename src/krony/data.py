@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ NAMED = {
     "lambada": NamedSet("lambada/lambada_test_plain_text.txt", ("cimec/lambada", None), last_word=True),
 }
 PYTHON_DOCS = "python-docs"
+PIECE = 8_000_000  # characters tokenised at once: a tokenizer takes some hundred bytes for each
 
 
 def names() -> list[str]:
@@ -69,10 +71,12 @@ def read_file(path: Path) -> list[str]:
             continue
         try:
             documents.append(json.loads(line)["text"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise KronyError(f'{path}, line {number}: not a JSON object with a "text"') from None
         if not isinstance(documents[-1], str):
             raise KronyError(f'{path}, line {number}: "text" is not a string')
+        if not is_text(documents[-1]):
+            raise KronyError(f'{path}, line {number}: "text" has half of a surrogate pair, which is no character')
     return documents
 
 
@@ -89,9 +93,34 @@ def join_documents(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> 
     return torch.cat(pieces[:-1]) if pieces else torch.empty(0, dtype=torch.long)
 
 
+def is_text(text: str) -> bool:
+    """Whether a string can be encoded: one with half of a surrogate pair can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> Tensor:
-    encoded = tokenizer(text, add_special_tokens=special, verbose=False)  # no warning about the length
-    return torch.tensor(encoded["input_ids"], dtype=torch.long)
+    made: list[int] = []
+    for number, piece in enumerate(_pieces(text)):
+        encoded = tokenizer(piece, add_special_tokens=special and number == 0, verbose=False)  # no warning: it is long
+        made += encoded["input_ids"]
+    return torch.tensor(made, dtype=torch.long)
+
+
+def _pieces(text: str, size: int = PIECE) -> Iterator[str]:
+    """The text in pieces that a tokenizer can hold, cut before a line break or a space where there is one."""
+    start = 0
+    while len(text) - start > size:
+        window = start + size // 2, start + size
+        end = text.rfind("\n", *window)
+        end = text.rfind(" ", *window) if end < 0 else end
+        end = window[1] if end < 0 else end
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _read_text(path: Path) -> str:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from krony.errors import KronyError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: what a killed process left is not cleared away there
+    fcntl = None  # type: ignore[assignment]
 
 
 def cache_folder() -> Path:
@@ -22,14 +30,14 @@ def cache_folder() -> Path:
 
 
 def check_writable(out: Path) -> None:
-    """Raises KronyError unless a new folder can be made at ``out``: it must be absent or empty, its parent writable."""
+    """Raises KronyError unless a folder can be made at ``out``: it must be absent or empty. Makes nothing itself."""
     if out.is_dir() and any(out.iterdir()):
         raise KronyError(f"{out} is not empty: name a new folder, or empty this one first")
     if out.exists() and not out.is_dir():
         raise KronyError(f"{out} is a file: name a folder to write the model to")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
+        nearest = next(folder for folder in out.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise KronyError(f"{out} can't be written: {error.strerror}") from None
@@ -42,17 +50,69 @@ def fresh_folder(out: Path) -> Iterator[Path]:
     Raises KronyError if ``out`` can't be written or the disk is full.
     """
     check_writable(out)
-    beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    prefix = f".{out.name}.partial-"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+            _clear_away(left)
+        beside = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+    except OSError as error:
+        raise KronyError(f"{out} can't be written: {error.strerror}") from None
+    lock = Lock(beside)
+    lock.take()
     try:
         yield beside
         beside.chmod(0o755)  # mkdtemp's is private
         if out.exists():
             out.rmdir()
         beside.rename(out)
-    except OSError as error:
-        raise KronyError(f"{out} can't be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise KronyError(f"{out} can't be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        lock.release()
+
+
+class Lock:
+    """Says that a folder is in use, for as long as this process lives: its death, whatever the cause, ends it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._descriptor: int | None = None
+
+    @property
+    def held(self) -> bool:
+        return self._descriptor is not None
+
+    def take(self) -> bool:
+        """Takes the lock; False if another process has it. Where there are no locks it is True, and none is held."""
+        if fcntl is None:
+            return True
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except OSError:  # a file system without locks
+            os.close(descriptor)
+            return True
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _clear_away(folder: Path) -> None:
+    """Deletes what a process that was killed left half-written; one that is being written is locked, and stays."""
+    lock = Lock(folder)
+    with suppress(OSError):
+        if lock.take() and lock.held:
+            shutil.rmtree(folder, ignore_errors=True)
+    lock.release()
 
 
 def write_json(path: Path, payload: Any) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import psutil
 import torch
 
 
@@ -13,3 +16,11 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
         abilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
         fast = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+def memory() -> int:
+    """Bytes of memory that this process may have: the machine's, or its control group's if that is less."""
+    total = psutil.virtual_memory().total
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else ""
+    return min(total, int(text)) if text.isdigit() else total

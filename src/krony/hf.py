@@ -35,9 +35,11 @@ class KronyQuantizationConfig(QuantizationConfigMixin):
         made_with: how it was compressed, for the record; loading does not read it.
     """
 
-    def __init__(self, modules: dict[str, dict[str, Any]], made_with: dict[str, Any] | None = None, **_: Any) -> None:
+    def __init__(
+        self, modules: dict[str, dict[str, Any]] | None = None, made_with: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         self.quant_method = METHOD
-        self.modules = modules
+        self.modules: Any = modules  # what a file says: checked where it is used
         self.made_with = made_with or {}
 
     def shape(self, name: str) -> tuple[KronShape, bool]:
@@ -68,12 +70,7 @@ class KronyQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        config: KronyQuantizationConfig = self.quantization_config
-        if not isinstance(config.modules, dict):
-            raise KronyError("config.json: quantization_config.modules is not a map of module names to shapes")
-        for name in config.modules:
-            shape, scalars = config.shape(name)
-            put_in(model, name, _empty_layer(model, name, shape, scalars))
+        put_layers_in(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         model.is_quantized = False  # it is trainable and castable like any other: .half() and .float() must work
@@ -82,6 +79,24 @@ class KronyQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # what a config holds after save_pretrained
             dtype = getattr(torch, dtype)
         return to_dense(model) if dtype is None else to_dense(model).to(dtype)
+
+
+def put_layers_in(model: PreTrainedModel, config: KronyQuantizationConfig | dict[str, Any]) -> None:
+    """Puts empty Kronecker layers where a saved config says; a config of another method changes nothing.
+
+    Raises KronyError for a config that is malformed or does not fit the model.
+    """
+    if isinstance(config, dict):
+        if config.get("quant_method") != METHOD:
+            return
+        config = KronyQuantizationConfig(**config)
+    if not isinstance(config, KronyQuantizationConfig):
+        return
+    if not isinstance(config.modules, dict):
+        raise KronyError("config.json: quantization_config.modules is not a map of module names to shapes")
+    for name in config.modules:
+        shape, scalars = config.shape(name)
+        put_in(model, name, _empty_layer(model, name, shape, scalars))
 
 
 def _empty_layer(model: PreTrainedModel, name: str, shape: KronShape, scalars: bool) -> KroneckerLinear:

@@ -18,7 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from krony import hf
 from krony.errors import KronyError
+from krony.trust import check_finite, check_folder, check_weights
 
 DEMO = Path(__file__).parent / "shipped" / "demo"  # the model called ``demo``
 GPT2_NAMES = ("gpt2", "openai-community/gpt2")
@@ -29,21 +31,22 @@ def load_config(name: str) -> PretrainedConfig:
     """The config of a model, without its weights; GPT-2 124M's is known by name and needs no hub. Raises KronyError."""
     if name in GPT2_NAMES and not Path(name).exists():
         return GPT2Config()
+    folder = _locate(name)
     with _Sentences(name):
-        return AutoConfig.from_pretrained(_locate(name))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model that a config describes, on the meta device: shapes without memory. Raises KronyError."""
-    with torch.device("meta"), _Sentences(type(config).__name__):
-        return AutoModelForCausalLM.from_config(config)
+    """The model that a config describes, dense, on the meta device: shapes without memory. Raises KronyError."""
+    with torch.device("meta"), _Sentences(config.name_or_path or type(config).__name__):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises KronyError if there is none."""
     folder = _locate(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the tokenizer's parts do
         raise KronyError(f"{name}: no tokenizer can be loaded from there: {_first_line(error)}") from None
     if not tokenizer("a")["input_ids"]:  # from a folder without one, transformers makes some that know no text
@@ -64,18 +67,37 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", device: str = "c
     """
     folder = _locate(name)
     options: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
-    if name == "demo" and dtype == "auto":
-        dtype = torch.float32  # it is stored in half precision for its size alone
+    if Path(folder).is_dir():
+        _check(name, Path(folder))
     with _Sentences(name):
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=parse_dtype(dtype), use_safetensors=True, output_loading_info=True, **options
+            folder,
+            dtype=parse_dtype(wanted_dtype(name, dtype)),
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
     if missing := sorted(info["missing_keys"]):
         raise KronyError(f"{name}: the weights are incomplete: {missing[0]} and {len(missing) - 1} more are missing")
     try:
-        return model.eval() if device == "auto" else model.to(device).eval()
+        model = model.eval() if device == "auto" else model.to(device).eval()
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that isn't there
         raise KronyError(f"device {device!r} can't be used: {_first_line(error)}") from None
+    check_finite(model, name)
+    _check_runs(model, name)
+    return model
+
+
+def wanted_dtype(name: str, dtype: str | torch.dtype) -> str | torch.dtype:
+    """The dtype that a model is loaded in: ``demo`` is stored in half precision for its size alone."""
+    return torch.float32 if name == "demo" and dtype == "auto" else dtype
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder that a model's files are in; None for a name on the hub."""
+    folder = Path(_locate(name))
+    return folder if folder.is_dir() else None
 
 
 def demo_model() -> PreTrainedModel:
@@ -86,6 +108,11 @@ def demo_model() -> PreTrainedModel:
 def save(model: PreTrainedModel, folder: Path, *, source: str) -> None:
     """Writes ``model`` with the tokenizer (chat template included) of ``source``; one that has none stays without."""
     model.save_pretrained(folder)
+    save_tokenizer(folder, source=source)
+
+
+def save_tokenizer(folder: Path, *, source: str) -> None:
+    """Writes the tokenizer of ``source``, if it has one."""
     with suppress(KronyError):
         load_tokenizer(source).save_pretrained(folder)
 
@@ -109,6 +136,8 @@ def _locate(name: str) -> str:
     """What transformers finds the model by. Raises KronyError where it would answer with a page about the hub."""
     if name == "demo":
         return str(DEMO)
+    if "\0" in name:
+        raise KronyError(f"{name!r} is no name of a folder: there is a NUL in it")
     path = Path(name)
     if path.is_file():
         raise KronyError(f"{name} is a file: MODEL is a folder with config.json and model.safetensors, or a hub name")
@@ -117,14 +146,33 @@ def _locate(name: str) -> str:
     looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or not name
     if looks_like_a_path and not path.is_dir():
         raise KronyError(f"{name!r}: there is no such folder")
+    if path.is_dir():
+        check_folder(path)
     return name
+
+
+@torch.inference_mode()
+def _check_runs(model: PreTrainedModel, name: str) -> None:
+    """Two tokens go through the model: a config can fit its weights and still not run. Raises KronyError."""
+    with _Sentences(name, "by its config.json it can't run"):
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+
+
+def _check(name: str, folder: Path) -> None:
+    """Compares the weights of a folder with its config. Raises KronyError."""
+    config = load_config(name)
+    skeleton = empty_model(config)
+    if getattr(config, "quantization_config", None) is not None:
+        with _Sentences(name):
+            hf.put_layers_in(skeleton, config.quantization_config)
+    check_weights(folder, skeleton)
 
 
 class _Sentences:
     """Turns what transformers and safetensors raise while loading ``name`` into one sentence."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, otherwise: str = "it can't be loaded as a causal language model") -> None:
+        self.name, self.otherwise = name, otherwise
 
     def __enter__(self) -> None:
         pass
@@ -142,9 +190,9 @@ class _Sentences:
             return "there is no such folder, and it can't be fetched from the hub (no network, or no such name)"
         if isinstance(error, RuntimeError) and "mismatched" in str(error):
             return "its weights have other shapes than its config.json says"
-        return f"it can't be loaded as a causal language model: {_first_line(error)}"
+        return f"{self.otherwise}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
+    text = f"{error} is unknown" if isinstance(error, KeyError) else str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

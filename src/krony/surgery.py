@@ -33,6 +33,7 @@ MLP_NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("fc_in",), "fc_out"),  # GPT-J
     (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
 )
+FUSED = "gate_up_proj"  # of Phi-3 and GLM: gate and up matrix in one
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,17 @@ def _no_mlp(model: nn.Module) -> str:
     if layers := kronecker_layers(model):
         return f"this model is compressed already ({len(layers)} layers): compress the original instead"
     names = {n: m for n, m in model.named_modules() if is_linear(m)}
+    for name, module in model.named_modules():
+        if stacked := [key for key, value in module.named_parameters(recurse=False) if value.ndim == 3]:
+            return (
+                f"{name} keeps the matrices of all its experts in one tensor ({stacked[0]}), and krony replaces linear "
+                f"layers: name others with modules=REGEX, for example {_examples(names)}"
+            )
+        if is_linear(module) and name.endswith(FUSED):
+            return (
+                f"{name} holds the gate and the up matrix in one, so hidden neurons can't be told from it: name the "
+                "matrices one by one, modules='gate_up_proj|down_proj', with init van-loan, als or prune"
+            )
     return (
         f"no MLP is known in {type(model).__name__}: name its linear layers with modules=REGEX; "
         f"there are, for example, {_examples(names)}"

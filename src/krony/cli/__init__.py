@@ -42,9 +42,14 @@ def _options(
 
 
 def main() -> None:
-    """The entry point: a user's mistake ends with one sentence on stderr and exit code 2."""
+    """The entry point: a user's mistake, or the system's refusal, ends with one sentence on stderr and exit code 2."""
     try:
         app()
+        return
     except KronyError as error:
         complain(str(error))
-        sys.exit(2)
+    except OSError as error:  # a full disk, a file that may not be read
+        complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except MemoryError:
+        complain("there is not enough memory: krony compress --stream holds one layer at a time")
+    sys.exit(2)

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from krony.cli.options import Device, Dtype, Json, Model, Out, Seed
-from krony.cli.output import Output, quiet_libraries
+from krony.cli.output import Output, complain, quiet_libraries
+from krony.cli.preview import in_bytes, preview
 from krony.errors import KronyError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from krony.compression import Report
-    from krony.config import KronyConfig
-    from krony.surgery import Group
+    from krony.streaming import Stream
 
 
 def run(
@@ -70,7 +71,17 @@ def run(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     cache: Annotated[bool, typer.Option(help="Keep what was read of the text, and use what was kept.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Layer by layer from the files, without holding the model; the result is the same. Goes on after an "
+            "interruption.  [default: for a folder, with van-loan, prune and random, or if it is over half of memory]",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, with what memory, and write nothing.")
+    ] = False,
     json_to: Json = None,
 ) -> None:
     """Replace the MLP matrices of MODEL by sums of Kronecker products and write the model to OUT."""
@@ -85,6 +96,7 @@ def run(
     from krony.config import CALIBRATED, KronyConfig
     from krony.files import cache_folder, check_writable, fresh_folder
     from krony.models import context_length, empty_model, load_config, load_model, load_tokenizer
+    from krony.streaming import choose
 
     quiet_libraries()
     skeleton = empty_model(load_config(model))
@@ -106,8 +118,10 @@ def run(
         seed=seed,
     )
     groups = plan(skeleton, config)
+    way = choose(model, config, wanted=stream, dtype=dtype, device=device)
     if dry_run:
-        _preview(to, skeleton, groups, config)
+        tokens = calibration_tokens if config.init in CALIBRATED else 0
+        preview(to, model, skeleton, groups, config, way, tokens=tokens, dtype=dtype)
         return
     if calibration is None and (init in CALIBRATED or reconstruct):
         reader = f"init {init}" if init in CALIBRATED else "--reconstruct"
@@ -116,11 +130,16 @@ def run(
         )
     check_writable(out)
     device = ranks.join(device)
-    ids = None
+    ids: Tensor | None = None
     if calibration is not None:
         length = min(LENGTH, context_length(skeleton))
         ids = calibration_set(calibration, load_tokenizer(model), tokens=calibration_tokens, length=length, seed=seed)
         to.say(f"calibration: {ids.numel():,} tokens of {calibration}")
+    if way is not None:
+        report = _stream(to, way, model, out, ids, device)
+        _print(to, report, out)
+        to.json(report.to_json())
+        return
     original = load_model(model, dtype=dtype, device=device)
     with to.progress() as progress:
         kept = cache_folder() if cache else None
@@ -143,25 +162,26 @@ def _scheme_for(params: str, skeleton: PreTrainedModel, modules: str, layers: st
     return for_budget(layout(skeleton, groups), parse_parameters(params), neurons=init == "neurons")
 
 
-def _preview(to: Output, skeleton: PreTrainedModel, groups: list[Group], config: KronyConfig) -> None:
-    from krony.surgery import count_parameters
+def _stream(to: Output, way: Stream, model: str, out: Path, ids: Tensor | None, device: str) -> Report:
+    from krony.journal import work_folder
+    from krony.streaming import run
 
-    before = after = count_parameters(skeleton)
-    layers, rows = [], []
-    for site in (site for group in groups for site in group.sites):
-        shape = site.shape(config.scheme)
-        after += shape.parameters + shape.factors * config.has_scalars(shape.factors) - shape.rows * shape.columns
-        layers.append(
-            {"name": site.name, "left": list(shape.left), "right": list(shape.right), "factors": shape.factors}
-        )
-        rows.append([site.name, f"{shape.m1}x{shape.n1}", f"{shape.m2}x{shape.n2}", str(shape.factors)])
-    to.table(["layer", "left", "right", "factors"], rows)
-    if config.allocation == "global":
-        to.say("this is the budget, evenly: allocation global shares it out among the layers once it has read the text")
-    to.say(f"would replace {len(layers)} matrices: {before:,} -> {after:,} parameters ({after / before:.1%})")
-    to.json(
-        {"scheme": config.scheme, "init": config.init, "params_before": before, "params_after": after, "layers": layers}
-    )
+    def finish(folder: Path, report: Report) -> None:
+        from krony.card import model_card
+        from krony.models import save_tokenizer
+
+        save_tokenizer(folder, source=model)
+        (folder / "README.md").write_text(model_card(model, report), encoding="utf-8")
+
+    work = work_folder(out)
+    to.say(f"layer by layer, {in_bytes(way.write_bytes)} to write; until it is whole it is in {work}")
+    with to.progress() as progress:
+        try:
+            return run(way, out, calibration=ids, device=device, finish=finish, progress=progress, say=to.say)
+        except KeyboardInterrupt:
+            if work.exists():
+                complain(f"{work} holds what is done: the same command goes on from there", kind="stopped")
+            raise
 
 
 def _save(model: PreTrainedModel, source: str, folder: Path, report: Report) -> None:
@@ -179,7 +199,7 @@ def _print(to: Output, report: Report, out: Path) -> None:
         + [str(layer.shape.factors), f"{layer.error:.3f}"]
         for layer in report.layers
     ]
-    if report.calibration is not None:
+    if all(layer.calibrated_error is not None for layer in report.layers):
         columns.append("of outputs")
         rows = [[*row, f"{layer.calibrated_error:.3f}"] for row, layer in zip(rows, report.layers, strict=True)]
     to.table(columns, rows)

@@ -26,9 +26,12 @@ def run(
     to = Output(json_to)
     import torch
 
+    from krony.data import is_text
     from krony.models import context_length, load_model, load_tokenizer
 
     quiet_libraries()
+    if not is_text(prompt):
+        raise KronyError("--prompt is not UTF-8 text")
     loaded, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     given = inputs["input_ids"].shape[1]

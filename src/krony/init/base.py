@@ -95,7 +95,8 @@ def regularised(c: Tensor, ridge: float = RIDGE) -> Tensor:
     diagonal = c.diagonal().clamp_min(0)
     floor = 1e-10 * diagonal.mean() if diagonal.any() else 1.0
     while True:
-        raised = c + torch.diag((ridge * diagonal).clamp_min(floor))
+        raised = c.clone()
+        raised.diagonal().add_((ridge * diagonal).clamp_min(floor))
         if torch.linalg.cholesky_ex(raised).info == 0:
             return raised
         ridge, floor = 10 * ridge, 10 * floor

@@ -86,7 +86,10 @@ def select(weight: Tensor, bias: Tensor | None, moments: Moments, keep: int) -> 
             stacklevel=2,
         )
     w, c = weight.double(), _spread(moments.hidden, bias, weight.device)
-    dropped, _ = drop(_felt(w, moments), c, neurons - keep)
+    diagonal = c.diagonal().clone()
+    dropped, _ = drop(_felt(w, moments), c, neurons - keep, consume=True)
+    c = _about(moments.hidden, bias, weight.device).clone()  # the same again: it is large, and was not needed
+    c.diagonal().copy_(diagonal)
     stays = torch.ones(neurons, dtype=torch.bool, device=weight.device)
     stays[dropped] = False
     kept = stays.nonzero().squeeze(1)
@@ -111,21 +114,30 @@ def _felt(weight: Tensor, moments: Moments) -> Tensor:
 
 def _spread(second: Second, bias: Tensor | None, device: torch.device) -> Tensor:
     """C with its ridge: about zero, or about the mean where a bias takes the mean up."""
+    return regularised(_about(second, bias, device))
+
+
+def _about(second: Second, bias: Tensor | None, device: torch.device) -> Tensor:
     matrix, mean = second.matrix.to(device), second.mean.to(device)
-    return regularised(matrix if bias is None else matrix - mean.outer(mean))
+    return matrix if bias is None else matrix - mean.outer(mean)
 
 
-def drop(weight: Tensor, c: Tensor, count: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+def drop(weight: Tensor, c: Tensor, count: int, block: int = BLOCK, *, consume: bool = False) -> tuple[Tensor, Tensor]:
     """The ``count`` neurons that are cheapest to drop, in the order they go, and the cost of all so far, ``(count,)``.
 
     Args:
         weight: ``(out, n)``, float64.
         c: second moment of the neurons' activations, ``(n, n)``, positive definite, float64.
         block: how many go between two exact updates.
+        consume: work in the memory of ``c``, whose values are lost.
 
     The cost is what ``tr((W − Ŵ) C (W − Ŵ)ᵀ)`` has grown to; within a block it is spread by the neurons' own costs.
     """
-    weight, inverse = weight.clone(), torch.cholesky_inverse(torch.linalg.cholesky(c))
+    weight = weight.clone()
+    inverse = (c if consume else c.clone()).mT  # symmetric, and stored by columns as LAPACK wants it
+    torch.linalg.cholesky(inverse, out=inverse)
+    torch.cholesky_inverse(inverse, out=inverse)
+    inverse = inverse.mT.contiguous()  # nothing is copied
     left = torch.arange(weight.shape[1], device=weight.device)
     order, costs, spent = [], [], torch.zeros((), dtype=weight.dtype, device=weight.device)
     while count > 0:
@@ -142,9 +154,22 @@ def drop(weight: Tensor, c: Tensor, count: int, block: int = BLOCK) -> tuple[Ten
         spent = spent + cost
         order.append(left[cheapest])
         weight = weight[:, stay] - gone @ shift
-        inverse = inverse[stay][:, stay] - inverse[stay][:, cheapest] @ shift
+        inverse = _shrink(inverse, stay, inverse[:, cheapest][stay], shift)
         left, count = left[stay], count - len(cheapest)
     return torch.cat(order), torch.cat(costs)
+
+
+def _shrink(matrix: Tensor, stay: Tensor, across: Tensor, shift: Tensor, rows: int = 1024) -> Tensor:
+    """``matrix[stay][:, stay] - across @ shift`` in the memory of ``matrix``, which is contiguous, some rows at a time.
+
+    A row moves up or stays where it is, so none is overwritten before it is read.
+    """
+    kept = stay.nonzero().squeeze(1)
+    small = matrix.view(-1)[: len(kept) ** 2].view(len(kept), len(kept))
+    for begin in range(0, len(kept), rows):
+        end = begin + rows
+        small[begin:end] = matrix[kept[begin:end]][:, kept] - across[begin:end] @ shift
+    return small
 
 
 def refit(weight: Tensor, c: Tensor, kept: Tensor) -> Tensor:

@@ -1,0 +1,124 @@
+"""Compression of a checkpoint that is larger than the memory it is allowed: peak memory and time of ``--stream``.
+
+    python benchmarks/streaming.py [FOLDER] [--layers 20] [--keep]
+
+Builds a Llama-shaped checkpoint of random weights in FOLDER (4096 wide, hidden width 11008, bfloat16, four shards;
+8.6 GB with 20 layers), compresses all of it with ``van-loan`` and its first eight layers with ``neurons``, each in a
+process of its own. Writes ``benchmarks/results/streaming.json`` and the table in ``docs/streaming.md``. Peak memory is
+the kernel's ``ru_maxrss``, the figure that GNU time prints: mapped pages are in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from machine import machine
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from krony.files import write_json
+from krony.models import empty_model
+from krony.report import Table
+from krony.shards import Shards, total
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- written by benchmarks/streaming.py: begin -->\n", "<!-- end -->"
+LIMITS = {"van-loan": 2.5, "neurons": 6.0}  # GB that each must stay under
+
+
+def build(folder: Path, layers: int, hidden: int = 4096, inner: int = 11008, shards: int = 4) -> int:
+    """A Llama of this size with random weights, as a sharded checkpoint with a tokenizer of bytes; its bytes."""
+    config = LlamaConfig(
+        num_hidden_layers=layers, hidden_size=hidden, intermediate_size=inner, num_attention_heads=hidden // 128,
+        vocab_size=32_000, max_position_embeddings=4096, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    layout = {name: (torch.bfloat16, tuple(v.shape)) for name, v in empty_model(config).state_dict().items()}
+    folder.mkdir(parents=True)
+    writer = Shards(folder, layout, -(-total(layout) // shards) + 100_000_000)
+    writer.create()
+    torch.manual_seed(0)
+    for name, (dtype, shape) in layout.items():
+        ones = name.endswith("norm.weight")
+        writer.put(name, torch.ones(shape, dtype=dtype) if ones else torch.empty(shape, dtype=dtype).normal_(std=0.02))
+    config.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return total(layout)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def measured(arguments: list[str]) -> dict[str, float]:
+    """Runs ``krony`` with these arguments; seconds, and the peak of its resident memory in GB."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "krony", *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"krony {' '.join(arguments)} failed")
+    return {"seconds": time.perf_counter() - start, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
+
+
+def main() -> None:
+    """Builds, runs, writes."""
+    parser = argparse.ArgumentParser(description="Peak memory of krony compress --stream.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(tempfile.gettempdir()) / "krony-streaming")
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens of neurons")
+    parser.add_argument("--inits", default="van-loan,neurons")
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoint there")
+    options = parser.parse_args()
+    source, out = options.folder / "source", options.folder / "out"
+    if not source.exists():
+        build(source, options.layers)
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    runs = []
+    for init in options.inits.split(","):
+        arguments = ["compress", str(source), str(out), "--scheme", "keep=0.5", "--init", init, "--stream"]
+        layers = options.layers
+        if init == "neurons":
+            layers = min(8, layers)
+            arguments += ["--layers", f"0-{layers - 1}", "--calibration", "python-docs"]
+            arguments += ["--calibration-tokens", str(options.tokens)]
+        run = measured(arguments)
+        written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+        runs.append({"init": init, "layers": layers, "read_gb": size / 1e9, "written_gb": written / 1e9, **run})
+        print(runs[-1], flush=True)
+        shutil.rmtree(out)
+    if not options.keep:
+        shutil.rmtree(options.folder)
+    results = {"runs": runs, "calibration_tokens": options.tokens, "machine": machine()}
+    write_json(ROOT / "benchmarks/results/streaming.json", results)
+    _write_page(results)
+    if any(run["peak_gb"] > LIMITS[run["init"]] for run in runs):
+        raise SystemExit(f"over the limits {LIMITS}")
+
+
+def _write_page(results: dict) -> None:
+    rows = [
+        [run["init"], str(run["layers"]), f"{run['read_gb']:.1f} GB", f"{run['written_gb']:.1f} GB"]
+        + [f"{run['peak_gb']:.2f} GB", f"{run['seconds']:,.0f} s"]
+        for run in results["runs"]
+    ]
+    table = Table(["init", "layers compressed", "read", "written", "peak memory", "time"], rows).markdown()
+    where = f"{results['machine']['processor']}, {results['machine']['threads']} threads"
+    page = ROOT / "docs/streaming.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    page.write_text(f"{before}{BEGIN}{table}\n\n({where})\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What ``krony compress --dry-run`` says: the layers, the bytes, and the memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from krony.cli.output import Output
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from krony.config import KronyConfig
+    from krony.streaming import Stream
+    from krony.surgery import Group
+
+
+def preview(
+    to: Output,
+    model: str,
+    skeleton: PreTrainedModel,
+    groups: list[Group],
+    config: KronyConfig,
+    way: Stream | None,
+    *,
+    tokens: int,
+    dtype: str,
+) -> None:
+    """Prints the layers, the bytes and the memory; ``tokens`` is how much text is read, 0 for none."""
+    from krony.surgery import count_parameters
+
+    before = after = count_parameters(skeleton)
+    layers, rows = [], []
+    for site in (site for group in groups for site in group.sites):
+        shape = site.shape(config.scheme)
+        after += shape.parameters + shape.factors * config.has_scalars(shape.factors) - shape.rows * shape.columns
+        layers.append(
+            {"name": site.name, "left": list(shape.left), "right": list(shape.right), "factors": shape.factors}
+        )
+        rows.append([site.name, f"{shape.m1}x{shape.n1}", f"{shape.m2}x{shape.n2}", str(shape.factors)])
+    to.table(["layer", "left", "right", "factors"], rows)
+    if config.allocation == "global":
+        to.say("this is the budget, evenly: allocation global shares it out among the layers once it has read the text")
+    to.say(f"would replace {len(layers)} matrices: {before:,} -> {after:,} parameters ({after / before:.1%})")
+    costs = _costs(way, skeleton, groups, before, after, tokens, dtype)
+    how = "layer by layer from the files (--stream)" if way is not None else "with the model in memory (--no-stream)"
+    kept = f" and {in_bytes(costs['kept_bytes'])} meanwhile in OUT.work" if costs["kept_bytes"] else ""
+    to.say(
+        f"would read {in_bytes(costs['read_bytes'])} of {model} and write {in_bytes(costs['write_bytes'])}{kept}, "
+        f"{how}, in about {in_bytes(costs['memory_bytes'])} of memory"
+    )
+    figures = {"scheme": config.scheme, "init": config.init, "params_before": before, "params_after": after}
+    to.json(figures | costs | {"stream": way is not None, "layers": layers})
+
+
+def _costs(
+    way: Stream | None, skeleton: PreTrainedModel, groups: list[Group], before: int, after: int, tokens: int, dtype: str
+) -> dict[str, int]:
+    """Bytes that would be read, written, kept meanwhile, and held in memory."""
+    from krony.models import DTYPES
+    from krony.streaming import working_memory
+
+    if way is not None:
+        read, write = way.read_bytes, way.write_bytes
+        return {
+            "read_bytes": read,
+            "write_bytes": write,
+            "kept_bytes": way.kept_bytes(tokens),
+            "memory_bytes": way.memory_bytes,
+        }
+    item = DTYPES.get(dtype, skeleton.dtype).itemsize
+    held = item * (before + after) + working_memory(groups, item, bool(tokens))
+    return {"read_bytes": item * before, "write_bytes": item * after, "kept_bytes": 0, "memory_bytes": held}
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1000**3:.1f} GB" if count >= 1000**3 else f"{count / 1000**2:.1f} MB"
