@@ -29,7 +29,7 @@ def run(
         str | None, typer.Option(metavar="N", help="Instead of a scheme: the largest model within N, say 82M.")
     ] = None,
     init: Annotated[
-        str, typer.Option(help="How factors start: neurons, als, van-loan, prune, svd, random.")
+        str, typer.Option(help="How factors start: neurons, als, van-loan, permuted, prune, svd, random.")
     ] = "neurons",
     calibration: Annotated[
         str | None,
@@ -55,7 +55,7 @@ def run(
     modules: Annotated[str, typer.Option(help="mlp, or a regular expression over names of linear layers.")] = "mlp",
     rescale: Annotated[
         bool | None,
-        typer.Option("--rescale/--no-rescale", help="Adaptive normalisation of van-loan.  [default: on]"),
+        typer.Option("--rescale/--no-rescale", help="Adaptive normalisation of van-loan, permuted.  [default: on]"),
     ] = None,
     scalars: Annotated[
         bool | None,
@@ -64,6 +64,10 @@ def run(
     scalar_init: Annotated[float | None, typer.Option(help="Value the scalars start at; the matrix stays.")] = None,
     epsilon: Annotated[
         float | None, typer.Option(help="What stands in for dropped neurons in the right factor (prune: 0.1).")
+    ] = None,
+    embedding: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Factorise the input embedding too, right factor 1xN (KnGPT2: 2)."),
     ] = None,
     reinit: Annotated[str | None, typer.Option(help="all: draw every other weight anew too.")] = None,
     seed: Seed = 0,
@@ -75,17 +79,17 @@ def run(
 ) -> None:
     """Replace the MLP matrices of MODEL by sums of Kronecker products and write the model to OUT."""
     to = Output(json_to)
-    if rescale is not None and init != "van-loan":
-        raise KronyError(f"--rescale is of init van-loan, and the init is {init}: leave it out")
     if (scheme is None) == (params is None):
         raise KronyError("compress needs a size: either --scheme (krony schemes MODEL lists them) or --params")
     from krony import ranks
     from krony.calibration import LENGTH, calibration_set
     from krony.compression import compress, plan
-    from krony.config import CALIBRATED, KronyConfig
+    from krony.config import CALIBRATED, RESCALED, KronyConfig
     from krony.files import cache_folder, check_writable, fresh_folder
     from krony.models import context_length, empty_model, load_config, load_model, load_tokenizer
 
+    if rescale is not None and init not in RESCALED:
+        raise KronyError(f"--rescale is of init van-loan and permuted, and the init is {init}: leave it out")
     quiet_libraries()
     skeleton = empty_model(load_config(model))
     config = KronyConfig(
@@ -102,6 +106,7 @@ def run(
         max_width=max_width,
         multiple_of=multiple_of,
         reconstruct=reconstruct,
+        embedding=embedding,
         reinit=reinit,
         seed=seed,
     )
@@ -144,6 +149,7 @@ def _scheme_for(params: str, skeleton: PreTrainedModel, modules: str, layers: st
 
 
 def _preview(to: Output, skeleton: PreTrainedModel, groups: list[Group], config: KronyConfig) -> None:
+    from krony.embedding import embedding_shape, is_tied
     from krony.surgery import count_parameters
 
     before = after = count_parameters(skeleton)
@@ -155,6 +161,11 @@ def _preview(to: Output, skeleton: PreTrainedModel, groups: list[Group], config:
             {"name": site.name, "left": list(shape.left), "right": list(shape.right), "factors": shape.factors}
         )
         rows.append([site.name, f"{shape.m1}x{shape.n1}", f"{shape.m2}x{shape.n2}", str(shape.factors)])
+    if config.embedding is not None:
+        name, shape = embedding_shape(skeleton, config.embedding)
+        after += shape.parameters - (0 if is_tied(skeleton) else shape.rows * shape.columns)  # a tied head stays
+        layers.append({"name": name, "left": list(shape.left), "right": list(shape.right), "factors": 1})
+        rows.append([name, f"{shape.m1}x{shape.n1}", f"{shape.m2}x{shape.n2}", "1"])
     to.table(["layer", "left", "right", "factors"], rows)
     if config.allocation == "global":
         to.say("this is the budget, evenly: allocation global shares it out among the layers once it has read the text")
@@ -181,7 +192,8 @@ def _print(to: Output, report: Report, out: Path) -> None:
     ]
     if report.calibration is not None:
         columns.append("of outputs")
-        rows = [[*row, f"{layer.calibrated_error:.3f}"] for row, layer in zip(rows, report.layers, strict=True)]
+        outputs = ["" if e is None else f"{e:.3f}" for e in (layer.calibrated_error for layer in report.layers)]
+        rows = [[*row, error] for row, error in zip(rows, outputs, strict=True)]
     to.table(columns, rows)
     share = report.params_after / report.params_before
     to.say(f"{report.params_before:,} -> {report.params_after:,} parameters ({share:.1%}) in {report.seconds:.1f} s")
