@@ -20,7 +20,7 @@ ORDER = [
     ["calibration", "evaluation", "export", "harness", "inspection", "reference", "rows"],
     ["reconstruction", "healing"],
     ["compression"],
-    ["card", "demo"],
+    ["card", "demo", "reproduce"],
     ["cli"],
     ["__main__"],
 ]

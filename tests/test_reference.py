@@ -48,7 +48,9 @@ def published_forward(t, ids, gelu):
     """Their model.py, written out: ``x @ kron(c_fc_0, c_fc_1) + c_fc_bias``, torch.kron and all."""
 
     def summed(name):
-        return sum(torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(t[f"{name}_0"], t[f"{name}_1"]))
+        return sum(
+            torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(t[f"{name}_0"], t[f"{name}_1"], strict=True)
+        )
 
     x = t["transformer.wte.weight"][ids] + t["transformer.wpe.weight"][: ids.shape[1]]
     for i in range(LAYERS):

@@ -70,7 +70,7 @@ def run_tasks(
             name, _, filtered = key.partition(",")
             if not filtered or name.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
-            error = metrics.get(f"{name}_stderr,{filtered}")
+            spread = metrics.get(f"{name}_stderr,{filtered}")
             label = name if filtered == "none" else f"{name} ({filtered})"
-            results.append(TaskResult(task, label, float(value), error if isinstance(error, float) else None))
+            results.append(TaskResult(task, label, float(value), spread if isinstance(spread, float) else None))
     return results
