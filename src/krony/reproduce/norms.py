@@ -15,7 +15,7 @@ from krony.schemes import resolve
 from krony.surgery import find_groups, take_out
 
 SCHEMES = {"96M": "1536x768", "92M": "1024x256:4"}
-CONTROL = {"96M": 70.75, "92M": 66.9}  # of a Gaussian 3072x768 matrix; the square roots of 1/2 and 4/9, and a little
+CONTROL = {"96M": 70.75, "92M": 66.9}  # of a Gaussian 3072x768 matrix, ± 0.05; sqrt(1/2), sqrt(4/9) and a little
 
 
 def table4(options: Options) -> Outcome:

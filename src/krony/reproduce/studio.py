@@ -36,7 +36,7 @@ from krony.surgery import count_parameters, count_untied
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 MARKS = (0.1, 0.2, 0.3, 0.4)  # of the first epoch, where Figure 1 takes the validation loss
-STAGES = {"start": 0.0, "0.4": 0.4, "0.3": 0.3, "epoch": 1.0, "full": math.inf}  # how far a run has to go
+STAGES = {"start": 0.0, "0.3": 0.3, "0.4": 0.4, "epoch": 1.0, "full": math.inf}  # where a run is measured: epochs
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ _QUICK = RECIPES["quick"]
 BUDGETS = {
     "quick": Budget(
         test_tokens=32_768,
-        epoch_tokens=65_536,
+        epoch_tokens=40_960,  # 20 steps: Figure 1's tenths are whole steps
         train=replace(_QUICK, epochs=3.0),
         final=replace(_QUICK, sequences=16, learning_rate=5e-5, final_rate=5e-5, warm_up=0, epochs=1.0),
         validation_rows=16,
@@ -117,13 +117,13 @@ class Studio:
         model.eval()
         return [measure_perplexity(model, ids, protocol="paper", window=window, stride=window)[0] for ids in self.tests]
 
-    def plan(self, runs: dict[Run, str]) -> list[str]:
+    def plan(self, runs: dict[Run, set[str]]) -> list[str]:
         """How many tokens will be trained on and measured, and about how long that takes here."""
         epoch = len(self.train) * self.train.length
-        trained = {run: self._share(stage) * epoch for run, stage in runs.items()}
+        trained = {run: self._share(_last(stages)) * epoch for run, stages in runs.items()}
         measured = sum(len(ids) for ids in self.tests)
         pace = self._seconds_a_token()
-        stops = 2 + sum(3 if stage == "full" else 2 for stage in runs.values())
+        stops = sum(len(stages - {"0.4"}) for stages in runs.values()) + 1
         passes = sum(tokens * (4 / 3 if run.taught else 1) for run, tokens in trained.items())
         seconds = pace * (passes + measured * stops / 3)  # a step is three forward passes
         words = "; ".join(f"{run.name} {tokens:,.0f}" for run, tokens in trained.items())
@@ -133,27 +133,31 @@ class Studio:
             f"Tokens to train on: {words}. About {_duration(seconds)} on this machine ({self.options.device}).",
         ]
 
-    def run(self, run: Run, until: str) -> Trained:
-        """Trains up to the stage ``until``, one of STAGES, and measures there and on the way."""
+    def run(self, run: Run, stages: set[str]) -> Trained:
+        """Trains up to the last of ``stages``, one or more of STAGES, and measures at each; at all if ``work`` keeps it."""
         with self._folder(run) as (folder, known):
-            if until in known.stages or (until == "0.4" and "0.4" in known.curve):
+            if stages <= {*known.stages, *known.curve}:
                 return known
+            until = _last(stages)
+            if self.options.work is not None:
+                stages = {stage for stage in STAGES if STAGES[stage] <= STAGES[until]}
             model = copy.deepcopy(self.base)
             compress(model, run.config)
             known.params, known.untied = count_parameters(model), count_untied(model)
-            if "start" not in known.stages:
+            known.curve["0"] = self.validation_loss(model)
+            if "start" in stages:
                 known.stages["start"] = self.perplexities(model)
-                known.curve["0"] = self.validation_loss(model)
-                self._keep(folder, run, known)
+            self._keep(folder, run, known)
             if until != "start":
-                self._train(run, model, until, folder, known)
+                self._train(run, model, stages, folder, known)
             return known
 
-    def _train(self, run: Run, model: PreTrainedModel, until: str, folder: Path, known: Trained) -> None:
+    def _train(self, run: Run, model: PreTrainedModel, stages: set[str], folder: Path, known: Trained) -> None:
         copied = copy.deepcopy(model)
         steps = len(self.train) // self.recipes[0].sequences  # an epoch
         marks = {max(1, round(share * steps)): share for share in (*MARKS, 1.0)}
-        last = STAGES[until] * steps
+        until = _last(stages)
+        last = max(1, round(STAGES[until] * steps)) if until != "full" else math.inf
 
         def watch(done: int, total: int, what: str) -> None:
             self.options.progress(done, total, f"{run.name}: {what}")
@@ -163,10 +167,10 @@ class Studio:
                 if share in MARKS:
                     known.curve[f"{share:g}"] = self.validation_loss(copied)
                 stage = {0.3: "0.3", 1.0: "epoch"}.get(share)
-                if stage is not None:
+                if stage in stages:
                     known.stages[stage] = self.perplexities(copied)
                 self._keep(folder, run, known)
-            if done >= round(last):
+            if done >= last:
                 raise _FarEnough
 
         teacher = copy.deepcopy(self.base) if run.taught else None
@@ -297,6 +301,10 @@ class Studio:
     def _keep(self, folder: Path, run: Run, figures: Trained) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "figures.json", {"made": self._made(run), "figures": vars(figures)})
+
+
+def _last(stages: set[str]) -> str:
+    return max(stages, key=lambda stage: STAGES[stage])
 
 
 def _fitting(recipe: Recipe, rows: int) -> Recipe:

@@ -134,7 +134,7 @@ def figure1(options: Options) -> Outcome:
     """Validation loss over the first 40 % of an epoch; the paper prints a picture and no figures."""
     bench = _bench(options, "figure1", "96M", "92M")
     studio = Studio(options, bench.base, "figure1")
-    runs = {bench.classic_96m: "0.4", bench.scaled_92m: "0.4"}
+    runs = {bench.classic_96m: {"0.4"}, bench.scaled_92m: {"0.4"}}
     title = "Negative log-likelihood on validation text, first 40 % of an epoch"
     header = model_sentences(options, bench.schemes) + studio.plan(runs)
     _announce(options, header)
@@ -143,7 +143,7 @@ def figure1(options: Options) -> Outcome:
     names = {"96M, Van Loan": bench.classic_96m, "92M, rescaled": bench.scaled_92m}
     curves, lines = {}, []
     for name, run in names.items():
-        done = studio.run(run, "0.4")
+        done = studio.run(run, {"0.4"})
         curves[name] = [(share, done.curve[f"{share:g}"]) for share in (0.0, *MARKS)]
         lines += [Line(name, f"{share:.0%} of an epoch, nats", None, loss, digits=3) for share, loss in curves[name]]
     slow, fast = curves.values()
@@ -167,17 +167,16 @@ def _perplexities(
     """Trains the rows' runs as far as the table needs, and sets them beside the paper's figures."""
     options = bench.options
     studio = Studio(options, bench.base, bench.target)
-    furthest: dict[Run, str] = {}
+    wanted: dict[Run, set[str]] = {}
     for row in rows:
-        if furthest.get(row.run) != "full":
-            furthest[row.run] = row.stage
-    header = model_sentences(options, bench.schemes) + studio.plan(furthest)
+        wanted.setdefault(row.run, {"start"}).add(row.stage)
+    header = model_sentences(options, bench.schemes) + studio.plan(wanted)
     _announce(options, header)
     if options.dry_run:
         return Outcome(bench.target, title, options.model, header)
     ours_base = studio.base_perplexities()
     lines = [line for peer in peers for line in _peer(options, studio, peer, ours_base)]
-    results: dict[Run, Trained] = {run: studio.run(run, stage) for run, stage in furthest.items()}
+    results: dict[Run, Trained] = {run: studio.run(run, stages) for run, stages in wanted.items()}
     for row in rows:
         lines += _lines(row.name, row.paper, results[row.run].stages[row.stage], ours_base, options, row.note)
     footer = ["Perplexity by the paper's protocol; of base: divided by the original's own on the same text."]
