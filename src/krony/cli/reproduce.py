@@ -77,5 +77,5 @@ def run(
     for sentence in outcome.footer:
         to.say(sentence)
     if plot is not None and outcome.curves:
-        write_text(plot, lines(outcome.curves, "share of an epoch", "validation loss, nats a token"))
+        write_text(plot, lines(outcome.curves, "share of an epoch", "validation loss, nats a token", log=False))
     to.json(outcome.to_json())

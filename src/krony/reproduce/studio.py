@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from krony.rows import Rows, load_rows
 from krony.surgery import count_parameters, count_untied
 
 OPENWEBTEXT = "Skylion007/openwebtext"
+FEWEST_STEPS = 10  # of an epoch
 MARKS = (0.1, 0.2, 0.3, 0.4)  # of the first epoch, where Figure 1 takes the validation loss
 STAGES = {"start": 0.0, "0.3": 0.3, "0.4": 0.4, "epoch": 1.0, "full": math.inf}  # where a run is measured: epochs
 
@@ -134,7 +136,7 @@ class Studio:
         ]
 
     def run(self, run: Run, stages: set[str]) -> Trained:
-        """Trains up to the last of ``stages``, one or more of STAGES, and measures at each; at all if ``work`` keeps it."""
+        """Trains up to the last of ``stages``, one or more of STAGES, and measures at each; with ``work``, at all."""
         with self._folder(run) as (folder, known):
             if stages <= {*known.stages, *known.curve}:
                 return known
@@ -175,7 +177,6 @@ class Studio:
 
         teacher = copy.deepcopy(self.base) if run.taught else None
         for number, recipe in enumerate(self.recipes if until == "full" else self.recipes[:1]):
-            recipe = _fitting(recipe, len(self.train))
             work = folder / f"training-{number}"
             try:
                 heal(
@@ -195,6 +196,8 @@ class Studio:
                 return
         known.stages["full"] = self.perplexities(model.to(self.options.device))
         self._keep(folder, run, known)
+        for number in range(len(self.recipes)):  # checkpoints are large, and nothing goes on from them any more
+            shutil.rmtree(folder / f"training-{number}", ignore_errors=True)
 
     @torch.inference_mode()
     def validation_loss(self, model: PreTrainedModel) -> float:
@@ -241,8 +244,15 @@ class Studio:
                 raise
             raise KronyError(f"{target} needs OpenWebText to train on: --data-dir DIR, or the hub ({error})") from None
         if held_out is None:
-            return rows.split(min(budget.validation_rows, max(1, len(rows) // 20)))
-        held_rows = load_rows(str(held_out), self.tokenizer, length=length, vocabulary=known, max_tokens=more)
+            rows, held_rows = rows.split(min(budget.validation_rows, max(1, len(rows) // 20)))
+        else:
+            held_rows = load_rows(str(held_out), self.tokenizer, length=length, vocabulary=known, max_tokens=more)
+        if len(rows) < FEWEST_STEPS * self.recipes[0].sequences:
+            least = FEWEST_STEPS * self.recipes[0].sequences * length
+            raise KronyError(
+                f"{source or OPENWEBTEXT} gives {len(rows) * length:,} tokens to train on: {least:,} are the least, "
+                "so that the tenths of an epoch can be told apart"
+            )
         return rows, held_rows
 
     def _test(self, name: str) -> Tensor:
@@ -305,13 +315,6 @@ class Studio:
 
 def _last(stages: set[str]) -> str:
     return max(stages, key=lambda stage: STAGES[stage])
-
-
-def _fitting(recipe: Recipe, rows: int) -> Recipe:
-    """The recipe with steps small enough that an epoch has one."""
-    sequences = min(recipe.sequences, rows)
-    batch = max(b for b in range(1, min(recipe.batch, sequences) + 1) if sequences % b == 0)
-    return replace(recipe, sequences=sequences, batch=batch)
 
 
 def _has_checkpoint(work: Path) -> bool:
