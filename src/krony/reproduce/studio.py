@@ -59,7 +59,7 @@ class Budget:
     validation_rows: int
 
 
-_QUICK = RECIPES["quick"]
+_QUICK = replace(RECIPES["quick"], sequences=4, batch=4)
 BUDGETS = {
     "quick": Budget(
         test_tokens=32_768,
