@@ -17,6 +17,7 @@ from krony import hf, schemes
 from krony.allocation import spend
 from krony.calibration import Calibration, pack
 from krony.config import CALIBRATED, KronyConfig
+from krony.embedding import embedding_of, embedding_shape, factorised, is_tied, untie
 from krony.errors import KronyError
 from krony.init import Factors, Moments, Target, get_init, neurons
 from krony.init.svd import low_rank
@@ -133,9 +134,11 @@ def compress(
             put_in(model, name, layer)
         if config.reinit == "all":
             _reinitialise(model, config.seed)
+        reports = [layer_report for _, layer_report in replaced.values()]
+        if config.embedding is not None:
+            reports.append(_factorise_embedding(model, config.embedding))
     progress(len(groups), len(groups), "done")
     hf.mark(model, config)
-    reports = [layer_report for _, layer_report in replaced.values()]
     return Report(
         config.scheme, config.init, before, count_parameters(model), time.perf_counter() - start, reports, source
     )
@@ -238,6 +241,8 @@ def plan(model: PreTrainedModel, config: KronyConfig) -> list[Group]:
     schemes.check_name(config.scheme, layout(model, find_groups(model) if config.modules == "mlp" else groups))
     if config.allocation == "global":
         _check_global(groups, config)
+    if config.embedding is not None:
+        embedding_shape(model, config.embedding)
     uniform_shapes(groups, config)
     return groups
 
@@ -332,6 +337,17 @@ def _report(target: Target, factors: Factors, layer: KroneckerLinear, moments: M
     calibrated = None if second is None else _relative(_output_norm(lost, second), sizes[1])
     error = _relative(lost.norm().item(), sizes[0])
     return LayerReport(target.name, target.shape, error, calibrated, factors.curve)
+
+
+def _factorise_embedding(model: PreTrainedModel, size: int) -> LayerReport:
+    name, shape = embedding_shape(model, size)
+    whole = embedding_of(model)[1]
+    new = factorised(whole, shape)
+    if is_tied(model):
+        untie(model)
+    put_in(model, name, new)
+    lost = whole.weight.double() - new.dense_weight(torch.float64)
+    return LayerReport(name, shape, _relative(lost.norm().item(), whole.weight.double().norm().item()))
 
 
 def _output_norm(weight: Tensor, second: Tensor) -> float:

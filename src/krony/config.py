@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from krony.errors import KronyError
 
-INITS = ("neurons", "als", "van-loan", "prune", "svd", "random")
+INITS = ("neurons", "als", "van-loan", "permuted", "prune", "svd", "random")
+RESCALED = ("van-loan", "permuted")  # those with adaptive normalisation
 CALIBRATED = ("neurons", "als", "svd")  # those that need calibration text
 ALLOCATIONS = ("uniform", "global")
 
@@ -22,7 +23,7 @@ class KronyConfig:
         allocation: ``uniform`` treats every layer alike (the paper), ``global`` spends one budget where it tells.
         layers: ``all``, ``odd``, ``even``, or a zero-based inclusive range such as ``2-28``.
         modules: ``mlp``, or a regular expression searched in the names of linear layers.
-        rescale: adaptive normalisation (paper, 3.3.2), of ``van-loan`` only.
+        rescale: adaptive normalisation (paper, 3.3.2), of ``van-loan`` and ``permuted``.
         scalars: a trainable scalar a factor; None gives them where there is more than one factor.
         scalar_init: value the scalars start at, with the left factors divided so that the matrix stays the same.
         epsilon: entry of the right factor for what was dropped; None is the init's own (0.1 ``prune``, 0 ``neurons``).
@@ -32,6 +33,8 @@ class KronyConfig:
         max_width: with ``global``, the most hidden neurons that a layer may keep.
         multiple_of: with ``global``, the neurons that a layer keeps are a multiple of it.
         reconstruct: steps of training each MLP by itself on the calibration text; 0 for none.
+        embedding: columns of the right factor of the input embedding (KnGPT2: 2); None leaves it whole. A tied head
+            then becomes a matrix of its own.
     """
 
     scheme: str
@@ -49,6 +52,7 @@ class KronyConfig:
     max_width: int | None = None
     multiple_of: int | None = None
     reconstruct: int = 0
+    embedding: int | None = None
 
     def __post_init__(self) -> None:
         _one_of("init", self.init, INITS)

@@ -9,16 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from krony._version import __version__
 from krony.config import KronyConfig
+from krony.embedding import KroneckerEmbedding
 from krony.errors import KronyError
 from krony.kron import KronShape
 from krony.linear import KroneckerLinear
-from krony.surgery import is_linear, kronecker_layers, linear_size, put_in, to_dense
+from krony.surgery import is_linear, kronecker_embeddings, kronecker_layers, linear_size, put_in, to_dense
 
 if TYPE_CHECKING:  # this module is imported while transformers is being imported
     from transformers import PreTrainedModel
@@ -99,8 +101,12 @@ def put_layers_in(model: PreTrainedModel, config: KronyQuantizationConfig | dict
         put_in(model, name, _empty_layer(model, name, shape, scalars))
 
 
-def _empty_layer(model: PreTrainedModel, name: str, shape: KronShape, scalars: bool) -> KroneckerLinear:
+def _empty_layer(
+    model: PreTrainedModel, name: str, shape: KronShape, scalars: bool
+) -> KroneckerLinear | KroneckerEmbedding:
     original = dict(model.named_modules()).get(name)
+    if type(original) is nn.Embedding and shape.left[0] == original.num_embeddings:
+        return _empty_embedding(original, name, shape)
     if original is None or not is_linear(original):
         raise KronyError(f"config.json: {name} is no linear layer of {type(model).__name__}")
     out, into = linear_size(original)
@@ -110,6 +116,13 @@ def _empty_layer(model: PreTrainedModel, name: str, shape: KronShape, scalars: b
     return KroneckerLinear(
         shape, bias=original.bias is not None, scalars=scalars, device=weight.device, dtype=weight.dtype
     )
+
+
+def _empty_embedding(original: nn.Embedding, name: str, shape: KronShape) -> KroneckerEmbedding:
+    size, weight = tuple(original.weight.shape), original.weight
+    if (shape.rows, shape.columns) != size or shape.factors != 1:
+        raise KronyError(f"config.json: {name} is {size[0]}x{size[1]}, its factors make {shape.rows}x{shape.columns}")
+    return KroneckerEmbedding(shape, device=weight.device, dtype=weight.dtype)
 
 
 def mark(model: PreTrainedModel, config: KronyConfig) -> None:
@@ -123,6 +136,9 @@ def mark(model: PreTrainedModel, config: KronyConfig) -> None:
         }
         for name, layer in kronecker_layers(model).items()
     }
+    for name, embedding in kronecker_embeddings(model).items():
+        s = embedding.shape
+        modules[name] = {"left": list(s.left), "right": list(s.right), "factors": 1, "scalars": False}
     made_with = {"krony": __version__, "scheme": config.scheme, "init": config.init, "seed": config.seed}
     model.config.quantization_config = KronyQuantizationConfig(modules, made_with)
     quantizer = KronyQuantizer(model.config.quantization_config, pre_quantized=True)

@@ -34,8 +34,10 @@ class Table:
         return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
 
 
-def lines(series: Mapping[str, Pairs], x: str, y: str, *, level: tuple[str, float] | None = None) -> str:
-    """A picture of one or more curves, as SVG. ``level`` is a horizontal line with its name; y is logarithmic."""
+def lines(
+    series: Mapping[str, Pairs], x: str, y: str, *, level: tuple[str, float] | None = None, log: bool = True
+) -> str:
+    """A picture of one or more curves, as SVG. ``level`` is a horizontal line with its name; ``log`` is of y."""
 
     def draw(axes: Any) -> None:
         for index, (name, points) in enumerate(series.items()):
@@ -43,7 +45,7 @@ def lines(series: Mapping[str, Pairs], x: str, y: str, *, level: tuple[str, floa
             axes.plot(*zip(*points, strict=True), label=name, **style)
         if level is not None:
             axes.axhline(level[1], color="black", linestyle=":", label=level[0])
-        axes.set(xlabel=x, ylabel=y, yscale="log")
+        axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
         _plain_numbers(axes.xaxis, axes.yaxis)
         axes.legend()
 

@@ -74,6 +74,8 @@ def _obstacle(folder: Path | None, config: KronyConfig, device: str = "cpu") -> 
         return "--allocation global needs the gradient through the whole model"
     if config.reconstruct:
         return "--reconstruct needs the gradient through the whole model"
+    if config.embedding is not None:
+        return "--embedding unties the head, which is beyond the layers"
     if config.reinit:
         return "--reinit draws the whole model anew"
     if device == "auto":

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from krony.embedding import KroneckerEmbedding, is_tied
 from krony.errors import KronyError
 from krony.kron import KronShape
 from krony.linear import KroneckerLinear
@@ -131,6 +132,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def count_untied(model: PreTrainedModel) -> int:
+    """Parameters with a tied head counted apart from the embedding, as other papers run theirs (Appendix B)."""
+    return count_parameters(model) + (model.get_output_embeddings().weight.numel() if is_tied(model) else 0)
+
+
 def take_out(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
     """The weight ``(out, in)`` and the bias ``(out,)`` or None of a linear layer, detached, not copied."""
     module: Any = model.get_submodule(name)
@@ -150,6 +156,11 @@ def kronecker_layers(model: nn.Module) -> dict[str, KroneckerLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, KroneckerLinear)}
 
 
+def kronecker_embeddings(model: nn.Module) -> dict[str, KroneckerEmbedding]:
+    """The factorised embeddings of a model by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, KroneckerEmbedding)}
+
+
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Multiplies every compressed layer out, in place: the kind of layer that the model's own class has there."""
     whole = original(model)
@@ -159,6 +170,9 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         plain.weight = nn.Parameter((weight.T if isinstance(plain, Conv1D) else weight).contiguous())
         plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
         put_in(model, name, plain.train(layer.training))
+    for name, embedding in kronecker_embeddings(model).items():
+        weight = embedding.dense_weight().detach()
+        put_in(model, name, nn.Embedding.from_pretrained(weight, freeze=False).train(embedding.training))
     return model
 
 

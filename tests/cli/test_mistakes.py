@@ -33,6 +33,7 @@ VAN_LOAN = ("--init", "van-loan")
         (("--scheme", "keep=0.5", "--dtype", "int3"), "dtype 'int3' is unknown"),
         (("--scheme", "keep=0.5", "--device", "cuda:9"), "device 'cuda:9' can't be used"),
         (("--scheme", "keep=0.5", "--reinit", "some"), "reinit 'some' is unknown"),
+        (("--scheme", "keep=0.5", "--embedding", "5"), "embedding 5: its right factor takes from 2 columns"),
     ],
 )
 def test_compress_options(refused, gpt2_folder, tmp_path, options, words):
@@ -43,7 +44,7 @@ def test_compress_options(refused, gpt2_folder, tmp_path, options, words):
 def test_an_unknown_init_and_rescale_of_another(refused, gpt2_folder, tmp_path):
     arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5", "--init")
     assert "init 'magic' is unknown: it is one of" in refused(*arguments, "magic")
-    assert "--rescale is of init van-loan" in refused(*arguments, "prune", "--no-rescale")
+    assert "--rescale is of init van-loan and permuted" in refused(*arguments, "prune", "--no-rescale")
 
 
 def test_calibration(refused, gpt2_folder, tmp_path):

@@ -61,6 +61,32 @@ def test_a_dry_run_says_what_and_writes_nothing(krony, gpt2_folder, tmp_path):
     assert [{k: layer[k] for k in keys} for layer in done.json["layers"]] == dry.json["layers"]
 
 
+def test_the_embedding_too(krony, gpt2_folder, tmp_path):
+    arguments = (
+        "compress",
+        gpt2_folder,
+        tmp_path / "out",
+        "--scheme",
+        "keep=0.5",
+        "--init",
+        "permuted",
+        "--embedding",
+        2,
+    )
+    dry = krony(*arguments, "--dry-run", "--json", "-")
+    done = krony(*arguments, "--json", "-")
+    assert done.code == 0 and "transformer.wte" in done.err
+    assert (
+        dry.json["params_after"]
+        == done.json["params_after"]
+        == done.json["params_before"] - 3 * 192 * 48 + 12 + 257 * 24 + 2
+    )
+    counted = krony(
+        "eval", tmp_path / "out", "--data", "python-docs", "--max-tokens", 99, "--count", "untied", "--json", "-"
+    )
+    assert counted.json["params_untied"] == counted.json["params"] == done.json["params_after"]
+
+
 def test_a_budget_instead_of_a_scheme(krony, gpt2_folder, tmp_path):
     done = krony("compress", gpt2_folder, tmp_path / "out", "--params", "70k", "--init", "van-loan", "--json", "-")
     assert 60_000 < done.json["params_after"] <= 70_000
@@ -158,7 +184,9 @@ def test_the_installed_command(gpt2_folder):
     assert done.returncode == 0 and len(json.loads(done.stdout)) == 6
 
 
-@pytest.mark.parametrize("verb", ["schemes", "compress", "heal", "eval", "inspect", "generate", "export"])
+@pytest.mark.parametrize(
+    "verb", ["schemes", "compress", "heal", "eval", "inspect", "generate", "export", "import", "reproduce"]
+)
 def test_every_verb_has_help(krony, verb):
     done = krony(verb, "--help")
     assert done.code == 0 and "--json" in done.out

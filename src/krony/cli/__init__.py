@@ -7,7 +7,7 @@ import sys
 import typer
 
 from krony._version import __version__
-from krony.cli import compress, demo, evaluate, export, generate, heal, inspect, schemes
+from krony.cli import compress, demo, evaluate, export, generate, heal, import_, inspect, reproduce, schemes
 from krony.cli.output import complain
 from krony.errors import KronyError
 
@@ -26,6 +26,8 @@ app.command("eval")(evaluate.run)
 app.command("inspect")(inspect.run)
 app.command("generate")(generate.run)
 app.command("export")(export.run)
+app.command("import")(import_.run)
+app.command("reproduce")(reproduce.run)
 
 
 def _version(wanted: bool) -> None:

@@ -30,7 +30,7 @@ def run(
         str | None, typer.Option(metavar="N", help="Instead of a scheme: the largest model within N, say 82M.")
     ] = None,
     init: Annotated[
-        str, typer.Option(help="How factors start: neurons, als, van-loan, prune, svd, random.")
+        str, typer.Option(help="How factors start: neurons, als, van-loan, permuted, prune, svd, random.")
     ] = "neurons",
     calibration: Annotated[
         str | None,
@@ -56,7 +56,7 @@ def run(
     modules: Annotated[str, typer.Option(help="mlp, or a regular expression over names of linear layers.")] = "mlp",
     rescale: Annotated[
         bool | None,
-        typer.Option("--rescale/--no-rescale", help="Adaptive normalisation of van-loan.  [default: on]"),
+        typer.Option("--rescale/--no-rescale", help="Adaptive normalisation of van-loan, permuted.  [default: on]"),
     ] = None,
     scalars: Annotated[
         bool | None,
@@ -65,6 +65,10 @@ def run(
     scalar_init: Annotated[float | None, typer.Option(help="Value the scalars start at; the matrix stays.")] = None,
     epsilon: Annotated[
         float | None, typer.Option(help="What stands in for dropped neurons in the right factor (prune: 0.1).")
+    ] = None,
+    embedding: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Factorise the input embedding too, right factor 1xN (KnGPT2: 2)."),
     ] = None,
     reinit: Annotated[str | None, typer.Option(help="all: draw every other weight anew too.")] = None,
     seed: Seed = 0,
@@ -86,18 +90,18 @@ def run(
 ) -> None:
     """Replace the MLP matrices of MODEL by sums of Kronecker products and write the model to OUT."""
     to = Output(json_to)
-    if rescale is not None and init != "van-loan":
-        raise KronyError(f"--rescale is of init van-loan, and the init is {init}: leave it out")
     if (scheme is None) == (params is None):
         raise KronyError("compress needs a size: either --scheme (krony schemes MODEL lists them) or --params")
     from krony import ranks
     from krony.calibration import LENGTH, calibration_set
     from krony.compression import compress, plan
-    from krony.config import CALIBRATED, KronyConfig
+    from krony.config import CALIBRATED, RESCALED, KronyConfig
     from krony.files import cache_folder, check_writable, fresh_folder
     from krony.models import context_length, empty_model, load_config, load_model, load_tokenizer
     from krony.streaming import choose
 
+    if rescale is not None and init not in RESCALED:
+        raise KronyError(f"--rescale is of init van-loan and permuted, and the init is {init}: leave it out")
     quiet_libraries()
     skeleton = empty_model(load_config(model))
     config = KronyConfig(
@@ -114,6 +118,7 @@ def run(
         max_width=max_width,
         multiple_of=multiple_of,
         reconstruct=reconstruct,
+        embedding=embedding,
         reinit=reinit,
         seed=seed,
     )
@@ -201,7 +206,8 @@ def _print(to: Output, report: Report, out: Path) -> None:
     ]
     if all(layer.calibrated_error is not None for layer in report.layers):
         columns.append("of outputs")
-        rows = [[*row, f"{layer.calibrated_error:.3f}"] for row, layer in zip(rows, report.layers, strict=True)]
+        outputs = ["" if e is None else f"{e:.3f}" for e in (layer.calibrated_error for layer in report.layers)]
+        rows = [[*row, error] for row, error in zip(rows, outputs, strict=True)]
     to.table(columns, rows)
     share = report.params_after / report.params_before
     to.say(f"{report.params_before:,} -> {report.params_after:,} parameters ({share:.1%}) in {report.seconds:.1f} s")

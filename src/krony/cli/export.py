@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +17,11 @@ def run(
     out: Out,
     to: Annotated[
         str,
-        typer.Option("--to", help="dense: factors multiplied out, the original's size; slim: a smaller hidden width."),
+        typer.Option(
+            "--to",
+            help="dense: factors multiplied out, the original's size; slim: a smaller hidden width; reference: the "
+            "published code's layout, OUT is then a .pt file.",
+        ),
     ] = "dense",
     multiple_of: Annotated[
         int | None, typer.Option(metavar="N", help="slim: round the width up to a multiple of N, such as 64.")
@@ -27,6 +32,9 @@ def run(
     words = Output(json_to)
     if multiple_of is not None and to != "slim":
         raise KronyError(f"--multiple-of is of --to slim, and this is --to {to}: leave it out")
+    if to == "reference":
+        _reference(words, model, out)
+        return
     from krony.export import export_model, slim
     from krony.files import check_writable, fresh_folder
     from krony.models import load_model, save
@@ -52,3 +60,20 @@ def run(
         padded = f", {figures['padding']:,} of them zeros for layers that kept fewer" if figures["padding"] else ""
         words.say(f"hidden width {figures['width']}{padded}")
     words.json(figures)
+
+
+def _reference(words: Output, model: str, out: Path) -> None:
+    if out.suffix != ".pt":
+        raise KronyError(f"{out}: --to reference writes one file, so OUT ends in .pt")
+    if out.exists():
+        raise KronyError(f"{out} is there already: name a new file")
+    from krony.models import load_model
+    from krony.reference import to_reference, write_reference
+    from krony.surgery import count_parameters
+
+    quiet_libraries()
+    loaded = load_model(model)
+    write_reference(out, to_reference(loaded))
+    params = count_parameters(loaded)
+    words.say(f"{model} -> {out}: {params:,} parameters in the published code's layout; krony import reads it back")
+    words.json({"model": model, "out": str(out), "to": "reference", "params_before": params, "params_after": params})

@@ -26,6 +26,7 @@ def preview(
     dtype: str,
 ) -> None:
     """Prints the layers, the bytes and the memory; ``tokens`` is how much text is read, 0 for none."""
+    from krony.embedding import embedding_shape, is_tied
     from krony.surgery import count_parameters
 
     before = after = count_parameters(skeleton)
@@ -37,6 +38,11 @@ def preview(
             {"name": site.name, "left": list(shape.left), "right": list(shape.right), "factors": shape.factors}
         )
         rows.append([site.name, f"{shape.m1}x{shape.n1}", f"{shape.m2}x{shape.n2}", str(shape.factors)])
+    if config.embedding is not None:
+        name, shape = embedding_shape(skeleton, config.embedding)
+        after += shape.parameters - (0 if is_tied(skeleton) else shape.rows * shape.columns)  # a tied head stays
+        layers.append({"name": name, "left": list(shape.left), "right": list(shape.right), "factors": 1})
+        rows.append([name, f"{shape.m1}x{shape.n1}", f"{shape.m2}x{shape.n2}", "1"])
     to.table(["layer", "left", "right", "factors"], rows)
     if config.allocation == "global":
         to.say("this is the budget, evenly: allocation global shares it out among the layers once it has read the text")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from krony.init import als, neurons, prune, random, svd, van_loan
+from krony.init import als, neurons, permuted, prune, random, svd, van_loan
 from krony.init.base import Factors, Init, Moments, Second, Target
 
 __all__ = ["Factors", "Init", "Moments", "Second", "Target", "get_init"]
@@ -10,6 +10,7 @@ __all__ = ["Factors", "Init", "Moments", "Second", "Target", "get_init"]
 _INITS: dict[str, Init] = {
     "neurons": neurons.initialise,
     "van-loan": van_loan.initialise,
+    "permuted": permuted.initialise,
     "als": als.initialise,
     "prune": prune.initialise,
     "svd": svd.initialise,

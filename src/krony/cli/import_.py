@@ -1,0 +1,45 @@
+"""``krony import``: a checkpoint of the published code becomes a compressed model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from krony.cli.options import Json, Out
+from krony.cli.output import Output, quiet_libraries
+
+
+def run(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.pt", help="A checkpoint of the published code.", show_default=False)
+    ],
+    out: Out,
+    like: Annotated[
+        str, typer.Option(metavar="MODEL", help="The GPT-2 that was compressed: its heads and its tokenizer.")
+    ] = "gpt2",
+    activation: Annotated[
+        str, typer.Option(help="gelu_new: GPT-2's, with which they measure; gelu: erf, with which they train.")
+    ] = "gelu_new",
+    json_to: Json = None,
+) -> None:
+    """Read a checkpoint in the published code's layout (padas-lab-de/krony-PT), and write it as a model to OUT."""
+    to = Output(json_to)
+    from krony.files import check_writable, fresh_folder
+    from krony.models import load_config, save
+    from krony.reference import from_reference, read_reference
+    from krony.surgery import count_parameters, kronecker_layers
+
+    quiet_libraries()
+    check_writable(out)
+    model = from_reference(read_reference(file), load_config(like), activation=activation)
+    with fresh_folder(out) as folder:
+        save(model, folder, source=like)
+        has_tokenizer = (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists()
+    shape = next(iter(kronecker_layers(model).values())).shape
+    params = count_parameters(model)
+    to.say(f"{file} -> {out}: {model.config.n_layer} layers of scheme {shape}, {params:,} parameters, {activation}")
+    if not has_tokenizer:
+        to.say(f"without a tokenizer: {like} has none that can be had here; copy GPT-2's into {out}")
+    to.json({"file": str(file), "out": str(out), "scheme": str(shape), "params": params, "activation": activation})

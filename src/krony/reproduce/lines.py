@@ -1,0 +1,149 @@
+"""What every table takes and gives: options, and lines of the paper's figure, ours and the difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from krony.errors import KronyError
+from krony.models import GPT2_NAMES
+from krony.progress import Progress, silent
+from krony.report import Table
+
+BUDGETS = ("quick", "full")
+
+
+def _unheard(sentence: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a table is made with.
+
+    Attributes:
+        model: a folder, a hub name or ``demo``, in GPT-2's place.
+        data_dir: folder with ``wikitext-2``, ``wikitext-103``, ``lambada`` and ``openwebtext``; the hub if None.
+        data: text to train on, instead of OpenWebText.
+        budget: ``quick``, or ``full`` for the paper's token counts.
+        work: folder that keeps what was trained, for other tables and for going on; None keeps nothing.
+        dry_run: say what would be trained, and stop.
+        say: called with each sentence that is worth knowing beforehand.
+    """
+
+    model: str = "gpt2"
+    data_dir: Path | None = None
+    data: str | None = None
+    budget: str = "quick"
+    work: Path | None = None
+    dry_run: bool = False
+    device: str = "cpu"
+    seed: int = 0
+    say: Callable[[str], None] = _unheard
+    progress: Progress = silent
+
+    def __post_init__(self) -> None:
+        if self.budget not in BUDGETS:
+            raise KronyError(f"budget {self.budget!r} is unknown: it is {' or '.join(BUDGETS)}")
+
+    @property
+    def is_gpt2(self) -> bool:
+        return self.model in GPT2_NAMES
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure. ``ratio``s are to the base model's own, for models whose tokenizers and data differ.
+
+    Attributes:
+        row: the table's row, as the paper names it.
+        quantity: which column.
+        paper: the paper's figure, None where it gives none.
+        ours: what came out here, None where it was not run.
+        quoted: the paper's figure stands alone: it was not run here.
+        note: why, or what differs.
+        comparable: whether the two figures can be subtracted; two models' own norms can't.
+    """
+
+    row: str
+    quantity: str
+    paper: float | None
+    ours: float | None
+    paper_ratio: float | None = None
+    ratio: float | None = None
+    quoted: bool = False
+    note: str = ""
+    digits: int = 2
+    comparable: bool = True
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the paper's: of the ratios where there are any, else of the figures."""
+        theirs, ours = (self.paper, self.ours) if self.ratio is None else (self.paper_ratio, self.ratio)
+        return None if theirs is None or ours is None or not self.comparable else ours - theirs
+
+    def to_json(self) -> dict:
+        names = ("row", "quantity", "paper", "ours", "difference", "paper_ratio", "ratio", "quoted", "note")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A table of the paper, run.
+
+    Attributes:
+        target: ``table1`` and so on.
+        title: what it shows.
+        model: which model it was run with.
+        header: sentences that go before the table: the model, the budget, the tokens.
+        footer: sentences that go after it.
+        curves: Figure 1's, ``{model: [(share of the epoch, nats a token), …]}``.
+    """
+
+    target: str
+    title: str
+    model: str
+    header: list[str] = field(default_factory=list)
+    lines: list[Line] = field(default_factory=list)
+    footer: list[str] = field(default_factory=list)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def table(self) -> Table:
+        """As people read it; ratios have columns of their own where there are any."""
+        ratios = any(line.ratio is not None or line.paper_ratio is not None for line in self.lines)
+        columns = ["", "", "paper", "ours", "difference"]
+        if ratios:
+            columns = ["", "", "paper", "ours", "paper, of base", "ours, of base", "difference"]
+        rows = []
+        for line in self.lines:
+            cells = [_figure(line.paper, line.digits) + (" (quoted)" if line.quoted else "")]
+            cells.append(_figure(line.ours, line.digits))
+            if ratios:
+                cells += [_figure(line.paper_ratio, 3), _figure(line.ratio, 3)]
+            digits = 3 if line.ratio is not None else line.digits
+            rows.append([line.row, line.quantity, *cells, _figure(line.difference, digits, sign=True)])
+        if any(line.note for line in self.lines):
+            columns.append("note")
+            rows = [[*row, line.note] for row, line in zip(rows, self.lines, strict=True)]
+        return Table(columns, rows)
+
+    def to_json(self) -> dict:
+        return {
+            "target": self.target,
+            "title": self.title,
+            "model": self.model,
+            "header": self.header,
+            "lines": [line.to_json() for line in self.lines],
+            "footer": self.footer,
+            "curves": {name: [list(point) for point in points] for name, points in self.curves.items()},
+            "seconds": self.seconds,
+        }
+
+
+def _figure(value: float | None, digits: int, *, sign: bool = False) -> str:
+    if value is None:
+        return ""
+    value = round(value, digits) + 0.0  # no -0.00
+    return f"{value:{'+' if sign else ''},.{digits}f}"

@@ -1,0 +1,123 @@
+"""Tables 1 to 4: exact counts, and norms against plain torch."""
+
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import krony
+from krony.reproduce import TARGETS, Options, reproduce
+from krony.reproduce.alike import alike
+from krony.reproduce.norms import gaussian_control, table4
+from krony.schemes import resolve
+
+
+@pytest.mark.parametrize("model", ["gpt2", "demo"])
+def test_table_1_is_exact_anywhere(model):
+    lines = reproduce("table1", Options(model=model)).lines
+    assert len(lines) == 44 and all(line.difference == 0 for line in lines)
+
+
+def test_tables_2_and_3_are_the_papers_as_rounded_but_for_what_is_noted():
+    for line in reproduce("table2", Options()).lines:
+        truncated = math.floor(line.ours * 10) / 10 if line.row == "256x64" else math.floor(line.ours)
+        assert truncated == line.paper
+    two, four = reproduce("table3", Options()).lines
+    assert math.floor(two.ours) == two.paper and "80,400,096 with the scalars" in two.note
+    assert four.ours == pytest.approx(92.983488) and four.difference == pytest.approx(0.783488)
+
+
+def van_loan(weight, m1, n1, k):
+    """The paper's Appendix A, with a full SVD in the place of the random one."""
+    m2, n2 = weight.shape[0] // m1, weight.shape[1] // n1
+    r = weight.reshape(m1, m2, n1, n2).permute(0, 2, 1, 3).reshape(m1 * n1, m2 * n2)
+    u, s, v = torch.linalg.svd(r, full_matrices=False)
+    near = (u[:, :k] * s[:k]) @ v[:k]
+    return near.reshape(m1, n1, m2, n2).permute(0, 2, 1, 3).reshape(weight.shape)
+
+
+def test_table_4_of_a_model_of_gpt2s_shape_is_what_plain_torch_gives(tmp_path, monkeypatch):
+    """GPT-2 124M's own shapes at random: norms of the whole matrix, 96M and 92M, and the Gaussian control."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=3, vocab_size=64, n_positions=8))
+    monkeypatch.setattr("krony.reproduce.norms.load_base", lambda options, target: model)
+    outcome = table4(Options(model="random"))
+    found = {(line.row, line.quantity): line.ours for line in outcome.lines}
+    for name, layer, part in [("Lay 1, p1 (here 0)", 0, "c_fc"), ("Lay 11, p2 (here 1)", 1, "c_proj")]:
+        weight = getattr(model.transformer.h[layer].mlp, part).weight.detach()  # (in, out)
+        tall = (weight if part == "c_proj" else weight.T).double()
+        assert tall.shape == (3072, 768)
+        for who, near in [
+            ("original", tall),
+            ("96M", van_loan(tall, 1536, 768, 1)),
+            ("92M", van_loan(tall, 1024, 256, 4)),
+        ]:
+            assert found[name, f"{who}, Frobenius"] == pytest.approx(near.norm().item(), rel=1e-6)
+            assert found[name, f"{who}, l1, thousands"] == pytest.approx(near.abs().sum().item() / 1e3, rel=1e-6)
+            if who != "original":
+                share = 100 * (near.norm() / tall.norm()).item()
+                assert found[name, f"{who} keeps, %"] == pytest.approx(share, rel=1e-6)
+    assert found["Gaussian 3072x768", "96M keeps, %"] == pytest.approx(70.75, abs=0.05)
+    assert found["Gaussian 3072x768", "92M keeps, %"] == pytest.approx(66.9, abs=0.1)
+    assert found["all layers", "92M keeps at least, %"] == pytest.approx(
+        66.9, abs=0.1
+    )  # random weights are the control
+
+
+def test_the_control_is_about_the_root_of_the_share_of_parameters():
+    """With k of n columns of a Gaussian matrix: sqrt(k/n), and a little more because the best are kept."""
+    for scheme, share in (("512x256", 1 / 2), ("256x256", 1 / 4), ("256x128:4", 4 / 8)):
+        (kept,) = gaussian_control(1024, 256, [scheme])
+        assert 100 * share**0.5 < kept < 100 * share**0.5 + 1
+
+
+def test_the_papers_layers_are_found_by_their_norms(monkeypatch):
+    """GPT-2 as the paper saw it, its layers counted from 1: the table says so."""
+    from krony.reproduce.figures import TABLE4
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=12, n_embd=48, n_head=4, vocab_size=64, n_positions=8))
+    with torch.no_grad():
+        for paper in TABLE4:
+            mlp = model.transformer.h[paper.layer - 1].mlp
+            weight = (mlp.c_fc if paper.matrix == 1 else mlp.c_proj).weight
+            weight.mul_(paper.frobenius[0] / weight.norm())
+    monkeypatch.setattr("krony.reproduce.norms.load_base", lambda options, target: model)
+    outcome = table4(Options(model="gpt2"))
+    assert "taken to count from 1" in " ".join(outcome.header)
+    assert outcome.lines[0].row == "Lay 1, p1 (here 0)"
+    assert outcome.lines[0].difference == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rows", "columns", "expected"),
+    [
+        ("1536x768", 1024, 256, "512x256"),
+        ("3072x384", 1024, 256, "1024x128"),
+        ("768x768", 1024, 256, "256x256"),
+        ("1024x256:4", 1024, 256, "256x128:4"),  # 3 divides neither side
+        ("1024x256:2", 1536, 576, "512x192:2"),
+        ("768x768", 3072, 768, "768x768"),
+        ("768x384:4", 1024, 256, "256x128:4"),
+    ],
+)
+def test_schemes_that_are_alike(scheme, rows, columns, expected):
+    assert alike(scheme, rows, columns) == expected
+    assert resolve(expected, rows, columns).factors == resolve(scheme, 3072, 768).factors
+
+
+def test_mistakes():
+    with pytest.raises(krony.KronyError, match="'table10' is unknown: it is one of table1, table2"):
+        reproduce("table10", Options())
+    with pytest.raises(krony.KronyError, match="budget 'big' is unknown: it is quick or full"):
+        Options(budget="big")
+    with pytest.raises(krony.KronyError, match="no scheme of a 3x2 matrix"):
+        alike("1024x256:4", 3, 2)
+    assert list(TARGETS) == [f"table{n}" for n in range(1, 10)] + ["figure1"]
+
+
+def test_without_gpt2_it_says_what_is_needed():
+    for target in ("table4", "table5", "figure1"):
+        with pytest.raises(krony.KronyError, match=rf"{target} needs GPT-2's weights, .* such as demo: gpt2: "):
+            reproduce(target, Options())

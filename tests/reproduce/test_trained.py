@@ -1,0 +1,223 @@
+"""Tables 5 to 9 and Figure 1, with a model and a budget that train in a moment; the figures are checked against krony's
+own verbs."""
+
+import json
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import krony
+from krony.cli import main
+from krony.evaluation import evaluate
+from krony.reproduce import Options, reproduce
+from krony.reproduce.figures import GPT2, SETS, TABLE5_81M
+from krony.reproduce.studio import BUDGETS
+from krony.surgery import count_parameters
+
+TRAINED = ("table5", "table6", "table7", "table8", "table9", "figure1")
+REAL = BUDGETS["quick"]
+SENTENCE = "the quick brown fox jumps over the lazy dog and some words more, as they come. "
+
+
+def write_data(folder):
+    """Text as ``--data-dir`` wants it."""
+    for name in ("wikitext-2", "wikitext-103"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "wiki.test.tokens").write_text(f" = A = \n {SENTENCE} \n\n" * 9)
+    (folder / "lambada").mkdir()
+    (folder / "lambada/lambada_test_plain_text.txt").write_text("some words and a last one\n" * 9)
+    (folder / "openwebtext").mkdir()
+    (folder / "openwebtext/train.jsonl").write_text(json.dumps({"text": SENTENCE * 60}) + "\n")
+    (folder / "openwebtext/val.jsonl").write_text(json.dumps({"text": SENTENCE * 5}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_budget():
+    """A quick budget of a few steps."""
+    quick = BUDGETS["quick"]
+    small = replace(
+        quick,
+        test_tokens=300,
+        epoch_tokens=64 * 20,
+        train=replace(quick.train, sequences=2, batch=2, epochs=1.5),
+        final=replace(quick.final, sequences=4, batch=4),
+        validation_rows=2,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BUDGETS, "quick", small)
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("tables")
+
+
+@pytest.fixture(scope="module")
+def options(place, gpt2_folder):
+    return Options(model=str(gpt2_folder), data_dir=write_data(place / "data"), work=place / "work")
+
+
+@pytest.fixture(scope="module")
+def outcomes(options):
+    """Every table, with one work folder."""
+    return {target: reproduce(target, options) for target in TRAINED}
+
+
+def test_every_table_runs_and_shares_what_was_trained(outcomes, place):
+    trained = sorted(p.name for p in (place / "work").iterdir())
+    assert trained == [
+        "KronyPT-80M-2-factors",
+        "KronyPT-81M",
+        "KronyPT-92M",
+        "KronyPT-96M-VL",
+        "KronyPT-96M-prune",
+        "as-KnGPT2",
+        "as-TQCompressor",
+    ]
+    for outcome in outcomes.values():
+        assert any("in GPT-2's place" in sentence for sentence in outcome.header)
+        assert all(line.ours is None or line.ours > 0 for line in outcome.lines)
+    five, six = ({(x.row, x.quantity): x for x in outcomes[t].lines} for t in ("table5", "table6"))
+    for data in SETS:  # one run, two tables
+        both = [t["KronyPT-81M", data].ours for t in (five, six)]
+        assert both[0] == both[1]
+        assert five["GPT2", data].ratio == 1.0
+        assert five["DistilGPT2", data].quoted and five["DistilGPT2", data].ours is None
+    rows = {line.row for line in outcomes["table8"].lines}
+    assert len(rows) == 5 and any("swapped" in line.note for line in outcomes["table8"].lines)
+    curves = outcomes["figure1"].curves
+    assert [share for share, _ in curves["92M, rescaled"]] == [0.0, 0.1, 0.2, 0.3, 0.4]
+
+
+def test_figures_are_those_of_the_verbs(outcomes, options):
+    """Before training: compress and evaluate by hand. The ratios: divided by hand."""
+    outcome = outcomes["table5"]
+    line = next(x for x in outcome.lines if (x.row, x.quantity) == ("KronyPT-81M", "wikitext-2"))
+    model, tokenizer = krony.load_model(options.model), krony.load_tokenizer(options.model)
+
+    def measured():
+        found = evaluate(model, tokenizer, "wikitext-2", data_dir=options.data_dir, max_tokens=300)
+        return found.perplexity
+
+    base = measured()
+    assert line.ratio == pytest.approx(line.ours / base, rel=1e-6)
+    assert line.paper_ratio == pytest.approx(TABLE5_81M[1] / GPT2[1])
+    assert line.difference == pytest.approx(line.ratio - line.paper_ratio)
+    krony.compress(model, krony.KronyConfig("48x48", init="van-loan"))
+    held = json.loads((options.work / "KronyPT-81M/figures.json").read_text())["figures"]
+    assert held["stages"]["start"][1] == pytest.approx(measured(), rel=1e-5)
+    assert held["params"] == count_parameters(model)
+    assert held["stages"]["full"][1] < held["stages"]["start"][1]  # training helped
+
+
+def test_the_first_part_of_an_epoch_is_the_start_of_the_whole(outcomes, options):
+    """Table 9 alone, which stops at 30 %, and the full training pass through the same state."""
+    alone = reproduce("table9", replace(options, work=None))
+    together = {(x.row, x.quantity): x.ours for x in outcomes["table9"].lines}
+    for line in alone.lines:
+        assert together[line.row, line.quantity] == pytest.approx(line.ours, rel=1e-5)
+
+
+def test_a_work_folder_of_something_else_is_refused(outcomes, options, place):
+    with pytest.raises(krony.KronyError, match="is of another model, text, budget or version"):
+        reproduce("figure1", replace(options, seed=1))
+    file = place / "work/KronyPT-92M/figures.json"
+    whole = file.read_text()
+    file.write_text("{")
+    with pytest.raises(krony.KronyError, match=r"figures.json is damaged: remove .*KronyPT-92M"):
+        reproduce("figure1", options)
+    file.write_text(whole)
+
+
+def test_what_the_text_needs(options, tmp_path):
+    options = replace(options, data_dir=write_data(tmp_path / "data"))
+    full = replace(options, budget="full")
+    with pytest.raises(krony.KronyError, match=r"needs all of OpenWebText, as nanoGPT writes it, in .*train.bin"):
+        reproduce("table5", full)
+    with pytest.raises(krony.KronyError, match=r"needs all of OpenWebText on disk: --data-dir DIR"):
+        reproduce("table5", replace(full, data_dir=None))
+    with pytest.raises(krony.KronyError, match=r"table5 needs OpenWebText to train on: --data-dir DIR, or the hub"):
+        reproduce("table5", replace(options, data_dir=None))
+    (tmp_path / "data/lambada/lambada_test_plain_text.txt").unlink()
+    with pytest.raises(krony.KronyError, match=r"lambada_test_plain_text.txt can't be read"):
+        reproduce("table5", options)
+
+
+def test_the_full_budget_says_what_it_would_take(options, tmp_path):
+    """The paper's recipe on the tokens of the .bin: 3 epochs and one more."""
+    import numpy as np
+
+    np.random.default_rng(0).integers(0, 256, 64 * 2000).astype("<u2").tofile(
+        write_data(tmp_path / "data") / "openwebtext/train.bin"
+    )
+    said: list[str] = []
+    full = replace(options, budget="full", dry_run=True, data_dir=tmp_path / "data", work=tmp_path / "w")
+    outcome = reproduce("table5", replace(full, say=said.append))
+    assert outcome.lines == [] and outcome.header == said
+    assert "an epoch is 128,000 tokens" in said[1] and "each test set whole" in said[1]
+    assert "KronyPT-81M 512,000; KronyPT-80M-2-factors 512,000. About" in said[2]
+    assert not (tmp_path / "w").exists()
+
+
+def test_text_that_is_too_short(options, tmp_path):
+    (tmp_path / "few.txt").write_text(SENTENCE * 9)
+    with pytest.raises(krony.KronyError, match=r"few.txt gives \d+ tokens to train on: 1,280 are the least"):
+        reproduce("figure1", replace(options, data=str(tmp_path / "few.txt"), work=None))
+
+
+def test_on_the_command_line(outcomes, options, place, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["krony", "reproduce", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        return exit.value.code or 0, capsys.readouterr()
+
+    common = ("--model", options.model, "--data-dir", options.data_dir, "--work", options.work)
+    code, said = run("figure1", *common, "--plot", place / "f.svg", "--json", "-")
+    assert code == 0, said.err
+    assert len(json.loads(said.out)["lines"]) == 10 and "92M, rescaled" in (place / "f.svg").read_text()
+    assert said.err.count("in GPT-2's place") == 1
+    code, said = run("table1")
+    assert code == 0 and "124,439,832" in said.out
+    for arguments, words in [
+        (("table5", "--plot", "x.svg"), "it draws figure1"),
+        (("figure1", *common, "--plot", "x.png"), "ends in .svg"),
+        (("table11",), "is unknown: it is one of table1"),
+        (("table5", *common, "--budget", "huge"), "it is quick or full"),
+        (("table5", "--model", "nowhere/none"), "can't be fetched from the hub"),
+    ]:
+        code, said = run(*arguments)
+        assert code == 2 and words in said.err and "Traceback" not in said.err and said.err.count("\n") == 1
+
+
+def test_the_peers_are_what_they_say(options):
+    """KnGPT2's way compresses attention of odd layers too; both have an embedding of their own, and a teacher."""
+    from krony.reproduce.trained import _bench
+
+    bench = _bench(options, "table6", "81M", "TQ")
+    assert bench.tqcompressor.taught and bench.kngpt2.taught and not bench.krony_81m.taught
+    counts = {}
+    for run in (bench.tqcompressor, bench.kngpt2):
+        model = krony.load_model(options.model)
+        report = krony.compress(model, run.config)
+        counts[run.name] = [layer.name for layer in report.layers]
+    assert counts["as TQCompressor"] == ["transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.c_proj", "transformer.wte"]
+    assert len(counts["as KnGPT2"]) == 5 and "transformer.h.1.attn.c_attn" in counts["as KnGPT2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TRAINED)
+def test_the_shipped_model_to_the_end(target, monkeypatch):
+    """The real quick budget, without --work: each within ten minutes on two quiet cores."""
+    data = Path(os.environ.get("KRONY_DATA") or Path(__file__).parents[3] / "shared/data")
+    if not data.is_dir():
+        pytest.skip("the data folder is not here")
+    monkeypatch.setitem(BUDGETS, "quick", REAL)
+    outcome = reproduce(target, Options(model="demo", data_dir=data))
+    assert outcome.lines and all(math.isfinite(x.ours) for x in outcome.lines if x.ours is not None)
