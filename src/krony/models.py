@@ -66,6 +66,7 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", device: str = "c
         KronyError: no such model, no network, a damaged or incomplete file, an architecture that isn't a causal LM.
     """
     folder = _locate(name)
+    check_device(device)
     options: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
     if Path(folder).is_dir():
         _check(name, Path(folder))
@@ -80,13 +81,18 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", device: str = "c
         )
     if missing := sorted(info["missing_keys"]):
         raise KronyError(f"{name}: the weights are incomplete: {missing[0]} and {len(missing) - 1} more are missing")
-    try:
-        model = model.eval() if device == "auto" else model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:  # torch's words for a device that isn't there
-        raise KronyError(f"device {device!r} can't be used: {_first_line(error)}") from None
+    model = (model if device == "auto" else model.to(device)).eval()
     check_finite(model, name)
     _check_runs(model, name)
     return model
+
+
+def check_device(device: str) -> None:
+    """Raises KronyError unless there is a device of this name; ``auto`` leaves it to what there is."""
+    try:
+        torch.empty(0, device="cpu" if device == "auto" else device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that isn't there
+        raise KronyError(f"device {device!r} can't be used: {_first_line(error)}") from None
 
 
 def wanted_dtype(name: str, dtype: str | torch.dtype) -> str | torch.dtype:

@@ -53,8 +53,9 @@ def choose(name: str, config: KronyConfig, *, wanted: bool | None, dtype: str, d
             each matrix for itself, and else if its weights are more than half of the machine's memory.
 
     Raises:
-        KronyError: it is wanted and can't be done, or the folder is damaged.
+        KronyError: it is wanted and can't be done, the folder is damaged, or there is no such device.
     """
+    models.check_device(device)
     folder = models.folder_of(name)
     why = _obstacle(folder, config, device)
     if wanted and why:
