@@ -12,12 +12,12 @@ ROOT = Path(krony.__file__).parent
 # From the bottom up: a module imports from earlier lines only (and, in a package, from its own files).
 ORDER = [
     ["errors", "_version", "progress", "python_docs", "hardware", "report"],
-    ["kron", "config", "files", "allocation", "ranks"],
+    ["kron", "config", "files", "allocation", "ranks", "recipes"],
     ["schemes", "init"],
     ["linear"],
     ["surgery"],
     ["hf", "models", "data"],
-    ["calibration", "evaluation", "export", "inspection", "rows"],
+    ["calibration", "evaluation", "export", "inspection", "rows", "distillation", "training", "checkpoints"],
     ["reconstruction", "healing"],
     ["compression"],
     ["card", "demo"],
