@@ -18,7 +18,7 @@ ORDER = [
     ["surgery"],
     ["hf", "models", "data"],
     ["calibration", "evaluation", "export", "inspection", "rows", "distillation", "training", "checkpoints"],
-    ["reconstruction", "healing"],
+    ["reconstruction", "healing", "preparation"],
     ["compression"],
     ["card", "demo"],
     ["cli"],
