@@ -133,5 +133,6 @@ def _reason(error: Exception) -> str | None:
     text = str(error)
     if isinstance(error, SafetensorError):
         return text.rpartition("error: ")[2] if "I/O error" in text or "os error" in text else None
-    writing = "PytorchStreamWriter failed" in text or "iostream error" in text  # torch's words, which don't say why
+    # torch's words when a file can't grow; they don't say why
+    writing = any(words in text for words in ("PytorchStreamWriter failed", "iostream error", "inline_container"))
     return "the disk is full or its quota is used up" if writing else None
