@@ -8,7 +8,9 @@ krony's own: which parameters train and decay (``training``), the recipes (``rec
 from __future__ import annotations
 
 import math
+import os
 import time
+import warnings
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +33,7 @@ from transformers import (
 from krony import ranks
 from krony.checkpoints import find_last, keep_plan, last_checkpoint, loggers, room_needed
 from krony.distillation import check_teacher, distil
-from krony.errors import KronyError
+from krony.errors import KronyError, KronyWarning
 from krony.hardware import fast_dtype
 from krony.models import context_length
 from krony.progress import Progress, silent
@@ -103,7 +105,7 @@ def heal(
     """
     start = time.perf_counter()
     ranks.join(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    _check(model, train, validation, recipe, teacher)
+    check(model, train, validation, recipe, teacher, freeze)
     tokens = train.length * recipe.sequences  # a step
     train, _ = train.split(len(train) % recipe.sequences)  # whole steps only
     with trainable(model, freeze, checkpointing=gradient_checkpointing), room_needed(work):
@@ -131,6 +133,13 @@ def heal(
         for key in ("loss", "eval_loss")
     )
     seconds = time.perf_counter() - start
+    if after > losses[0][1] and ranks.is_first():
+        warnings.warn(
+            f"the validation loss went from {losses[0][1]:.3f} to {after:.3f}: train on text more like what it is "
+            "validated on, on more of it, or at a lower learning rate",
+            KronyWarning,
+            stacklevel=2,
+        )
     # the last entry is the best state's, whenever that was
     return HealReport(trainer.state.global_step * tokens, seconds, losses[0][1], after, curve, losses[:-1])
 
@@ -205,10 +214,8 @@ def _arguments(
     resume: bool,
     seed: int,
 ) -> TrainingArguments:
-    batch = min(recipe.batch, recipe.sequences)
-    together = batch * ranks.count()
-    if recipe.sequences % together:
-        raise KronyError(f"{recipe.sequences} sequences a step can't be shared by {together} at once: lower the batch")
+    share = recipe.sequences // ranks.count()  # this process' rows of a step
+    batch = max(size for size in range(1, min(recipe.batch, share) + 1) if share % size == 0)
     steps = math.ceil(len(train) // recipe.sequences * recipe.epochs)
     log = max(1, min(10, steps // 50))
     every = max(1, steps // recipe.evaluations // log) * log  # a resumed run then logs what the whole one would
@@ -219,7 +226,7 @@ def _arguments(
         output_dir=str(work),
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
-        gradient_accumulation_steps=recipe.sequences // together,
+        gradient_accumulation_steps=share // batch,
         max_steps=steps,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="constant_with_warmup" if constant else "cosine_with_min_lr",
@@ -258,17 +265,27 @@ def _plan(recipe: Recipe, train: Rows, freeze: str, teacher: PreTrainedModel | N
     return plan | {"freeze": freeze, "teacher": teacher is not None, "seed": seed, "rows": len(train), "text": text}
 
 
-def _check(
+def check(
     model: PreTrainedModel,
     train: Rows,
     validation: Rows,
     recipe: Recipe,
     teacher: PreTrainedModel | None,
+    freeze: str,
 ) -> None:
+    """Raises KronyError where ``heal`` would, as far as that can be told before it begins."""
+    with trainable(model, freeze):
+        pass
     if train.length > context_length(model):
         raise KronyError(f"rows of {train.length} tokens: the model takes {context_length(model)}")
     if len(train) < recipe.sequences:
         raise KronyError(f"{len(train)} rows to train on: one step of this recipe takes {recipe.sequences}")
+    if recipe.sequences % ranks.count():
+        raise KronyError(
+            f"{recipe.sequences} sequences a step can't be shared by {ranks.count()} processes: take a multiple"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise KronyError("healing shares rows among processes, not weights: launch without FSDP")
     if not len(validation):
         raise KronyError("there is no row to validate on: give more text")
     if teacher is not None:

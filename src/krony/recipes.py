@@ -16,7 +16,7 @@ class Recipe:
 
     Attributes:
         sequences: rows a step, over all processes and accumulation steps.
-        batch: rows at once on one device; the rest is accumulated.
+        batch: rows at once on one device at most; the rest is accumulated.
         length: tokens a row.
         learning_rate: the highest; a cosine leads to ``final_rate``, or it is constant if they are equal.
         warm_up: steps, at most a fifth of all.
@@ -64,7 +64,8 @@ class Recipe:
 
 
 RECIPES = {
-    "quick": Recipe(4, 4, 512, 5e-4, 5e-6, 50, 1.0, patience=EVALUATIONS),
+    # small steps, many of them; temperature and hidden states are the teacher's part
+    "quick": Recipe(2, 2, 512, 5e-4, 5e-6, 50, 1.0, patience=EVALUATIONS, temperature=2.0, hidden=10.0),
     "paper": Recipe(120, 24, 1024, 6e-5, 6e-6, 500, 3.0),  # 5 accumulation steps of 24 sequences
     "paper-small": Recipe(120, 24, 1024, 6e-5, 6e-6, 500, 4.0),  # 4 epochs for the smaller models
     "paper-final": Recipe(320, 20, 1024, 6e-6, 6e-6, 0, 1.0),  # from the best checkpoint of ``paper``

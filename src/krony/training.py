@@ -52,17 +52,26 @@ def trainable(model: PreTrainedModel, freeze: str, *, checkpointing: bool = Fals
         for module, _ in rates:
             module.p = 0.0
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _checkpointing(model, on=True)
         logger.setLevel(logging.ERROR)
         yield
     finally:
         logger.setLevel(level)
         if checkpointing:
-            model.gradient_checkpointing_disable()
+            _checkpointing(model, on=False)
         for parameter, required in before:
             parameter.requires_grad_(required)
         for module, rate in rates:
             module.p = rate
+
+
+def _checkpointing(model: PreTrainedModel, *, on: bool) -> None:
+    """The method was renamed in transformers 5."""
+    verb = "enable" if on else "disable"
+    method = getattr(model, f"activation_checkpointing_{verb}", None) or getattr(
+        model, f"gradient_checkpointing_{verb}"
+    )
+    method()
 
 
 def _frozen(model: PreTrainedModel, words: set[str]) -> set[int]:

@@ -167,11 +167,15 @@ def test_every_verb_has_help(krony, verb):
 def test_heal(krony, compressed, gpt2_folder, tmp_path):
     (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten. " * 200)
     options = ("--data", tmp_path / "text.txt", "--length", 32, "--learning-rate", 0.003)
-    done = krony(
-        "heal", compressed, tmp_path / "out", *options, "--teacher", gpt2_folder, "--json", tmp_path / "h.json"
-    )
+    options += ("--teacher", gpt2_folder, "--hidden", 1, "--control", gpt2_folder, "--json", tmp_path / "h.json")
+    done = krony("heal", compressed, tmp_path / "out", *options)
     assert done.code == 0, done.err
     figures = json.loads((tmp_path / "h.json").read_text())
+    control = figures["control"]
+    assert control["tokens"] == figures["tokens"] and control["perplexity_after"] < control["perplexity_before"]
+    assert figures["perplexity_original"] == control["perplexity_before"]
+    assert f"the original, trained alike {control['perplexity_after']:.2f}" in " ".join(done.out.split())
+    assert list((tmp_path / "out/control/runs").rglob("events*"))
     assert 0 < figures["tokens"] <= 75 * 4 * 32 and figures["perplexity_after"] > 1 and len(figures["curve"]) > 5
     assert "validation perplexity" in done.out and "tokens to train on" in done.out
     assert not (tmp_path / "out.work").exists() and list((tmp_path / "out/runs").rglob("events*"))

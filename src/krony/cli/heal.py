@@ -28,7 +28,7 @@ def run(
         str, typer.Option(metavar="TEXT", help="A text or jsonl file, a .bin, python-docs, or a set on the hub.")
     ],
     val: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What to stop by.  [default: the last rows of --data]")
+        str | None, typer.Option(metavar="TEXT", help="What to stop by.", show_default="the last rows of --data")
     ] = None,
     recipe: Annotated[
         str, typer.Option(help="quick, or the paper's: paper, paper-small (4 epochs), paper-final.")
@@ -42,8 +42,8 @@ def run(
     freeze: Annotated[
         str | None,
         typer.Option(
-            help="What stays: right, inherited, scalars, embeddings, several with commas, or none.  "
-            "[default: right; none for the paper's recipes]"
+            help="What stays: right, inherited, scalars, embeddings, several with commas, or none.",
+            show_default="right; none for the paper's recipes",
         ),
     ] = None,
     max_tokens: Annotated[
@@ -74,7 +74,7 @@ def run(
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option(help="Rows at once on one device; the rest is accumulated.", rich_help_panel=MACHINE),
+        typer.Option(help="Rows at once on one device, at most.", rich_help_panel=MACHINE),
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Less memory, more time.", rich_help_panel=MACHINE)
@@ -98,7 +98,7 @@ def run(
     from krony.card import healed_card, healed_rows
     from krony.checkpoints import keep_logs, last_checkpoint, room_needed
     from krony.files import check_writable, fresh_folder
-    from krony.healing import heal, perplexity, validation_loss
+    from krony.healing import check, heal, perplexity, validation_loss
     from krony.models import context_length, load_config, load_model, load_tokenizer, save
     from krony.rows import load_rows
 
@@ -139,9 +139,10 @@ def run(
         train, validation = train.split(max(1, min(VALIDATION_ROWS, len(train) // 20)))
     else:
         validation = load_rows(val, tokenizer, length=plan.length, vocabulary=known)
-    to.say(f"{len(train) * plan.length:,} tokens to train on, {len(validation) * plan.length:,} to stop by")
     original = None if teacher is None else load_model(teacher, dtype=dtype)
     frozen = freeze or ("right" if recipe == "quick" else "none")
+    check(loaded, train, validation, plan, original, frozen)
+    to.say(f"{len(train) * plan.length:,} tokens to train on, {len(validation) * plan.length:,} to stop by")
     options: dict[str, Any] = {
         "recipe": plan,
         "tokenizer": tokenizer,
