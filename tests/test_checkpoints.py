@@ -117,3 +117,14 @@ def test_nothing_is_written_elsewhere(tmp_path, monkeypatch):
     assert not list(here.iterdir())
     assert list((tmp_path / "work/runs").glob("events.out.tfevents.*"))
     assert json.loads((tmp_path / "work/plan.json").read_text())["seed"] == 1
+
+
+def test_weights_and_biases_where_it_is_installed(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    heal(small(), *rows(), work=tmp_path / "work", recipe=TINY, device="cpu")
+    assert list((tmp_path / "work/wandb").glob("offline-run-*/*.wandb")) and wandb.run is None
+    assert not list(here.iterdir())

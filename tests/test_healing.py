@@ -99,7 +99,7 @@ def test_a_teacher_is_followed(ids, tmp_path):
 
 
 def test_the_papers_recipes(small, tmp_path, monkeypatch):
-    """Section 4.2: 120 sequences of 1024 a step as 5 times 24, cosine from 6e-5 to 6e-6; then 320 at 6e-6."""
+    """Section 4.1: 120 sequences of 1024 a step as 5 times 24, cosine from 6e-5 to 6e-6; then 320 at 6e-6."""
     rows = Rows(np.zeros(640 * 1024, dtype=np.uint16), 1024)
     made = healing._arguments(small, rows, RECIPES["paper"], tmp_path, False, "cpu", False, 0)
     assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (24, 5)
@@ -209,9 +209,7 @@ if ranks.is_first():
 def start(tmp_path, name, *, processes=1, rows=40, resume=False, work=None, dtype="torch.float32"):
     script, out = tmp_path / f"{name}.py", tmp_path / f"{name}.pt"
     work = str(work or tmp_path / f"{name}.work")
-    script.write_text(
-        WORKER.format(tests=TESTS, rows=rows, work=work, resume=resume, out=str(out), dtype=dtype, sharded=sharded)
-    )
+    script.write_text(WORKER.format(tests=TESTS, rows=rows, work=work, resume=resume, out=str(out), dtype=dtype))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return subprocess.Popen([sys.executable, *launcher, str(script)], stderr=subprocess.PIPE), out
 

@@ -71,7 +71,7 @@ def test_all_is_undone(scaled):
 
 
 def test_only_factors_decay_and_each_kind_has_its_rate(scaled):
-    """Section 4.2; the rates are krony's own."""
+    """Decay and betas are the published code's; the rates of each kind are krony's own."""
     optimizer = adamw(scaled, replace(RECIPES["paper"], factor_rate=1e-4, inherited_rate=1e-5))
     factors, scalars, inherited = optimizer.param_groups
     assert (factors["weight_decay"], factors["lr"]) == (0.1, 1e-4)

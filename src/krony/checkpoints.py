@@ -71,42 +71,48 @@ def room_needed(folder: Path) -> Iterator[None]:
         raise KronyError(f"{folder} can't be written, {reason}{then}") from error
 
 
-def loggers(work: Path) -> list[TrainerCallback]:
+@contextmanager
+def loggers(work: Path) -> Iterator[list[TrainerCallback]]:
     """TensorBoard always, Weights & Biases where it is installed and set up; both write to ``work`` alone.
 
     By default they would write to the working directory: the one when it logs before the training begins, the other
-    always.
+    always. A run of Weights & Biases that the caller has begun is used, and left open.
     """
     board = TensorBoardCallback()
     board.logging_dir = board.logging_dir or str(work / "runs")
-    return [board, *_wandb(work)]
+    if not _wandb_is_set_up() or not ranks.is_first():
+        yield [board]
+        return
+    import wandb
+    from transformers.integrations import WandbCallback
+
+    run = None
+    if wandb.run is None:
+        work.mkdir(parents=True, exist_ok=True)
+        run = wandb.init(project=os.environ.get("WANDB_PROJECT", "krony"), dir=str(work))
+    try:
+        yield [board, WandbCallback()]
+    finally:
+        if run is not None:
+            run.finish()
 
 
-def _wandb(work: Path) -> list[TrainerCallback]:
-    from transformers.integrations import WandbCallback, is_wandb_available
+def _wandb_is_set_up() -> bool:
+    """Whether it is installed, and somebody has logged in or said what to do without."""
+    from transformers.integrations import is_wandb_available
 
     if not is_wandb_available():
-        return []
+        return False
     import wandb
 
-    if not (wandb.api.api_key or os.environ.get("WANDB_MODE")):  # installed, but nobody has logged in
-        return []
-
-    class Wandb(WandbCallback):
-        def on_train_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-            super().on_train_end(args, state, control, **options)
-            if ranks.is_first():
-                wandb.finish()  # what it holds goes to its folder, which is kept
-
-    os.environ.setdefault("WANDB_DIR", str(work))
-    return [Wandb()]
+    return bool(wandb.api.api_key or os.environ.get("WANDB_MODE"))
 
 
 def keep_logs(work: Path, folder: Path) -> None:
     """Copies the logs in ``work`` to ``folder``."""
     for log in LOGS:
         if (work / log).is_dir():
-            shutil.copytree(work / log, folder / log)
+            shutil.copytree(work / log, folder / log, symlinks=True)  # W&B links its latest run
 
 
 def _checkpoints(work: Path) -> list[Path]:

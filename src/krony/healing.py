@@ -1,6 +1,6 @@
 """Healing: train a compressed model on, with transformers' Trainer, until it is itself again.
 
-The paper trains on OpenWebText for 3 epochs (section 4.2); with a good start and a teacher, far less will do. What is
+The paper trains on OpenWebText for 3 epochs (section 4.1); with a good start and a teacher, far less will do. What is
 krony's own: which parameters train and decay (``training``), the recipes (``recipes``), and the original as teacher
 (``distillation``).
 """
@@ -111,20 +111,21 @@ def heal(
     with trainable(model, freeze, checkpointing=gradient_checkpointing), room_needed(work):
         last = last_checkpoint(work) if resume else None
         keep_plan(work, _plan(recipe, train, freeze, teacher, seed), resume=resume)
-        trainer = HealingTrainer(
-            recipe,
-            teacher,
-            model=model,
-            args=_arguments(model, train, recipe, work, compile, device, resume, seed),
-            data_collator=default_data_collator,
-            train_dataset=train,
-            eval_dataset=validation,
-            processing_class=tokenizer,
-            callbacks=[_Watch(progress, tokens), EarlyStoppingCallback(recipe.patience), *loggers(work)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=last)
-        after = trainer.evaluate()["eval_loss"]
+        with loggers(work) as logs:
+            trainer = HealingTrainer(
+                recipe,
+                teacher,
+                model=model,
+                args=_arguments(model, train, recipe, work, compile, device, resume, seed),
+                data_collator=default_data_collator,
+                train_dataset=train,
+                eval_dataset=validation,
+                processing_class=tokenizer,
+                callbacks=[_Watch(progress, tokens), EarlyStoppingCallback(recipe.patience), *logs],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train(resume_from_checkpoint=last)
+            after = trainer.evaluate()["eval_loss"]
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # leaves its autocast
     model.eval()
     history = trainer.state.log_history

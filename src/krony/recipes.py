@@ -24,7 +24,7 @@ class Recipe:
         evaluations: of the validation loss, spread over the run; a checkpoint goes with each.
         patience: evaluations without a gain before it stops. A short run needs its last, small steps, so that it has
             as much patience as there are evaluations; the best state is kept in any case.
-        weight_decay: of the factors; nothing else decays (section 4.2).
+        weight_decay: of the factors; nothing else decays. 0.1 is the published code's.
         factor_rate: the highest rate of factors and scalars, where it is not ``learning_rate``.
         inherited_rate: the highest rate of what was inherited, where it is not ``learning_rate``.
         temperature: with a teacher, both distributions are softened by it before they are compared.

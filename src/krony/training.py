@@ -99,7 +99,7 @@ def _frozen(model: PreTrainedModel, words: set[str]) -> set[int]:
 def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW over what trains: factors decay, what was inherited and scalars don't; each kind at its rate.
 
-    Betas are 0.9 and 0.95, as in nanoGPT, on which the paper's code stands.
+    Betas are the published code's (``train.py``), which the paper doesn't give.
     """
     layers = kronecker_layers(model).values()
     factors = {id(p) for layer in layers for p in (layer.weight, layer.right)}
