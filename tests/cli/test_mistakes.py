@@ -177,6 +177,15 @@ def test_slim_where_it_is_not_exact(refused, compressed, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_data_prepare(refused, gpt2_folder, tmp_path):
+    (tmp_path / "t.txt").write_text("one document")
+    arguments = ("data", "prepare", tmp_path / "t.txt", tmp_path / "out", "--tokenizer", gpt2_folder)
+    assert "is one document, which can't be split" in refused(*arguments)
+    assert "the val share is 2.0: it is a share of the documents" in refused(*arguments, "--val-share", 2)
+    assert "holds no model" in refused(*arguments[:-1], tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_heal(refused, compressed, tmp_path):
     (tmp_path / "text.txt").write_text("too short")
     arguments = ("heal", compressed, tmp_path / "out", "--data", tmp_path / "text.txt")

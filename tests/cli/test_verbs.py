@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,6 +163,18 @@ def test_the_installed_command(gpt2_folder):
 def test_every_verb_has_help(krony, verb):
     done = krony(verb, "--help")
     assert done.code == 0 and "--json" in done.out
+
+
+def test_data_prepare(krony, gpt2_folder, tmp_path):
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(40)))
+    out = tmp_path / "bins"
+    done = krony("data", "prepare", tmp_path / "t.jsonl", out, "--tokenizer", gpt2_folder, "--json", "-")
+    assert done.code == 0, done.err
+    figures = json.loads(done.out)
+    assert {name: part["documents"] for name, part in figures.items()} == {"train": 39, "val": 1}
+    for part in figures.values():
+        assert Path(part["file"]).stat().st_size == 2 * part["tokens"]
+    assert "--val-share" in krony("data", "prepare", "--help").out
 
 
 def test_heal(krony, compressed, gpt2_folder, tmp_path):
