@@ -53,6 +53,9 @@ def test_split_keeps_all():
         ("a.bin", b"", "has 0 bytes"),
         ("a.bin", np.full(20, 300, dtype="<u2").tobytes(), "has token 300, the model knows 257"),
         ("a.bin", np.full(20, 70_000, dtype="<u4").tobytes(), "has token 4464, the model knows 257"),
+        ("a.bin", (np.arange(100, dtype="<u4") % 250).tobytes(), "holds token ids of four bytes or more"),
+        ("a.bin", (np.arange(100, dtype="<i8") % 250).tobytes(), "holds token ids of four bytes or more"),
+        ("a.bin", (np.arange(100, dtype="<u4") * 1000).tobytes(), "holds token ids of four bytes or more"),
     ],
 )
 def test_bad_data(tokenizer, tmp_path, name, content, words):

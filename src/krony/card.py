@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from krony._version import __version__
 from krony.compression import Report
+from krony.report import Table
 
 
 def model_card(source: str, report: Report) -> str:
@@ -49,6 +50,7 @@ The error of a layer is the Frobenius norm of what was lost, relative to the ori
 def healed_card(source: str, figures: dict) -> str:
     """Markdown for the folder of a model that was trained on: how, and its validation perplexity before and after."""
     teacher = f", taught by `{figures['teacher']}`" if figures["teacher"] else ""
+    table = Table(["", "validation perplexity", "of the original"], healed_rows(figures))
     return f"""---
 library_name: transformers
 base_model: {source}
@@ -59,10 +61,7 @@ tags: [krony, kronecker, compression]
 
 `{source}` trained on for {figures["tokens"]:,} tokens (recipe `{figures["recipe"]}`{teacher}, krony {__version__}).
 
-| | validation perplexity |
-| --- | ---: |
-| before | {figures["perplexity_before"]:.2f} |
-| after | {figures["perplexity_after"]:.2f} |
+{table.markdown()}
 
 ```python
 import krony  # registers the layers with transformers
@@ -71,3 +70,14 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("PATH")
 ```
 """
+
+
+def healed_rows(figures: dict) -> list[list[str]]:
+    """Before and after, and beside them the original and its control where they are known; with ratios if so."""
+    rows = [("before", figures["perplexity_before"]), ("after", figures["perplexity_after"])]
+    base = figures.get("perplexity_original")
+    if base is not None:
+        rows.append(("the original", base))
+    if "control" in figures:
+        rows.append(("the original, trained alike", figures["control"]["perplexity_after"]))
+    return [[name, f"{value:,.2f}", "" if base is None else f"{value / base:,.3f}"] for name, value in rows]

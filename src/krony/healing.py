@@ -1,96 +1,69 @@
 """Healing: train a compressed model on, with transformers' Trainer, until it is itself again.
 
-The paper trains on OpenWebText for 3 epochs (section 4.2); with a good start and a teacher, far less will do. What is
-krony's own here: which parameters train and decay, the recipes, and the original as teacher.
+The paper trains on OpenWebText for 3 epochs (section 4.1); with a good start and a teacher, far less will do. What is
+krony's own: which parameters train and decay (``training``), the recipes (``recipes``), and the original as teacher
+(``distillation``).
 """
 
 from __future__ import annotations
 
-import logging
 import math
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import warnings
+import zlib
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from krony import ranks
-from krony.errors import KronyError
+from krony.checkpoints import find_last, keep_plan, last_checkpoint, loggers, room_needed
+from krony.distillation import check_teacher, distil
+from krony.errors import KronyError, KronyWarning
 from krony.hardware import fast_dtype
 from krony.models import context_length
 from krony.progress import Progress, silent
+from krony.recipes import RECIPES, Recipe
 from krony.rows import Rows
-from krony.surgery import kronecker_layers
-
-FREEZE = ("none", "right", "inherited")
-EVALUATIONS = 10  # of the validation loss, spread over a run; a checkpoint goes with each
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    Attributes:
-        sequences: rows a step, over all processes and accumulation steps.
-        batch: rows at once on one device; the rest is accumulated.
-        length: tokens a row.
-        learning_rate: the highest; a cosine leads to ``final_rate``, or it is constant if they are equal.
-        warm_up: steps, at most a fifth of all.
-        epochs: passes over the data.
-        patience: evaluations without a gain before it stops. A short run needs its last, small steps, so that it has
-            as much patience as there are evaluations; the best state is kept in any case.
-        weight_decay: of the factors; nothing else decays (section 4.2).
-    """
-
-    sequences: int
-    batch: int
-    length: int
-    learning_rate: float
-    final_rate: float
-    warm_up: int
-    epochs: float
-    patience: int = 3
-    weight_decay: float = 0.1
-
-
-RECIPES = {
-    "quick": Recipe(4, 4, 512, 5e-4, 5e-6, 50, 1.0, patience=EVALUATIONS),
-    "paper": Recipe(120, 24, 1024, 6e-5, 6e-6, 500, 3.0),  # 5 accumulation steps of 24 sequences
-    "paper-final": Recipe(320, 20, 1024, 6e-6, 6e-6, 0, 1.0),  # from the best checkpoint of ``paper``
-}
+from krony.training import adamw, trainable
 
 
 @dataclass(frozen=True)
 class HealReport:
-    """What the training did. Losses are nats a token; ``curve`` holds tokens seen and the training loss up to there."""
+    """What the training did. Losses are nats a token.
+
+    ``curve`` holds tokens seen and the training loss up to there, ``validation`` tokens seen and the validation loss.
+    """
 
     tokens: int
     seconds: float
     loss_before: float
     loss_after: float
     curve: list[tuple[int, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
 
     def to_json(self) -> dict:
         return {
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "perplexity_before": math.exp(min(self.loss_before, 700.0)),
-            "perplexity_after": math.exp(min(self.loss_after, 700.0)),
+            "perplexity_before": perplexity(self.loss_before),
+            "perplexity_after": perplexity(self.loss_after),
             "curve": [list(point) for point in self.curve],
+            "validation": [list(point) for point in self.validation],
         }
 
 
@@ -100,11 +73,11 @@ def heal(
     validation: Rows,
     *,
     work: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     recipe: Recipe = RECIPES["quick"],
     teacher: PreTrainedModel | None = None,
     freeze: str = "right",
     resume: bool = False,
-    factor_rate: float | None = None,
     gradient_checkpointing: bool = False,
     compile: bool = False,
     device: str | None = None,
@@ -117,68 +90,87 @@ def heal(
         train: rows to train on.
         validation: rows to stop by; their loss is the report's.
         work: folder for checkpoints and TensorBoard's log.
-        teacher: the original; the loss is then the divergence from its next-token distributions.
-        freeze: ``right`` keeps right factors (``slim`` stays exact), ``inherited`` all but the factors, ``none``
-            nothing.
+        tokenizer: is saved with every checkpoint, which is then a MODEL by itself.
+        teacher: the original; the loss is then the divergence from its next-token distributions, and what else the
+            recipe adds.
+        freeze: what stays: ``right`` (``slim`` stays exact), ``inherited``, ``scalars``, ``embeddings``, several of
+            them joined by commas, or ``none``; see ``krony.training.trainable``.
         resume: go on from the last checkpoint in ``work``.
-        factor_rate: the factors' own learning rate; the recipe's by default.
         device: ``cpu`` keeps it off an accelerator; None takes what Trainer finds.
 
     Raises:
         KronyError: rows longer than the model takes, too few of them, an unknown ``freeze``, a teacher of another
-            vocabulary, a batch that doesn't divide, a loss that is not finite, nothing to resume.
+            vocabulary, a batch that doesn't divide, a loss that is not finite, nothing to resume or other options
+            than before, a full disk. The last whole checkpoint stays in ``work``.
     """
     start = time.perf_counter()
     ranks.join(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    _check(model, train, validation, recipe, teacher, freeze)
+    check(model, train, validation, recipe, teacher, freeze)
     tokens = train.length * recipe.sequences  # a step
     train, _ = train.split(len(train) % recipe.sequences)  # whole steps only
-    with _trainable(model, freeze, gradient_checkpointing):
-        trainer = HealingTrainer(
-            model=model,
-            args=_arguments(model, train, recipe, work, compile, device, resume, seed),
-            train_dataset=train,
-            eval_dataset=validation,
-            optimizers=(_optimizer(model, recipe, factor_rate), None),
-            callbacks=[_Watch(progress, tokens), EarlyStoppingCallback(recipe.patience)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(trainer.args.device)
-        trainer.train(resume_from_checkpoint=last_checkpoint(work) if resume else None)
-        after = trainer.evaluate()["eval_loss"]
+    with trainable(model, freeze, checkpointing=gradient_checkpointing), room_needed(work):
+        last = last_checkpoint(work) if resume else None
+        keep_plan(work, _plan(recipe, train, freeze, teacher, seed), resume=resume)
+        with loggers(work) as logs:
+            trainer = HealingTrainer(
+                recipe,
+                teacher,
+                model=model,
+                args=_arguments(model, train, recipe, work, compile, device, resume, seed),
+                data_collator=default_data_collator,
+                train_dataset=train,
+                eval_dataset=validation,
+                processing_class=tokenizer,
+                callbacks=[_Watch(progress, tokens), EarlyStoppingCallback(recipe.patience), *logs],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train(resume_from_checkpoint=last)
+            after = trainer.evaluate()["eval_loss"]
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # leaves its autocast
     model.eval()
     history = trainer.state.log_history
-    before = next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
-    curve = [(int(entry["step"]) * tokens, float(entry["loss"])) for entry in history if "loss" in entry]
-    return HealReport(trainer.state.global_step * tokens, time.perf_counter() - start, before, after, curve)
+    curve, losses = (
+        [(int(entry["step"]) * tokens, float(entry[key])) for entry in history if key in entry]
+        for key in ("loss", "eval_loss")
+    )
+    seconds = time.perf_counter() - start
+    if after > losses[0][1] and ranks.is_first():
+        warnings.warn(
+            f"the validation loss went from {losses[0][1]:.3f} to {after:.3f}: train on text more like what it is "
+            "validated on, on more of it, or at a lower learning rate",
+            KronyWarning,
+            stacklevel=2,
+        )
+    # the last entry is the best state's, whenever that was
+    return HealReport(trainer.state.global_step * tokens, seconds, losses[0][1], after, curve, losses[:-1])
 
 
 class HealingTrainer(Trainer):
-    """transformers' Trainer, with a teacher where there is one."""
+    """transformers' Trainer with krony's optimizer, and a teacher where there is one."""
 
-    teacher: PreTrainedModel | None = None
-
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, recipe: Recipe, teacher: PreTrainedModel | None, **options: Any) -> None:
         super().__init__(**options)
+        self.recipe = recipe
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
         # rows are of one length, so the mean over a step is the mean of its batches' means, for any loss
         self.model_accepts_loss_kwargs = False
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW as the recipe has it."""
+        if self.optimizer is None:  # type: ignore[has-type]
+            self.optimizer = adamw(model or self.model, self.recipe)
+        return self.optimizer
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Any:
-        """The cross-entropy with the text, or in training the divergence from the teacher."""
+        """The cross-entropy with the text, or in training the distance from the teacher."""
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, **options)
-        with torch.no_grad():
-            wanted = self.teacher(input_ids=inputs["input_ids"], use_cache=False).logits
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
-        loss = divergence(outputs.logits, wanted)
+        asked = {"input_ids": inputs["input_ids"], "use_cache": False, "output_hidden_states": self.recipe.hidden > 0}
+        with torch.no_grad(), self.accelerator.autocast():
+            wanted = self.teacher(**asked)
+        outputs = model(**asked)
+        loss = distil(outputs, wanted, inputs["input_ids"], self.recipe)
         return (loss, outputs) if options.get("return_outputs") else loss
-
-
-def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over tokens of KL(teacher ‖ student), nats; both ``(..., vocabulary)`` in any dtype."""
-    student, teacher = (x.flatten(0, -2).float().log_softmax(-1) for x in (logits, wanted))
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 class _Watch(TrainerCallback):
@@ -196,15 +188,21 @@ class _Watch(TrainerCallback):
         self.progress(state.global_step, state.max_steps, f"{self.loss}{pace:,.0f} tokens/s")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is None:
-            return
-        if not math.isfinite(loss):
-            raise KronyError(
-                f"the loss is {loss} at step {state.global_step}: lower the learning rate; "
-                f"the last good checkpoint is in {args.output_dir}"
-            )
-        self.loss = f"loss {loss:.3f}, "
+        for name in ("loss", "eval_loss"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise KronyError(_no_number(name, value, state.global_step, Path(args.output_dir)))
+        if logs and "loss" in logs:
+            self.loss = f"loss {logs['loss']:.3f}, "
+
+
+def _no_number(name: str, value: float, step: int, work: Path) -> str:
+    what = {"loss": "loss", "eval_loss": "validation loss"}[name]
+    if step == 0:
+        return f"the {what} is {value} before any training: this model is damaged"
+    last = find_last(work)
+    good = "there is no checkpoint yet" if last is None else f"{last}, the last checkpoint, is a model to start from"
+    return f"the {what} is {value} at step {step}: lower the learning rate; {good}"
 
 
 def _arguments(
@@ -217,13 +215,11 @@ def _arguments(
     resume: bool,
     seed: int,
 ) -> TrainingArguments:
-    batch = min(recipe.batch, recipe.sequences)
-    together = batch * ranks.count()
-    if recipe.sequences % together:
-        raise KronyError(f"{recipe.sequences} sequences a step can't be shared by {together} at once: lower the batch")
+    share = recipe.sequences // ranks.count()  # this process' rows of a step
+    batch = max(size for size in range(1, min(recipe.batch, share) + 1) if share % size == 0)
     steps = math.ceil(len(train) // recipe.sequences * recipe.epochs)
     log = max(1, min(10, steps // 50))
-    every = max(1, steps // EVALUATIONS // log) * log  # a resumed run then logs what the whole one would
+    every = max(1, steps // recipe.evaluations // log) * log  # a resumed run then logs what the whole one would
     constant = recipe.final_rate == recipe.learning_rate
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     half = fast_dtype("cpu" if on_cpu else "cuda") == torch.bfloat16 and model.dtype == torch.float32
@@ -231,7 +227,7 @@ def _arguments(
         output_dir=str(work),
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
-        gradient_accumulation_steps=recipe.sequences // together,
+        gradient_accumulation_steps=share // batch,
         max_steps=steps,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="constant_with_warmup" if constant else "cosine_with_min_lr",
@@ -257,66 +253,20 @@ def _arguments(
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         log_level="error",
-        report_to=_loggers(),
+        report_to=[],  # ``loggers`` knows where to
         seed=seed,
         data_seed=seed,
     )
 
 
-def _loggers() -> list[str]:
-    """TensorBoard always, Weights & Biases where it is installed."""
-    from transformers.integrations import is_wandb_available
-
-    return ["tensorboard", *(["wandb"] if is_wandb_available() else [])]
-
-
-def _optimizer(model: PreTrainedModel, recipe: Recipe, factor_rate: float | None) -> torch.optim.Optimizer:
-    """AdamW; factors decay and may have a rate of their own, what was inherited and scalars don't decay."""
-    layers = kronecker_layers(model).values()
-    factors = {id(p) for layer in layers for p in (layer.weight, layer.right)}
-    training = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for p in training if id(p) in factors],
-            "weight_decay": recipe.weight_decay,
-            "lr": factor_rate or recipe.learning_rate,
-        },
-        {"params": [p for p in training if id(p) not in factors], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, betas=(0.9, 0.95))
+def _plan(recipe: Recipe, train: Rows, freeze: str, teacher: PreTrainedModel | None, seed: int) -> dict[str, Any]:
+    """What a resumed run has to share with the one that it goes on with; how rows are spread over devices is free."""
+    plan = {name: value for name, value in asdict(recipe).items() if name != "batch"}
+    text = zlib.crc32(np.ascontiguousarray(train.tokens[: 1 << 20]).tobytes())
+    return plan | {"freeze": freeze, "teacher": teacher is not None, "seed": seed, "rows": len(train), "text": text}
 
 
-@contextmanager
-def _trainable(model: PreTrainedModel, freeze: str, checkpointing: bool) -> Iterator[None]:
-    """Freezes what stays, and leaves dropout out: there is too little text to waste."""
-    layers = kronecker_layers(model).values()
-    factors = {id(p) for layer in layers for p in (layer.weight, layer.right, layer.scalars)}
-    rights = {id(layer.right) for layer in layers}
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    rates = [(m, m.p) for m in model.modules() if isinstance(m, nn.Dropout)]
-    for parameter, _ in before:
-        frozen = id(parameter) in rights if freeze == "right" else id(parameter) not in factors
-        parameter.requires_grad_(freeze == "none" or not frozen)
-    for module, _ in rates:
-        module.p = 0.0
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    logger = logging.getLogger("transformers.trainer")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if checkpointing:
-            model.gradient_checkpointing_disable()
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-        for module, rate in rates:
-            module.p = rate
-
-
-def _check(
+def check(
     model: PreTrainedModel,
     train: Rows,
     validation: Rows,
@@ -324,24 +274,35 @@ def _check(
     teacher: PreTrainedModel | None,
     freeze: str,
 ) -> None:
-    if freeze not in FREEZE:
-        raise KronyError(f"freeze {freeze!r} is unknown: it is one of {', '.join(FREEZE)}")
-    if freeze == "inherited" and not kronecker_layers(model):
-        raise KronyError("freeze inherited leaves a dense model nothing to train: take none")
+    """Raises KronyError where ``heal`` would, as far as that can be told before it begins."""
+    with trainable(model, freeze):
+        pass
     if train.length > context_length(model):
         raise KronyError(f"rows of {train.length} tokens: the model takes {context_length(model)}")
     if len(train) < recipe.sequences:
         raise KronyError(f"{len(train)} rows to train on: one step of this recipe takes {recipe.sequences}")
+    if recipe.sequences % ranks.count():
+        raise KronyError(
+            f"{recipe.sequences} sequences a step can't be shared by {ranks.count()} processes: take a multiple"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise KronyError("healing shares rows among processes, not weights: launch without FSDP")
     if not len(validation):
         raise KronyError("there is no row to validate on: give more text")
-    if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
-        ours, theirs = model.config.vocab_size, teacher.config.vocab_size
-        raise KronyError(f"the teacher knows {theirs} tokens and the model {ours}: it is no model of the same kind")
+    if teacher is not None:
+        check_teacher(model, teacher, recipe)
 
 
-def last_checkpoint(work: Path) -> str:
-    """The folder of the last checkpoint in ``work``. Raises KronyError if there is none."""
-    last = get_last_checkpoint(str(work)) if work.is_dir() else None
-    if last is None:
-        raise KronyError(f"{work} holds no checkpoint: there is nothing to resume")
-    return last
+@torch.inference_mode()
+def validation_loss(model: PreTrainedModel, rows: Rows) -> float:
+    """The mean loss of ``model`` on ``rows``, nats a token, computed as the trainer does."""
+    dtype = fast_dtype(model.device)
+    with torch.autocast(model.device.type, dtype, enabled=dtype == torch.bfloat16 and model.dtype == torch.float32):
+        batches = (rows[index]["input_ids"][None].to(model.device) for index in range(len(rows)))
+        losses = [model(input_ids=ids, labels=ids, use_cache=False).loss.item() for ids in batches]
+    return sum(losses) / len(losses)
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats a token; finite, however bad it is."""
+    return math.exp(min(loss, 700.0))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from krony import python_docs
 from krony.data import NAMED, PYTHON_DOCS, join_documents, read_file
 from krony.errors import KronyError
 
+HUB_NAMES = {"openwebtext": "Skylion007/openwebtext"}  # what nanoGPT and the paper call it, and where it is now
 BIN = np.dtype("<u2")  # nanoGPT's train.bin and val.bin: token ids, two bytes each
 
 
@@ -62,8 +65,7 @@ def load_rows(
 
 
 def _tokens(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> np.ndarray:
-    if data in NAMED:
-        raise KronyError(f"{data} is a test set: train on other text, such as a train file or python-docs")
+    refuse_test_set(data)
     if data == PYTHON_DOCS:
         return join_documents(python_docs.topics("calibration"), tokenizer).numpy()
     path = Path(data)
@@ -74,6 +76,12 @@ def _tokens(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | Non
     return _stream(data, tokenizer, max_tokens)
 
 
+def refuse_test_set(data: str) -> None:
+    """Raises KronyError if ``data`` names a set that is only ever measured on."""
+    if data in NAMED:
+        raise KronyError(f"{data} is a test set: train on other text, such as a train file or python-docs")
+
+
 def read_bin(path: Path) -> np.ndarray:
     """Token ids ``(n,)`` of a ``.bin`` file as a memory map, uint16. Raises KronyError."""
     try:
@@ -82,7 +90,16 @@ def read_bin(path: Path) -> np.ndarray:
         raise KronyError(f"{path} can't be read: {error.strerror}") from None
     if size == 0 or size % BIN.itemsize:
         raise KronyError(f"{path} has {size} bytes: a .bin file holds token ids of two bytes each")
-    return np.memmap(path, dtype=BIN, mode="r")
+    tokens = np.memmap(path, dtype=BIN, mode="r")
+    if looks_wider(tokens):
+        raise KronyError(f"{path} holds token ids of four bytes or more: a .bin file holds two bytes each (uint16)")
+    return tokens
+
+
+def looks_wider(tokens: np.ndarray) -> bool:
+    """Whether ids ``(n,)`` read as two bytes each were written as four or eight: every second is then next to zero."""
+    seconds = tokens[1:4096:2]
+    return len(tokens) >= 64 and len(tokens) % 2 == 0 and bool((seconds <= 3).all())
 
 
 def _stream(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> np.ndarray:
@@ -90,20 +107,35 @@ def _stream(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | Non
         raise KronyError(f"{data} is no file; of a data set on the hub max_tokens says how much is read")
     pieces: list[Tensor] = []
     have = 0
-    for text in _hub_texts(data):
-        pieces.append(join_documents([text, ""], tokenizer))
-        have += len(pieces[-1])
-        if have >= max_tokens:
-            break
-    return torch.cat(pieces).numpy()
+    with _hub_sentences(data):
+        for row in hub_set(data, streaming=True):
+            pieces.append(join_documents([row["text"], ""], tokenizer))
+            have += len(pieces[-1])
+            if have >= max_tokens:
+                break
+    return torch.cat(pieces).numpy() if pieces else np.empty(0, dtype=np.int64)
 
 
-def _hub_texts(data: str) -> Iterator[str]:
+def hub_set(data: str, *, streaming: bool = False) -> Any:
+    """The ``train`` split of a data set on the hub, which has a ``text``; streamed, or fetched to the cache of
+    datasets. Raises KronyError.
+    """
     from datasets import load_dataset  # heavy
 
+    with _hub_sentences(data):
+        found = load_dataset(HUB_NAMES.get(data, data), split="train", streaming=streaming)
+    columns = getattr(found, "column_names", None)
+    if columns and "text" not in columns:
+        raise KronyError(f"{data} has no column text: it has {', '.join(columns)}")
+    return found
+
+
+@contextmanager
+def _hub_sentences(data: str) -> Iterator[None]:
     try:
-        for row in load_dataset(data, split="train", streaming=True):
-            yield row["text"]
+        yield
+    except KronyError:
+        raise
     except Exception as error:  # datasets raises many kinds for "no network" and "no such set"
         raise KronyError(
             f"{data}: there is no such file, and no data set of that name can be read from the hub "

@@ -178,15 +178,29 @@ def test_slim_where_it_is_not_exact(refused, compressed, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_data_prepare(refused, gpt2_folder, tmp_path):
+    (tmp_path / "t.txt").write_text("one document")
+    arguments = ("data", "prepare", tmp_path / "t.txt", tmp_path / "out", "--tokenizer", gpt2_folder)
+    assert "is one document, which can't be split" in refused(*arguments)
+    assert "the val share is 2.0: it is a share of the documents" in refused(*arguments, "--val-share", 2)
+    assert "holds no model" in refused(*arguments[:-1], tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_heal(refused, compressed, tmp_path):
     (tmp_path / "text.txt").write_text("too short")
     arguments = ("heal", compressed, tmp_path / "out", "--data", tmp_path / "text.txt")
     assert "has 9 tokens: at least 64 make one row" in refused(*arguments)
     assert "recipe 'slow' is unknown: it is one of quick, paper" in refused(*arguments, "--recipe", "slow")
+    assert "name it with --teacher" in refused(*arguments, "--hidden", 1)
+    assert "learning_rate is -1.0: it takes a number above 0" in refused(*arguments, "--learning-rate", -1)
     (tmp_path / "out.work").mkdir()
     assert "is of a run that did not end: --resume goes on from it" in refused(*arguments)
     (tmp_path / "text.txt").write_text("long enough for some rows of text " * 100)
     assert "holds no checkpoint: there is nothing to resume" in refused(*arguments, "--resume")
     (tmp_path / "out.work").rmdir()
+    assert "freeze 'left' is unknown: it is one of none, right" in refused(*arguments, "--freeze", "left")
+    assert "rows of 100 tokens: the model takes 64" in refused(*arguments, "--length", 100)
+    assert "nowhere: there is no such folder" in refused(*arguments, "--control", "nowhere")
     assert "lambada is a test set" in refused(*arguments[:3], "--data", "lambada")
     assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,14 +193,30 @@ def test_every_verb_has_help(krony, verb):
     assert done.code == 0 and "--json" in done.out
 
 
+def test_data_prepare(krony, gpt2_folder, tmp_path):
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(40)))
+    out = tmp_path / "bins"
+    done = krony("data", "prepare", tmp_path / "t.jsonl", out, "--tokenizer", gpt2_folder, "--json", "-")
+    assert done.code == 0, done.err
+    figures = json.loads(done.out)
+    assert {name: part["documents"] for name, part in figures.items()} == {"train": 39, "val": 1}
+    for part in figures.values():
+        assert Path(part["file"]).stat().st_size == 2 * part["tokens"]
+    assert "--val-share" in krony("data", "prepare", "--help").out
+
+
 def test_heal(krony, compressed, gpt2_folder, tmp_path):
     (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten. " * 200)
     options = ("--data", tmp_path / "text.txt", "--length", 32, "--learning-rate", 0.003)
-    done = krony(
-        "heal", compressed, tmp_path / "out", *options, "--teacher", gpt2_folder, "--json", tmp_path / "h.json"
-    )
+    options += ("--teacher", gpt2_folder, "--hidden", 1, "--control", gpt2_folder, "--json", tmp_path / "h.json")
+    done = krony("heal", compressed, tmp_path / "out", *options)
     assert done.code == 0, done.err
     figures = json.loads((tmp_path / "h.json").read_text())
+    control = figures["control"]
+    assert control["tokens"] == figures["tokens"] and control["perplexity_after"] < control["perplexity_before"]
+    assert figures["perplexity_original"] == control["perplexity_before"]
+    assert f"the original, trained alike {control['perplexity_after']:.2f}" in " ".join(done.out.split())
+    assert list((tmp_path / "out/control/runs").rglob("events*"))
     assert 0 < figures["tokens"] <= 75 * 4 * 32 and figures["perplexity_after"] > 1 and len(figures["curve"]) > 5
     assert "validation perplexity" in done.out and "tokens to train on" in done.out
     assert not (tmp_path / "out.work").exists() and list((tmp_path / "out/runs").rglob("events*"))

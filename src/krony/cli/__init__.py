@@ -7,7 +7,7 @@ import sys
 import typer
 
 from krony._version import __version__
-from krony.cli import compress, demo, evaluate, export, generate, heal, import_, inspect, reproduce, schemes
+from krony.cli import compress, data, demo, evaluate, export, generate, heal, import_, inspect, reproduce, schemes
 from krony.cli.output import complain
 from krony.errors import KronyError
 
@@ -22,6 +22,7 @@ app.command("demo")(demo.run)
 app.command("schemes")(schemes.run)
 app.command("compress")(compress.run)
 app.command("heal")(heal.run)
+app.add_typer(data.app, name="data")
 app.command("eval")(evaluate.run)
 app.command("inspect")(inspect.run)
 app.command("generate")(generate.run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,12 @@ from krony.cli.options import Dtype, Json, Model, Out, Seed
 from krony.cli.output import Output, quiet_libraries
 from krony.errors import KronyError
 
+if TYPE_CHECKING:
+    from krony.recipes import Recipe
+    from krony.rows import Rows
+
 VALIDATION_ROWS = 16  # of the text itself, at most, where --val names none
+HOW, TAUGHT, MACHINE = "The recipe, changed", "With a teacher", "Memory and speed"
 
 
 def run(
@@ -23,25 +28,61 @@ def run(
         str, typer.Option(metavar="TEXT", help="A text or jsonl file, a .bin, python-docs, or a set on the hub.")
     ],
     val: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What to stop by.  [default: the last rows of --data]")
+        str | None, typer.Option(metavar="TEXT", help="What to stop by.", show_default="the last rows of --data")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="quick, or the paper's: paper, paper-final.")] = "quick",
+    recipe: Annotated[
+        str, typer.Option(help="quick, or the paper's: paper, paper-small (4 epochs), paper-final.")
+    ] = "quick",
     teacher: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original: learn to say what it says.")
     ] = None,
-    freeze: Annotated[
-        str | None, typer.Option(help="right, inherited or none.  [default: right; none for the paper's recipes]")
+    control: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The original: train it as long on the text, to compare with.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Take the first N tokens of --data.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data, instead of the recipe's.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's.")] = None,
-    factor_learning_rate: Annotated[float | None, typer.Option(help="For the factors alone.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows at once on one device; the rest is accumulated.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens a row, instead of the recipe's.")] = None,
+    freeze: Annotated[
+        str | None,
+        typer.Option(
+            help="What stays: right, inherited, scalars, embeddings, several with commas, or none.",
+            show_default="right; none for the paper's recipes",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Take the first N tokens of --data.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
-    compile: Annotated[bool, typer.Option(help="torch.compile the model.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu keeps it off an accelerator.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.", rich_help_panel=HOW)] = None,
+    sequences: Annotated[int | None, typer.Option(help="Rows a step.", rich_help_panel=HOW)] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a row.", rich_help_panel=HOW)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The highest.", rich_help_panel=HOW)] = None,
+    factor_learning_rate: Annotated[
+        float | None, typer.Option(help="For factors and scalars alone.", rich_help_panel=HOW)
+    ] = None,
+    inherited_learning_rate: Annotated[
+        float | None, typer.Option(help="For all else alone.", rich_help_panel=HOW)
+    ] = None,
+    warm_up: Annotated[int | None, typer.Option(help="Steps.", rich_help_panel=HOW)] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of the factors.", rich_help_panel=HOW)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Softens both distributions.", rich_help_panel=TAUGHT)
+    ] = None,
+    text: Annotated[
+        float | None, typer.Option(help="Share of the loss that is the text's own, 0 to 1.", rich_help_panel=TAUGHT)
+    ] = None,
+    hidden: Annotated[
+        float | None,
+        typer.Option(help="Weight of the distance between the hidden states.", rich_help_panel=TAUGHT),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Rows at once on one device, at most.", rich_help_panel=MACHINE),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Less memory, more time.", rich_help_panel=MACHINE)
+    ] = False,
+    compile: Annotated[bool, typer.Option(help="torch.compile the model.", rich_help_panel=MACHINE)] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu keeps it off an accelerator.", rich_help_panel=MACHINE)
+    ] = None,
     dtype: Dtype = "auto",
     seed: Seed = 0,
     json_to: Json = None,
@@ -54,15 +95,31 @@ def run(
     import torch
 
     from krony import ranks
-    from krony.card import healed_card
+    from krony.card import healed_card, healed_rows
+    from krony.checkpoints import keep_logs, last_checkpoint, room_needed
     from krony.files import check_writable, fresh_folder
-    from krony.healing import RECIPES, heal, last_checkpoint
-    from krony.models import context_length, load_model, load_tokenizer, save
+    from krony.healing import check, heal, perplexity, validation_loss
+    from krony.models import context_length, load_config, load_model, load_tokenizer, save
     from krony.rows import load_rows
 
     quiet_libraries()
-    if recipe not in RECIPES:
-        raise KronyError(f"recipe {recipe!r} is unknown: it is one of {', '.join(RECIPES)}")
+    changes = {
+        "epochs": epochs,
+        "sequences": sequences,
+        "length": length,
+        "learning_rate": learning_rate,
+        "factor_rate": factor_learning_rate,
+        "inherited_rate": inherited_learning_rate,
+        "warm_up": warm_up,
+        "weight_decay": weight_decay,
+        "temperature": temperature,
+        "text": text,
+        "hidden": hidden,
+        "batch": batch,
+    }
+    plan = _plan(recipe, changes)
+    if teacher is None and (temperature is not None or text is not None or hidden is not None):
+        raise KronyError("--temperature, --text and --hidden are of learning from a teacher: name it with --teacher")
     ranks.join("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
     work = out.with_name(f"{out.name}.work")
     if ranks.is_first():
@@ -71,52 +128,74 @@ def run(
             raise KronyError(f"{work} is of a run that did not end: --resume goes on from it, or remove it")
     if resume:
         last_checkpoint(work)
+    if control is not None:
+        load_config(control)  # a wrong name is found now, not after the training
     loaded, tokenizer = load_model(model, dtype=dtype), load_tokenizer(model)
-    plan = RECIPES[recipe]
-    changes = {"epochs": epochs, "learning_rate": learning_rate, "batch": batch, "length": length}
-    plan = replace(plan, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
-    plan = replace(plan, length=min(plan.length, context_length(loaded)), batch=min(plan.batch, plan.sequences))
+    plan = replace(plan, length=min(plan.length, length or context_length(loaded)))
+    plan = replace(plan, batch=min(plan.batch, plan.sequences))
     known = loaded.get_input_embeddings().weight.shape[0]
     train = load_rows(data, tokenizer, length=plan.length, vocabulary=known, max_tokens=max_tokens)
     if val is None:
         train, validation = train.split(max(1, min(VALIDATION_ROWS, len(train) // 20)))
     else:
         validation = load_rows(val, tokenizer, length=plan.length, vocabulary=known)
+    original = None if teacher is None else load_model(teacher, dtype=dtype)
+    frozen = freeze or ("right" if recipe == "quick" else "none")
+    check(loaded, train, validation, plan, original, frozen)
     to.say(f"{len(train) * plan.length:,} tokens to train on, {len(validation) * plan.length:,} to stop by")
+    options: dict[str, Any] = {
+        "recipe": plan,
+        "tokenizer": tokenizer,
+        "gradient_checkpointing": gradient_checkpointing,
+        "compile": compile,
+        "device": device,
+        "seed": seed,
+    }
     with to.progress() as progress:
-        report = heal(
-            loaded,
-            train,
-            validation,
-            work=work,
-            recipe=plan,
-            teacher=None if teacher is None else load_model(teacher, dtype=dtype),
-            freeze=freeze or ("right" if recipe == "quick" else "none"),
-            resume=resume,
-            factor_rate=factor_learning_rate,
-            gradient_checkpointing=gradient_checkpointing,
-            compile=compile,
-            device=device,
-            seed=seed,
-            progress=progress,
-        )
+        options["progress"] = progress
+        report = heal(loaded, train, validation, work=work, teacher=original, freeze=frozen, resume=resume, **options)
+        figures = {"model": model, "teacher": teacher, "recipe": recipe, "freeze": frozen} | report.to_json()
+        if control is not None:
+            alike = _control(control, train, validation, work / "control", frozen, dtype, resume, options)
+            figures |= {"perplexity_original": alike["perplexity_before"], "control": {"model": control} | alike}
+        elif original is not None:
+            figures["perplexity_original"] = perplexity(validation_loss(original, validation))
     if not ranks.is_first():
         return
-    figures = {"model": model, "teacher": teacher, "recipe": recipe} | report.to_json()
-    with fresh_folder(out) as folder:
+    with room_needed(out), fresh_folder(out) as folder:
         save(loaded, folder, source=model)
         (folder / "README.md").write_text(healed_card(model, figures), encoding="utf-8")
-        _keep_log(work, folder)
+        keep_logs(work, folder)
+        if control is not None:
+            keep_logs(work / "control", folder / "control")
     shutil.rmtree(work)
-    to.table(
-        ["", "validation perplexity"],
-        [["before", f"{figures['perplexity_before']:,.2f}"], ["after", f"{figures['perplexity_after']:,.2f}"]],
-    )
+    to.table(["", "validation perplexity", "of the original"], healed_rows(figures))
     to.say(f"{report.tokens:,} tokens in {report.seconds:,.0f} s -> {out}")
     to.json(figures)
 
 
-def _keep_log(work: Path, folder: Path) -> None:
-    """TensorBoard's log goes with the model."""
-    if (work / "runs").is_dir():
-        shutil.copytree(work / "runs", folder / "runs")
+def _plan(name: str, changes: dict[str, Any]) -> Recipe:
+    """The recipe of this name with the changes that are not None; the final rate follows the highest."""
+    from krony.recipes import RECIPES
+
+    if name not in RECIPES:
+        raise KronyError(f"recipe {name!r} is unknown: it is one of {', '.join(RECIPES)}")
+    known, changes = RECIPES[name], {key: value for key, value in changes.items() if value is not None}
+    if "learning_rate" in changes:
+        changes["final_rate"] = known.final_rate / known.learning_rate * changes["learning_rate"]
+    if "sequences" in changes:
+        changes.setdefault("batch", min(known.batch, changes["sequences"]))
+    return replace(known, **changes)
+
+
+def _control(
+    name: str, train: Rows, validation: Rows, work: Path, frozen: str, dtype: str, resume: bool, options: dict[str, Any]
+) -> dict:
+    """The figures of the dense original, trained alike on the text itself: it has nothing to learn from itself."""
+    from krony.healing import heal
+    from krony.models import load_model
+
+    freeze = "embeddings" if "embeddings" in frozen.split(",") else "none"
+    model = load_model(name, dtype=dtype)
+    report = heal(model, train, validation, work=work, freeze=freeze, resume=resume and work.is_dir(), **options)
+    return report.to_json()

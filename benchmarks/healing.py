@@ -1,0 +1,252 @@
+"""Loss against tokens for every initialisation: the paper's Figure 1 and Tables 7 to 9 in small.
+
+    python benchmarks/healing.py --data-dir DIR
+
+The model that comes with krony is compressed by every init at two schemes, its analogues of the paper's 1536x768 (half
+of the MLPs' parameters) and 768x768 (a quarter), and healed with the quick recipe and the original as teacher. The
+text is the calibration part of Python's documentation, its topics shuffled; it calibrates too. What is measured
+is the held-out part of the documentation and, as a text that the training doesn't teach, DIR/openwebtext/val.jsonl. The
+control is the original, trained on the same text as long.
+
+Figures go to ``benchmarks/results/healing.json``, a table and a picture a scheme to ``docs``. What was measured stays
+in the file, so that a run that is interrupted, or is given other seeds, inits or schemes, goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import random
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from machine import machine
+
+import krony
+from krony.calibration import pack
+from krony.cli.output import quiet_libraries
+from krony.data import join_documents, read_file
+from krony.files import cache_folder, write_json
+from krony.healing import heal, perplexity, validation_loss
+from krony.python_docs import topics
+from krony.recipes import RECIPES
+from krony.report import Table, lines
+from krony.rows import Rows
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEMES = {"512x256": "half of the MLPs' parameters", "256x256": "a quarter of the MLPs' parameters"}
+INITS = ("neurons", "als", "van-loan", "prune", "random")
+CALIBRATED = ("neurons", "als")
+# The highest learning rate of each init: the recipe's, and for the starts that are far away twice as much.
+RATES = {"neurons": 5e-4, "als": 5e-4, "van-loan": 1e-3, "prune": 1e-3, "random": 1e-3}
+CONTROL, LENGTH, GOAL = "the original", 512, 1.03
+SETS = ("python-docs", "openwebtext")
+# where a run is measured, as shares of it
+SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
+
+
+def training_text(seed: int) -> list[str]:
+    """The calibration part of Python's documentation, in an order that is the seed's."""
+    texts = topics("calibration")
+    random.Random(seed).shuffle(texts)
+    return texts
+
+
+def measured_text(data_dir: Path, tokens: int) -> dict[str, Rows]:
+    """The held-out documentation, and the first ``tokens`` of OpenWebText's validation text."""
+    tokenizer = krony.load_tokenizer("demo")
+    docs = join_documents(topics("held-out"), tokenizer)
+    web = join_documents(read_file(data_dir / "openwebtext/val.jsonl"), tokenizer)[:tokens]
+    return {name: Rows(ids.numpy(), LENGTH) for name, ids in zip(SETS, (docs, web), strict=True)}
+
+
+def measure(scheme: str | None, init: str, seed: int, rate: float, options: argparse.Namespace) -> dict:
+    """One run: the losses on both sets after so many tokens; the control's where there is no scheme."""
+    tokenizer, original = krony.load_tokenizer("demo"), krony.load_model("demo")
+    texts, sets = training_text(seed), measured_text(options.data_dir, options.measured)
+    model = copy.deepcopy(original)
+    if scheme is not None:
+        ids = pack(texts, tokenizer, length=LENGTH, seed=seed) if init in CALIBRATED else None
+        krony.compress(model, krony.KronyConfig(scheme, init=init, seed=seed), calibration=ids, cache=cache_folder())
+    rows = Rows(join_documents(texts, tokenizer)[: options.tokens].numpy(), LENGTH)
+    recipe = replace(RECIPES["quick"], learning_rate=rate, final_rate=rate / 100, evaluations=1)
+    step = recipe.sequences * recipe.length
+    points = [(0, *losses(model, sets))]
+
+    def watch(done: int, total: int, _: str) -> None:
+        wanted = {round(total * share) for share in SHARES} | {total}
+        if done in wanted and points[-1][0] != done * step:
+            points.append((done * step, *losses(model, sets)))
+            model.train()
+
+    with tempfile.TemporaryDirectory() as work:
+        small = Rows(sets["python-docs"].tokens[:LENGTH], LENGTH)  # the trainer's own, which nothing follows from
+        teacher = None if scheme is None else original
+        heal(model, rows, small, work=Path(work), recipe=recipe, teacher=teacher, seed=seed, progress=watch)
+    params = sum(p.numel() for p in model.parameters())
+    return {"scheme": scheme, "init": init, "seed": seed, "rate": rate, "params": params, "points": points}
+
+
+def losses(model: Any, sets: dict[str, Rows]) -> list[float]:
+    """The loss on each set, nats a token."""
+    model.eval()
+    return [validation_loss(model, sets[name]) for name in SETS]
+
+
+def mean_curve(runs: list[dict], which: int) -> list[tuple[float, float]]:
+    """Tokens and the mean loss over the runs; ``which`` set, from 1."""
+    together = zip(*(run["points"] for run in runs), strict=True)
+    return [(group[0][0], mean(point[which] for point in group)) for group in together]
+
+
+def tokens_to(points: list, which: int, goal: float) -> float | None:
+    """Tokens after which the loss is down to ``goal``, between two measurements on the straight line; or None."""
+    if points[0][which] <= goal:
+        return 0
+    for (t0, *l0), (t1, *l1) in itertools.pairwise(points):
+        before, after = l0[which - 1], l1[which - 1]
+        if after <= goal:
+            return t0 + (t1 - t0) * (before - goal) / (before - after)
+    return None
+
+
+def table(results: dict, scheme: str) -> Table:
+    """A row an init, and one for the control: means over the seeds, the last ratio's spread, tokens to the goal."""
+    bases = results["base"]
+    columns = ["init", "parameters", "start", "of the original", "healed", "of the original", f"tokens to {GOAL}x"]
+    rows = []
+    for init in (*INITS, CONTROL):
+        runs = chosen(results, None if init == CONTROL else scheme, init)
+        if not runs:
+            continue
+        start, end = ([perplexity(run["points"][place][1]) for run in runs] for place in (0, -1))
+        base = perplexity(bases[0])
+        ratios = sorted(value / base for value in end)
+        needed = [tokens_to(run["points"], 1, bases[0] + math.log(GOAL)) for run in runs]
+        cells = [init, f"{runs[0]['params']:,}", short(mean(start)), short(mean(start) / base), short(mean(end))]
+        rows.append([*cells, f"{mean(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})", reached(needed, runs)])
+    return Table(columns, rows)
+
+
+def reached(needed: list[float | None], runs: list[dict]) -> str:
+    """The tokens that the seeds need, or how many of them get there."""
+    there = [value for value in needed if value is not None]
+    if len(there) == len(needed):
+        return f"{mean(there):,.0f}"
+    return f"not in {runs[0]['points'][-1][0]:,}" if not there else f"{len(there)} of {len(needed)} seeds"
+
+
+def web_table(results: dict, scheme: str) -> Table:
+    """The other set, which the documentation's text doesn't teach."""
+    base = results["base"][1]
+    rows = []
+    for init in (*INITS, CONTROL):
+        if runs := chosen(results, None if init == CONTROL else scheme, init):
+            ratios = [mean([math.exp(run["points"][place][2] - base) for run in runs]) for place in (0, -1)]
+            rows.append([init, *map(short, ratios)])
+    return Table(["init", "start, of the original", "healed, of the original"], rows)
+
+
+def picture(results: dict, scheme: str) -> str:
+    """Loss against tokens, means over the seeds."""
+    series = {}
+    for init in (*INITS, CONTROL):
+        if runs := chosen(results, None if init == CONTROL else scheme, init):
+            series[f"{init}, trained alike" if init == CONTROL else init] = mean_curve(runs, 1)
+    level = (f"{GOAL} times the original's perplexity", results["base"][0] + math.log(GOAL))
+    return lines(series, "tokens", "loss on Python's documentation, nats a token", level=level)
+
+
+def chosen(results: dict, scheme: str | None, init: str) -> list[dict]:
+    """The runs of an init at a scheme."""
+    return [run for run in results["runs"] if run["scheme"] == scheme and run["init"] == init]
+
+
+def short(figure: float) -> str:
+    """A figure in the table."""
+    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.2f}"
+
+
+def write_page(results: dict) -> None:
+    """The page and its pictures."""
+    machine_words = f"{results['machine']['processor']}, {results['machine']['threads']} threads"
+    seeds = sorted({run["seed"] for run in results["runs"]})
+    parts = [
+        "# Healing curves\n",
+        "`python benchmarks/healing.py --data-dir DIR` compresses the model that comes with krony by every init and "
+        f"heals it on {results['tokens']:,} tokens with the quick recipe, the original being the teacher; as much "
+        "training of the original on the text itself is the control. The text is the calibration part of Python's "
+        "documentation; perplexity is that of the documentation's held-out part, "
+        f"{results['measured']['python-docs']:,} tokens, every token weighing alike. Means over seeds "
+        f"{', '.join(map(str, seeds))}, the ratio's spread in brackets; {machine_words}. Rates: "
+        + ", ".join(f"{init} {rate:g}" for init, rate in RATES.items())
+        + f", the control {RECIPES['quick'].learning_rate:g}.\n",
+    ]
+    for scheme, words in SCHEMES.items():
+        if not any(run["scheme"] == scheme for run in results["runs"]):
+            continue
+        name = f"healing-curves-{scheme}.svg"
+        (ROOT / "docs" / name).write_text(picture(results, scheme), encoding="utf-8")
+        parts += [
+            f"## {scheme}: {words}\n",
+            table(results, scheme).markdown() + "\n",
+            f"![loss against tokens at {scheme}]({name})\n",
+            f"The same models on OpenWebText's validation text, {results['measured']['openwebtext']:,} tokens:\n",
+            web_table(results, scheme).markdown() + "\n",
+        ]
+    (ROOT / "docs/healing-curves.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def main() -> None:
+    """Measures what isn't measured yet, and writes the page and its pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=65_536, help="of healing, a run")
+    parser.add_argument("--measured", type=int, default=8_192, help="tokens of OpenWebText that are measured on")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--schemes", nargs="*", choices=list(SCHEMES), default=list(SCHEMES))
+    parser.add_argument("--inits", nargs="*", choices=INITS, default=list(INITS))
+    parser.add_argument("--no-control", action="store_true")
+    parser.add_argument("--rate", type=float, help="instead of each init's own")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/healing.json")
+    options = parser.parse_args()
+    quiet_libraries()
+
+    sets = measured_text(options.data_dir, options.measured)
+    results: dict = json.loads(options.out.read_text()) if options.out.exists() else {"runs": []}
+    if results["runs"] and results["tokens"] != options.tokens:
+        parser.error(f"{options.out} holds runs of {results['tokens']} tokens: name another --out")
+    results |= {"machine": machine(), "tokens": options.tokens, "goal": GOAL}
+    results["measured"] = {name: len(rows) * LENGTH for name, rows in sets.items()}
+    if "base" not in results:
+        results["base"] = losses(krony.load_model("demo"), sets)
+    wanted: list[tuple[str | None, str]] = [] if options.no_control else [(None, CONTROL)]
+    wanted += list(itertools.product(options.schemes, options.inits))
+    for seed, (scheme, init) in itertools.product(options.seeds, wanted):
+        rate = options.rate or RATES.get(init, RECIPES["quick"].learning_rate)
+        key = {"scheme": scheme, "init": init, "seed": seed}
+        if any(key.items() <= run.items() for run in results["runs"]):
+            continue
+        start = time.perf_counter()
+        run = measure(scheme, init, seed, rate, options)
+        results["runs"].append(run)
+        write_json(options.out, results)
+        (_, before, _), (_, after, _) = run["points"][0], run["points"][-1]
+        ratios = [math.exp(loss - results["base"][0]) for loss in (before, after)]
+        spent = time.perf_counter() - start
+        print(f"{scheme or ''} {init}, seed {seed}: {ratios[0]:.3f} -> {ratios[1]:.3f} in {spent:.0f} s", flush=True)
+    if options.out == ROOT / "benchmarks/results/healing.json":
+        write_page(results)
+        for scheme in options.schemes:
+            print(table(results, scheme).markdown())
+
+
+if __name__ == "__main__":
+    main()
