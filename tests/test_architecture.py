@@ -13,8 +13,10 @@ ROOT = Path(krony.__file__).parent
 ORDER = [
     ["errors", "_version", "progress", "python_docs", "hardware", "report"],
     ["kron", "config", "files", "allocation", "ranks"],
-    ["schemes", "init"],
+    ["schemes", "init", "planner"],
     ["linear"],
+    ["mlp"],
+    ["join"],
     ["surgery"],
     ["hf", "models", "data"],
     ["calibration", "evaluation", "export", "inspection", "rows"],

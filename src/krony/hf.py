@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from krony._version import __version__
 from krony.config import KronyConfig
 from krony.errors import KronyError
+from krony.join import join
 from krony.kron import KronShape
 from krony.linear import KroneckerLinear
 from krony.surgery import is_linear, kronecker_layers, linear_size, put_in, to_dense
@@ -74,6 +75,7 @@ class KronyQuantizer(HfQuantizer):
         for name in config.modules:
             shape, scalars = config.shape(name)
             put_in(model, name, _empty_layer(model, name, shape, scalars))
+        join(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         model.is_quantized = False  # it is trainable and castable like any other: .half() and .float() must work
@@ -98,7 +100,8 @@ def _empty_layer(model: PreTrainedModel, name: str, shape: KronShape, scalars: b
 
 
 def mark(model: PreTrainedModel, config: KronyConfig) -> None:
-    """Gives a model compressed in memory what ``save_pretrained`` needs."""
+    """Gives a model compressed in memory what ``save_pretrained`` needs, and its MLPs their one step."""
+    join(model)
     modules = {
         name: {
             "left": list(layer.shape.left),

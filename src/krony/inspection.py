@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from krony.errors import KronyError
-from krony.linear import KroneckerLinear, cheapest_path
+from krony.linear import KroneckerLinear
 from krony.surgery import find_groups, kronecker_layers, take_out
 
 
@@ -64,7 +64,7 @@ def _view(model: PreTrainedModel, name: str, layer: KroneckerLinear | None, base
         l1=l1,
         singular_values=(values[0].item(), values.median().item(), values[-1].item()),
         scalars=None if layer is None or layer.scalars is None else layer.scalars.tolist(),
-        path=None if layer is None else layer.path or cheapest_path(layer.shape),
+        path=None if layer is None else layer.path or layer._structured,
         **compared,
     )
 
