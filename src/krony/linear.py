@@ -104,20 +104,20 @@ class KroneckerLinear(nn.Module):
         return "dense" if tokens >= start else self._structured
 
     def products(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Every left factor times every group of the input, ``(t, n2, n1) -> (t, n2*k, m1)``, plus ``bias: (k*m1,)``."""
+        """Every left factor times every group of the input, plus ``bias: (k*m1,)``: ``(t, n2, n1) -> (t, n2*k, m1)``."""
         s, k = self.shape, self.shape.factors
         u = F.linear(x.reshape(-1, s.n1), self.weight.view(k * s.m1, s.n1), bias)  # (t*n2, k*m1)
         return u.view(-1, s.n2 * k, s.m1)
 
     def mix(self, u: Tensor, *, plain: bool = False) -> Tensor:
-        """The right factors' part after ``products``: ``(t, n2*k, m1) -> (t, m2, m1)``, or ``plain`` ``(t, m1, m2)``."""
+        """The right factors' part after ``products``: ``(t, n2*k, m1) -> (t, m2, m1)``; ``plain``: ``-> (t, m1, m2)``."""
         matrix = self.kept("after", lambda: self.coefficients().permute(1, 2, 0).flatten(1))  # (m2, n2*k)
         if plain:
             return torch.matmul(u.transpose(1, 2), matrix.T)
         return u * matrix if matrix.shape[1] == 1 else torch.matmul(matrix, u)
 
     def mixed(self, x: Tensor, *, plain: bool = False) -> Tensor:
-        """The right factors' part before ``contract``: ``(t, n2, n1)``, or ``plain`` ``(t, n1, n2)``, ``-> (t, m2*k, n1)``."""
+        """The right factors' part before ``contract``: ``(t, n2, n1) -> (t, m2*k, n1)``; ``plain``: of ``(t, n1, n2)``."""
         matrix = self.kept("before", lambda: self.coefficients().transpose(0, 1).flatten(0, 1))  # (m2*k, n2)
         return torch.matmul(x, matrix.T).transpose(1, 2) if plain else torch.matmul(matrix, x)
 
@@ -144,11 +144,16 @@ class KroneckerLinear(nn.Module):
         return self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
 
     def state(self) -> tuple | None:
-        """Tells one state of the parameters from another; None where that can't be told."""
-        parameters = (self.weight, self.right, self.scalars, self.bias)
-        if any(p is not None and (p.is_inference() or p.is_meta) for p in parameters):
+        """Tells one state of the parameters from another; None where that can't be told (inference tensors)."""
+        weight, right, scalars, bias = self.weight, self.right, self.scalars, self.bias
+        try:
+            return (
+                weight.data_ptr(), weight._version, right.data_ptr(), right._version,
+                None if scalars is None else (scalars.data_ptr(), scalars._version),
+                None if bias is None else (bias.data_ptr(), bias._version),
+            )  # fmt: skip
+        except RuntimeError:
             return None
-        return tuple(None if p is None else (p.data_ptr(), p._version, p.dtype) for p in parameters)
 
     def kept(self, what: str, make: Callable[[], Any]) -> Any:
         """``kept`` of this layer alone."""
@@ -157,6 +162,10 @@ class KroneckerLinear(nn.Module):
     def train(self, mode: bool = True) -> KroneckerLinear:
         self._made.clear()
         return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> KroneckerLinear:
+        self._made.clear()  # other memory, perhaps at an old address
+        return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_made": {}}  # a copy makes its own

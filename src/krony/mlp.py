@@ -26,7 +26,7 @@ TANH_GELU = ("NewGELUActivation", "FastGELUActivation", "GELUTanh", "PytorchGELU
 def joined(x: Tensor, ups: list[KroneckerLinear], act: nn.Module, down: KroneckerLinear) -> Tensor:
     """``down(act(ups[0](x)) * ups[1](x))``, without the second factor where there is one of ``ups``.
 
-    ``x: (..., in)``; the rows of ``ups`` are grouped as the columns of ``down``: their ``(m1, m2)`` is its ``(n1, n2)``.
+    ``x: (..., in)``; the hidden features are grouped alike on both sides: ``(m1, m2)`` of ups is ``(n1, n2)`` of down.
     """
     s, tokens = down.shape, x.numel() // ups[0].shape.columns
     paths, path = [up.path_for(tokens, x.device) for up in ups], down.path_for(tokens, x.device)
@@ -49,10 +49,8 @@ def _expand(x: Tensor, up: KroneckerLinear, path: str) -> Tensor:
     """``(..., in) -> (t, m2, m1)``, with the bias."""
     s = up.shape
     plain = x.reshape(-1, s.n1, s.n2)
-    if path == "left":
-        h = up.mix(up.products(plain.transpose(1, 2)))
-    else:
-        h = up.contract(up.mixed(plain, plain=True))
+    left = path == "left"
+    h = up.mix(up.products(plain.transpose(1, 2))) if left else up.contract(up.mixed(plain, plain=True))
     bias = up.kept("bias", lambda: grouped_bias(up))
     return h if bias is None else h.add_(bias)
 
@@ -108,8 +106,9 @@ def _columns_and_rows(x: Tensor, ups: list[KroneckerLinear], act: nn.Module, dow
             us.append(up.products(rows, bias.flatten()))
             biases.append(None)
         else:
-            us.append(up.products(rows))  # (t, k, width)
-            biases.append(None if bias is None else bias.to(us[-1].dtype))  # autocast leaves sums alone
+            u = up.products(rows)  # (t, k, width)
+            us.append(u)
+            biases.append(bias if bias is None or bias.dtype == u.dtype else bias.to(u.dtype))  # autocast leaves sums
     k, width = down.shape.factors, down.shape.n1
     if mixes.diagonal:
         z = _activate(act, [_scaled(*each) for each in zip(us, mixes.b, biases, strict=True)])  # (t, k, width)
@@ -205,7 +204,7 @@ class _Pattern:
 def _pattern(ups: list[KroneckerLinear], down: KroneckerLinear) -> _Pattern | None:
     """Where the right factors are zero; None where they may be trained, or can't be read: in a captured graph."""
     layers, grad = (*ups, down), torch.is_grad_enabled()
-    if torch.compiler.is_compiling() or any(layer.state() is None for layer in layers):
+    if torch.compiler.is_compiling() or any(layer.state() is None or layer.right.is_meta for layer in layers):
         return None
     if grad and any(layer.right.requires_grad for layer in layers):
         return None
