@@ -22,7 +22,7 @@ ORDER = [
     ["calibration", "evaluation", "export", "inspection", "rows"],
     ["reconstruction", "healing"],
     ["compression"],
-    ["card", "demo"],
+    ["card", "demo", "bench"],
     ["cli"],
     ["__main__"],
 ]

@@ -139,7 +139,9 @@ def test_dropped_neurons_are_not_computed():
     assert act.seen == 7 * 5 * 3 and ups[0].weight.grad is not None  # while training, if they are frozen
 
 
-@pytest.mark.parametrize("shape", [KronShape(32, 24, 4, 1), KronShape(32, 8, 3, 3, 2), KronShape(32, 24, 4, 1, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [KronShape(32, 24, 4, 1), KronShape(32, 8, 3, 3, 2), KronShape(32, 24, 4, 1, 3)], ids=str
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_autocast_and_lower_precision(shape, training):
     ups, down = layers_of(shape, dtype=torch.float32)

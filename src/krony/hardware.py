@@ -1,6 +1,10 @@
-"""What the machine is good at."""
+"""What the machine is, and what it is good at."""
 
 from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -13,3 +17,27 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
         abilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
         fast = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+def machine() -> dict[str, str | int]:
+    """Processor, cores, and the versions of what decides: said beside every figure."""
+    import transformers
+
+    import krony
+
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "krony": krony.__version__,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()

@@ -7,7 +7,6 @@ replaced by others, runs as its own class says.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -98,9 +97,14 @@ def _fits(module: nn.Module, parts: Parts) -> bool:
     return all((up.shape.m1, up.shape.m2) == (down.shape.n1, down.shape.n2) for up in ups)  # type: ignore[union-attr]
 
 
-@lru_cache
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _joined_class(own: type[nn.Module]) -> type[nn.Module]:
-    return type(own.__name__, (JoinedMLP, own), {"__module__": own.__module__, "__doc__": own.__doc__})
+    if own not in _classes:
+        body = {"__module__": own.__module__, "__doc__": own.__doc__}
+        _classes[own] = type(own.__name__, (JoinedMLP, own), body)
+    return _classes[own]
 
 
 def _rebuild(own: type[nn.Module]) -> nn.Module:

@@ -104,20 +104,20 @@ class KroneckerLinear(nn.Module):
         return "dense" if tokens >= start else self._structured
 
     def products(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Every left factor times every group of the input, plus ``bias: (k*m1,)``: ``(t, n2, n1) -> (t, n2*k, m1)``."""
+        """Each left factor times each group of the input, plus ``bias: (k*m1,)``: ``(t, n2, n1) -> (t, n2*k, m1)``."""
         s, k = self.shape, self.shape.factors
         u = F.linear(x.reshape(-1, s.n1), self.weight.view(k * s.m1, s.n1), bias)  # (t*n2, k*m1)
         return u.view(-1, s.n2 * k, s.m1)
 
     def mix(self, u: Tensor, *, plain: bool = False) -> Tensor:
-        """The right factors' part after ``products``: ``(t, n2*k, m1) -> (t, m2, m1)``; ``plain``: ``-> (t, m1, m2)``."""
+        """What comes after ``products``: ``(t, n2*k, m1) -> (t, m2, m1)``, or ``(t, m1, m2)`` if ``plain``."""
         matrix = self.kept("after", lambda: self.coefficients().permute(1, 2, 0).flatten(1))  # (m2, n2*k)
         if plain:
             return torch.matmul(u.transpose(1, 2), matrix.T)
         return u * matrix if matrix.shape[1] == 1 else torch.matmul(matrix, u)
 
     def mixed(self, x: Tensor, *, plain: bool = False) -> Tensor:
-        """The right factors' part before ``contract``: ``(t, n2, n1) -> (t, m2*k, n1)``; ``plain``: of ``(t, n1, n2)``."""
+        """What comes before ``contract``: ``(t, n2, n1)``, or ``(t, n1, n2)`` if ``plain``, ``-> (t, m2*k, n1)``."""
         matrix = self.kept("before", lambda: self.coefficients().transpose(0, 1).flatten(0, 1))  # (m2*k, n2)
         return torch.matmul(x, matrix.T).transpose(1, 2) if plain else torch.matmul(matrix, x)
 

@@ -66,7 +66,7 @@ def _activate(act: nn.Module, hidden: list[Tensor]) -> Tensor:
     if type(act).__name__ not in TANH_GELU:
         a = act(hidden[0])
     elif over:
-        a = torch._C._nn.gelu(hidden[0], approximate="tanh", out=hidden[0])
+        a = torch.ops.aten.gelu.out(hidden[0], approximate="tanh", out=hidden[0])
     else:
         a = F.gelu(hidden[0], approximate="tanh")  # transformers' own writes it out, in eight passes over memory
     if len(hidden) == 1:
@@ -156,7 +156,8 @@ def _mixes(ups: list[KroneckerLinear], act: nn.Module, down: KroneckerLinear) ->
     """The mixes with everything left out that zeros in the right factors make needless, where these are known."""
     b = [up.coefficients()[:, :, 0].T for up in ups]  # (r, k)
     c = down.coefficients()[:, 0]  # (k, r)
-    biases, bias = [grouped_bias(up) for up in ups], down.bias
+    biases = [grouped_bias(up) for up in ups]
+    bias: Tensor | None = down.bias
     pattern = _pattern(ups, down)
     if pattern is None:
         return _Mixes(list(b), biases, c, False, bias, c.shape[1])

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from krony._version import __version__
-from krony.cli import compress, demo, evaluate, export, generate, heal, inspect, schemes
+from krony.cli import bench, compress, demo, evaluate, export, generate, heal, inspect, schemes
 from krony.cli.output import complain
 from krony.errors import KronyError
 
@@ -23,6 +23,7 @@ app.command("schemes")(schemes.run)
 app.command("compress")(compress.run)
 app.command("heal")(heal.run)
 app.command("eval")(evaluate.run)
+app.command("bench")(bench.run)
 app.command("inspect")(inspect.run)
 app.command("generate")(generate.run)
 app.command("export")(export.run)
