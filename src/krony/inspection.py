@@ -24,8 +24,8 @@ class LayerView:
 
     ``kept`` is the share of the base's Frobenius norm that is left (Table 4's percentage, as a fraction), ``error``
     ‖W − Ŵ‖/‖W‖; both are None without a base. ``path`` is the forward path of a compressed layer at 512 tokens,
-    ``decode_path`` that at one, ``why`` the reason in words (see ``krony.planner``), and ``joined`` whether its MLP runs
-    as one step (``krony.join``).
+    ``decode_path`` that at one, ``why`` the reason in words (``krony.planner``), and ``joined`` whether its MLP runs as
+    one step (``krony.join``).
     """
 
     name: str
@@ -66,7 +66,7 @@ def _view(model: PreTrainedModel, name: str, layer: KroneckerLinear | None, base
     weight = take_out(model, name)[0].double() if layer is None else layer.dense_weight(torch.float64)
     frobenius, l1 = weight.norm().item(), weight.abs().sum().item()
     values = torch.linalg.svdvals(weight)
-    compared = {} if base is None else _compare(name, weight, base)
+    compared: dict[str, Any] = {} if base is None else _compare(name, weight, base)
     return LayerView(
         name=name,
         shape=f"{weight.shape[0]}x{weight.shape[1]}" if layer is None else str(layer.shape),

@@ -30,12 +30,18 @@ def joined(x: Tensor, ups: list[KroneckerLinear], act: nn.Module, down: Kronecke
     """
     s, tokens = down.shape, x.numel() // ups[0].shape.columns
     paths, path = [up.path_for(tokens, x.device) for up in ups], down.path_for(tokens, x.device)
-    if path == "dense" or "dense" in paths:
+    columns = s.m2 == 1 and all(up.shape.n2 == 1 for up in ups)
+    dense = path == "dense" or "dense" in paths
+    if columns and dense and not any(layer.path for layer in (*ups, down)):
+        pattern = _pattern(ups, down)
+        dense = pattern is None or not pattern.diagonal  # a selection of neurons is a smaller dense MLP
+        structured = not dense
+    else:
+        structured = columns and path == "right" and all(each == "left" for each in paths)
+    if structured:
+        return _columns_and_rows(x, ups, act, down).view(*x.shape[:-1], s.rows)
+    if dense:
         return down(_activate(act, [up(x) for up in ups]))
-    columns = all(p == "left" and up.shape.n2 == 1 for p, up in zip(paths, ups, strict=True))
-    if columns and path == "right" and s.m2 == 1:
-        y = _columns_and_rows(x, ups, act, down)
-        return y.view(*x.shape[:-1], s.rows)
     hidden = _activate(act, [_expand(x, up, p) for up, p in zip(ups, paths, strict=True)])  # (t, r, width)
     if path == "left":
         y = down.mix(down.products(hidden), plain=True)  # (t, m1, m2)

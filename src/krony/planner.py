@@ -49,9 +49,9 @@ def cost(shape: KronShape, path: Path, *, kept: bool, device: str = "cpu") -> tu
     adds = multiply_adds(shape)[path]
     if path == "dense":
         return balance * s.rows * s.columns * (1 if kept else 1 + FORMING), adds
-    # the mix reads and writes all that is between the factors
+    # the mix reads and writes all that is between the factors, most of it in caches
     between = k * s.m1 * s.n2 + s.m1 * s.m2 if path == "left" else s.n1 * s.n2 + k * s.n1 * s.m2
-    return balance * s.parameters, adds + balance * between
+    return balance * s.parameters, adds + balance // 2 * between
 
 
 def dense_from(shape: KronShape, *, kept: bool, device: str = "cpu") -> int | None:
