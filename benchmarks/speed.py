@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from krony.bench import Row, Settings, bench, store, to_json
 from krony.cli.bench import caption, table
+from krony.cli.output import quiet_libraries
 from krony.compression import compress
 from krony.config import KronyConfig
 from krony.files import write_json, write_text
@@ -155,10 +156,11 @@ def main() -> None:
     def progress(done: int, total: int, what: str) -> None:
         print(f"{time.perf_counter() - start:5.0f} s  {done}/{total}  {what}", file=sys.stderr, flush=True)
 
+    quiet_libraries()
     progress(0, 1, "building")
-    # the layers of rivals are no saved format: their size is that of their weights
+    rivals = (MultipliedOut, Thin)  # no format that loads: their size is that of their tensors
     models = {
-        name: store(name, model, loads=1 if "SVD" in name or "out" in name else 3)
+        name: store(name, model, loads=0 if any(isinstance(m, rivals) for m in model.modules()) else 3)
         for name, model in subjects(options.seed).items()
     }
     settings = Settings(rounds=options.rounds, seed=options.seed, compiled=options.compile)

@@ -158,7 +158,7 @@ def test_generate_with_and_without_the_cache(model, ids):
 @pytest.mark.parametrize("family", list(BUILDERS))
 @pytest.mark.parametrize("scheme", ["keep=0.5", "48x48", "48x24:4"])
 def test_compiled_without_breaks_and_recompiles(family, scheme):
-    wide = {"n_inner": 192} if family == "gpt2" else {"intermediate_size": 192}
+    wide = {"n_inner": 192, "resid_pdrop": 0.0} if family == "gpt2" else {"intermediate_size": 192}
     model = compressed(BUILDERS[family](**wide), scheme)
     mlp = mlps(model)[0].requires_grad_(True)
     torch._dynamo.reset()
@@ -168,10 +168,10 @@ def test_compiled_without_breaks_and_recompiles(family, scheme):
             mlp.train(train)
             torch._dynamo.reset()
             with torch.set_grad_enabled(train):
-                for tokens in (40, 41):  # the second makes the length a variable
+                for tokens in (20, 21):  # the second makes the length a variable
                     torch.testing.assert_close(run(torch.ones(1, tokens, 48)), mlp(torch.ones(1, tokens, 48)))
                 with torch._dynamo.config.patch(error_on_recompile=True):
-                    for tokens in (42, 50, 64, 47):
+                    for tokens in (22, 30, 42, 17):
                         x = torch.randn(1, tokens, 48)
                         torch.testing.assert_close(run(x), mlp(x), rtol=1e-4, atol=1e-5)
 

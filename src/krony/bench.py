@@ -7,19 +7,21 @@ turns is reversed every round. Figures are medians, ratios are ratios of medians
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from krony.errors import KronyError
 from krony.hardware import machine
@@ -69,7 +71,7 @@ class Subject:
     name: str
     model: PreTrainedModel
     bytes: int
-    load_seconds: float
+    load_seconds: float | None
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Row:
     name: str
     params: int
     bytes: int
-    load_seconds: float
+    load_seconds: float | None
     peak_bytes: int
     tokens_per_s: dict[str, float] = field(default_factory=dict)
     spread: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -157,8 +159,10 @@ def store(
 
     Args:
         folder: where it lies already; None writes it to a temporary folder, in the dtype that it has.
-        loads: of which the median is taken.
+        loads: of which the median is taken; 0 for a model that can't be loaded, whose bytes are its tensors'.
     """
+    if loads == 0:
+        return Subject(name, model, _weights(model), None)
     with tempfile.TemporaryDirectory() as temporary, nullcontext(folder or Path(temporary)) as where:
         if folder is None:
             model.save_pretrained(where)
@@ -204,19 +208,26 @@ def alternate(models: Sequence[Any], work: Work, rounds: int) -> list[list[float
 def peak_bytes(model: PreTrainedModel, ids: Tensor) -> int:
     """The most memory that tensors take in a prefill in eval mode: weights, what layers keep, and what passes by."""
     model.eval()  # which makes layers forget what they keep
+    return _weights(model) + peak_of(lambda: model(input_ids=ids, logits_to_keep=1, use_cache=True), model.device)
+
+
+def _weights(model: PreTrainedModel) -> int:
+    """Bytes of the parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    weights = sum(storages.values())
-    if ids.is_cuda:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def peak_of(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """The most bytes that tensors made in ``call`` take at a time."""
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        model(input_ids=ids, logits_to_keep=1, use_cache=True)
+        call()
         torch.cuda.synchronize()
-        return weights + torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own greeting
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        model(input_ids=ids, logits_to_keep=1, use_cache=True)
+        return torch.cuda.max_memory_allocated() - before
+    with _silenced(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
     results = profile.kineto_results
     assert results is not None
     events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda event: event.start_ns())
@@ -224,7 +235,21 @@ def peak_bytes(model: PreTrainedModel, ids: Tensor) -> int:
     for event in events:
         now += event.nbytes()
         peak = max(peak, now)
-    return weights + peak
+    return peak
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Nothing reaches stderr, not from C++ either: torch's profiler greets whoever starts it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _check(subject: Subject, settings: Settings) -> None:
@@ -273,17 +298,23 @@ def _prefill(settings: Settings, batch: int | None = None, length: int | None = 
 def _decode(settings: Settings) -> Work:
     @torch.inference_mode()
     def work(model: Any) -> float:
-        output = model(input_ids=_ids(model, settings, 1, settings.context), logits_to_keep=1, use_cache=True)
+        options = {_cache_argument(model): DynamicCache(config=model.config), "logits_to_keep": 1}
+        output = model(input_ids=_ids(model, settings, 1, settings.context), use_cache=True, **options)
 
         def call() -> None:
             nonlocal output
             for _ in range(settings.new_tokens):  # greedy, without generate's own bookkeeping
-                token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
-                output = model(input_ids=token, past_key_values=cache, use_cache=True)
+                output = model(input_ids=output.logits[:, -1:].argmax(-1), use_cache=True, **options)
 
         return _timed(model, call)
 
     return work
+
+
+def _cache_argument(model: Any) -> str:
+    """What this version of transformers calls the cache."""
+    known = inspect.signature(type(getattr(model, "_orig_mod", model)).forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 class _Training:
@@ -316,5 +347,5 @@ class _Training:
 def _note(rows: Sequence[Row], work: str, times: Sequence[Sequence[float]], tokens: int) -> None:
     for row, seconds in zip(rows, times, strict=True):
         row.tokens_per_s[work] = tokens / statistics.median(seconds)
-        low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0],) * 3
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else (seconds[0],) * 3
         row.spread[work] = tokens / high, tokens / low

@@ -38,7 +38,8 @@ def run(
     path: Annotated[str, typer.Option(help="Forward path of Kronecker layers: auto, left, right or dense.")] = "auto",
     batch: Annotated[int, typer.Option(help="Sequences of prefill and training.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens a sequence, of prefill and training.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded, after 64.")] = 64,
+    context: Annotated[int, typer.Option(help="Tokens before those that are decoded.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that are decoded, one at a time.")] = 64,
     sweep_batches: Annotated[
         str | None, typer.Option(metavar="N,N,…", help="Measure prefill at these batch sizes too.")
     ] = None,
@@ -78,7 +79,8 @@ def run(
     quiet_libraries()
     check_path(None if path == "auto" else path)
     settings = Settings(
-        batch=batch, length=length, new_tokens=new_tokens, rounds=rounds, train=train, compiled=compiled, seed=seed,
+        batch=batch, length=length, context=context, new_tokens=new_tokens,
+        rounds=rounds, train=train, compiled=compiled, seed=seed,
         batches=_numbers("--sweep-batches", sweep_batches), lengths=_numbers("--sweep-lengths", sweep_lengths),
     )  # fmt: skip
     if threads is not None:
@@ -172,7 +174,8 @@ def table(rows: Sequence[Row]) -> Table:
         cells = [row.name, f"{row.params:,}", f"{row.bytes / 1e6:,.1f}"]
         for work in works:
             cells += [f"{row.tokens_per_s[work]:,.1f}", f"{row.ratio[work]:.2f}x"]
-        shown.append([*cells, f"{row.peak_bytes / 1e6:,.1f}", f"{row.ratio['peak']:.2f}", f"{row.load_seconds:.2f}"])
+        load = "" if row.load_seconds is None else f"{row.load_seconds:.2f}"
+        shown.append([*cells, f"{row.peak_bytes / 1e6:,.1f}", f"{row.ratio['peak']:.2f}", load])
     return Table(columns, shown)
 
 
