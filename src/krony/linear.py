@@ -114,12 +114,12 @@ class KroneckerLinear(nn.Module):
         matrix = self.kept("after", lambda: self.coefficients().permute(1, 2, 0).flatten(1))  # (m2, n2*k)
         if plain:
             return torch.matmul(u.transpose(1, 2), matrix.T)
-        return u * matrix if matrix.shape[1] == 1 else torch.matmul(matrix, u)
+        return u * matrix if matrix.shape[1] == 1 else batched(matrix, u)
 
     def mixed(self, x: Tensor, *, plain: bool = False) -> Tensor:
         """What comes before ``contract``: ``(t, n2, n1)``, or ``(t, n1, n2)`` if ``plain``, ``-> (t, m2*k, n1)``."""
         matrix = self.kept("before", lambda: self.coefficients().transpose(0, 1).flatten(0, 1))  # (m2*k, n2)
-        return torch.matmul(x, matrix.T).transpose(1, 2) if plain else torch.matmul(matrix, x)
+        return torch.matmul(x, matrix.T).transpose(1, 2) if plain else batched(matrix, x)
 
     def contract(self, z: Tensor, bias: Tensor | None = None) -> Tensor:
         """Every left factor times its group, and the sum of them: ``(t, m2*k, n1) -> (t, m2, m1)``."""
@@ -176,6 +176,11 @@ class KroneckerLinear(nn.Module):
             f"in={s.columns}, out={s.rows}, left={s.m1}x{s.n1}, right={s.m2}x{s.n2}, factors={s.factors}, "
             f"scalars={self.scalars is not None}, bias={self.bias is not None}"
         )
+
+
+def batched(matrix: Tensor, x: Tensor) -> Tensor:
+    """``(a, b), (t, b, n) -> (t, a, n)``; ``matmul`` would turn x around first."""
+    return torch.bmm(matrix.expand(len(x), -1, -1), x)
 
 
 def kept(layers: tuple[KroneckerLinear, ...], what: str, make: Callable[[], Any]) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from krony.linear import KroneckerLinear, kept
+from krony.linear import KroneckerLinear, batched, kept
 
 LOOP = 8  # up to so many neurons of a group are computed one after the other
 SMALL = 2**16  # up to so many hidden features they are computed at once: fewer calls
@@ -123,7 +123,7 @@ def _columns_and_rows(x: Tensor, ups: list[KroneckerLinear], act: nn.Module, dow
         z = _one_by_one(us, mixes, biases, act)
     else:
         hidden = _activate(act, [_mixed(*each) for each in zip(us, mixes.b, biases, strict=True)])  # (t, a, width)
-        z = torch.matmul(mixes.c, hidden)  # type: ignore[arg-type]
+        z = batched(mixes.c, hidden)  # type: ignore[arg-type]
     return down.contract(z, mixes.bias)
 
 
@@ -141,7 +141,7 @@ def _mixed(u: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """``(t, k, width) -> (t, a, width)``."""
     if b.shape[1] == 1:
         return _scaled(u, b, bias)
-    h = torch.matmul(b, u)
+    h = batched(b, u)
     return h if bias is None else h.add_(bias)
 
 
