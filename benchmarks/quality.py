@@ -4,7 +4,8 @@
 
 Every way compresses the MLPs of all layers to the same parameters and is evaluated on the first tokens of OpenWebText's
 validation sample (every token weighing alike), of WikiText-2's test set (the paper's protocol) and of LAMBADA's, with
-the accuracy of the last word. DIR holds ``openwebtext/val.jsonl``, ``wikitext-2`` and ``lambada``. The figures go to
+the accuracy of the last word. Beside krony stand 8-bit weights (torchao), of the original and of what ``export --to
+slim`` makes. DIR holds ``openwebtext/val.jsonl``, ``wikitext-2`` and ``lambada``. The figures go to
 ``benchmarks/results/quality-NAME.json`` and, as a table and a picture, to ``docs``; what was measured stays in the
 file, so that a run that is interrupted, or is given other ways, goes on.
 """
@@ -19,20 +20,26 @@ from pathlib import Path
 
 import torch
 from machine import machine
+from transformers.pytorch_utils import Conv1D
 
 import krony
 from krony.files import cache_folder, write_json
 from krony.report import lines
+from krony.surgery import put_in
 
 ROOT = Path(__file__).resolve().parents[1]
+STEPS = 150  # of reconstruction, an MLP
 WAYS: dict[str, dict] = {
     "neurons": {},
     "neurons, global": {"allocation": "global"},
+    "neurons, global, reconstructed": {"allocation": "global", "reconstruct": STEPS},
     "svd": {"init": "svd"},
     "van-loan": {"init": "van-loan"},
     "prune": {"init": "prune"},
+    "neurons, slim, int8": {},
 }
-CALIBRATED = ("neurons", "neurons, global", "svd")
+INT8 = "neurons, slim, int8"
+CALIBRATED = tuple(way for way in WAYS if WAYS[way].get("init") not in ("van-loan", "prune"))
 SETS = {"OpenWebText": "token", "WikiText-2": "paper", "LAMBADA": "paper"}
 
 
@@ -58,20 +65,70 @@ def measure(
     calibration = ids if way in CALIBRATED else None
     report = krony.compress(model, config, calibration=calibration, cache=cache_folder())
     seconds = time.perf_counter() - start
-    figures = evaluate(model.to(options.dtype), tokenizer, options)
-    return {"way": way, "removed": 1 - keep, "params": report.params_after, "seconds": seconds, "sets": figures}
+    model = model.to(options.dtype)
+    if way == INT8:
+        model = in_int8(krony.export_model(model, to="slim"))
+    figures = evaluate(model, tokenizer, options)
+    row = {"way": way, "removed": 1 - keep, "params": report.params_after, "bytes": size(model)}
+    return row | {"seconds": seconds, "sets": figures}
+
+
+def measure_whole(model: torch.nn.Module, tokenizer: object, options: argparse.Namespace) -> dict:
+    """The row of a model whose MLPs are whole."""
+    figures = evaluate(model, tokenizer, options)
+    return {"params": sum(p.numel() for p in model.parameters()), "bytes": size(model), "sets": figures}
+
+
+def in_int8(model: torch.nn.Module) -> torch.nn.Module:
+    """The weights of the model's linear layers in 8 bits, but for the head, whose matrix is the embedding's."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(
+        as_linear(model), Int8WeightOnlyConfig(), lambda m, name: type(m) is torch.nn.Linear and name != "lm_head"
+    )
+    return model
+
+
+def as_linear(model: torch.nn.Module) -> torch.nn.Module:
+    """GPT-2's transposed layers as ``nn.Linear``, which is what torchao knows."""
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, Conv1D)]:
+        with torch.device("meta"):
+            linear = torch.nn.Linear(*layer.weight.shape)
+        linear.weight = torch.nn.Parameter(layer.weight.detach().T.contiguous())
+        linear.bias = layer.bias
+        put_in(model, name, linear)
+    return model
+
+
+def size(model: torch.nn.Module) -> int:
+    """Bytes of the parameters; an 8-bit one is its numbers and their scales."""
+    return sum(_bytes(parameter) for parameter in model.parameters())
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    if type(tensor.data) is torch.Tensor:
+        return tensor.numel() * tensor.element_size()
+    names = tensor.data.tensor_data_names
+    return sum(_bytes(getattr(tensor.data, name)) for name in names)
 
 
 def table(results: dict) -> str:
     """The figures in Markdown."""
     base = results["base"]["sets"]
     lines = [
-        "| MLP parameters removed | init | parameters | OpenWebText | ratio | WikiText-2 | LAMBADA | last word |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        f"| none | | {results['base']['params']:,} | {_cells(base, base)} |",
+        "| removed | init | parameters | MB | OpenWebText | ratio | WikiText-2 | LAMBADA | last word | seconds |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for row in sorted(results["rows"], key=lambda row: (row["removed"], list(WAYS).index(row["way"]))):
-        lines.append(f"| {row['removed']:.0%} | {row['way']} | {row['params']:,} | {_cells(row['sets'], base)} |")
+    originals = [{"way": "the original", "removed": 0.0} | results["base"]]
+    if "int8" in results:
+        originals.append({"way": "the original, int8", "removed": 0.0} | results["int8"])
+    rows = sorted(results["rows"], key=lambda row: (row["removed"], list(WAYS).index(row["way"])))
+    for row in [*originals, *rows]:
+        removed, seconds = (f"{row['removed']:.0%}", f"{row['seconds']:.0f}") if row["removed"] else ("none", "")
+        size = f"{row['bytes'] / 1e6:.0f}"
+        lines.append(
+            f"| {removed} | {row['way']} | {row['params']:,} | {size} | {_cells(row['sets'], base)} | {seconds} |"
+        )
     return "\n".join(lines)
 
 
@@ -128,8 +185,10 @@ def main() -> None:
         "seed": options.seed, "tokens": options.tokens, "calibration_tokens": ids.numel(),
     }  # fmt: skip
     if "base" not in results:
-        figures = evaluate(copy.deepcopy(base).to(options.dtype), tokenizer, options)
-        results["base"] = {"params": sum(p.numel() for p in base.parameters()), "sets": figures}
+        results["base"] = measure_whole(copy.deepcopy(base).to(options.dtype), tokenizer, options)
+        write_json(file, results)
+    if "int8" not in results and INT8 in options.ways:
+        results["int8"] = measure_whole(in_int8(copy.deepcopy(base).to(options.dtype)), tokenizer, options)
         write_json(file, results)
     for keep in options.keep:
         for way in options.ways:
@@ -140,7 +199,8 @@ def main() -> None:
             print(table(results).splitlines()[-1], flush=True)
     text = (
         f"{results['model']}, no training; calibration on {ids.numel():,} tokens; the first {options.tokens:,} tokens "
-        f"of each set, in {results['dtype']}; perplexities, and LAMBADA's last-word accuracy.\n\n{table(results)}\n"
+        f"of each set, in {results['dtype']}. Removed is a share of the MLPs' parameters; then perplexities, LAMBADA's "
+        f"last-word accuracy, and seconds to compress on {results['machine']['threads']} threads.\n\n{table(results)}\n"
     )
     (ROOT / "docs" / f"quality-{options.out}.md").write_text(text, encoding="utf-8")
     (ROOT / "docs" / f"quality-{options.out}.svg").write_text(picture(results), encoding="utf-8")
