@@ -26,6 +26,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/decomposition.py
+	$(BIN)/python benchmarks/speed.py
 
 clean:
 	rm -rf $(VENV) krony-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

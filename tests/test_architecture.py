@@ -13,8 +13,10 @@ ROOT = Path(krony.__file__).parent
 ORDER = [
     ["errors", "_version", "progress", "python_docs", "hardware", "report"],
     ["kron", "config", "files", "allocation", "ranks", "checkpoint", "recipes"],
-    ["schemes", "init", "shards", "journal", "trust"],
+    ["schemes", "init", "shards", "journal", "planner", "trust"],
     ["linear", "embedding"],
+    ["mlp"],
+    ["join"],
     ["surgery"],
     ["hf"],
     ["models", "data"],
@@ -32,7 +34,7 @@ ORDER = [
     ],
     ["reconstruction", "healing", "preparation", "blockwise"],
     ["compression"],
-    ["card", "demo", "reproduce", "streaming"],
+    ["card", "demo", "bench", "reproduce", "streaming"],
     ["cli"],
     ["__main__"],
 ]

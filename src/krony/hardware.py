@@ -1,7 +1,9 @@
-"""What the machine is good at."""
+"""What the machine is, and what it is good at."""
 
 from __future__ import annotations
 
+import os
+import platform
 from pathlib import Path
 
 import psutil
@@ -24,3 +26,27 @@ def memory() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else ""
     return min(total, int(text)) if text.isdigit() else total
+
+
+def machine() -> dict[str, str | int]:
+    """Processor, cores, and the versions of what decides: said beside every figure."""
+    import transformers
+
+    import krony
+
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "krony": krony.__version__,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()

@@ -18,6 +18,7 @@ from krony._version import __version__
 from krony.config import KronyConfig
 from krony.embedding import KroneckerEmbedding
 from krony.errors import KronyError
+from krony.join import join
 from krony.kron import KronShape
 from krony.linear import KroneckerLinear
 from krony.surgery import is_linear, kronecker_embeddings, kronecker_layers, linear_size, put_in, to_dense
@@ -73,6 +74,7 @@ class KronyQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         put_layers_in(model, self.quantization_config)
+        join(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         model.is_quantized = False  # it is trainable and castable like any other: .half() and .float() must work
@@ -126,7 +128,8 @@ def _empty_embedding(original: nn.Embedding, name: str, shape: KronShape) -> Kro
 
 
 def mark(model: PreTrainedModel, config: KronyConfig) -> None:
-    """Gives a model compressed in memory what ``save_pretrained`` needs."""
+    """Gives a model compressed in memory what ``save_pretrained`` needs, and its MLPs their one step."""
+    join(model)
     modules = {
         name: {
             "left": list(layer.shape.left),

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from krony.errors import KronyError
-from krony.linear import KroneckerLinear, cheapest_path
+from krony.join import JoinedMLP
+from krony.linear import KroneckerLinear
+from krony.planner import plan
 from krony.surgery import find_groups, kronecker_layers, take_out
+
+PREFILL = 512  # tokens that ``path`` is for
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,9 @@ class LayerView:
     """One matrix of a model, and of the base it was compressed from.
 
     ``kept`` is the share of the base's Frobenius norm that is left (Table 4's percentage, as a fraction), ``error``
-    ‖W − Ŵ‖/‖W‖; both are None without a base. ``path`` is the forward path of a compressed layer.
+    ‖W − Ŵ‖/‖W‖; both are None without a base. ``path`` is the forward path of a compressed layer at 512 tokens,
+    ``decode_path`` that at one, ``why`` the reason in words (``krony.planner``), and ``joined`` whether its MLP runs as
+    one step (``krony.join``).
     """
 
     name: str
@@ -28,6 +35,9 @@ class LayerView:
     singular_values: tuple[float, float, float]  # largest, median, smallest
     scalars: list[float] | None = None
     path: str | None = None
+    decode_path: str | None = None
+    why: str | None = None
+    joined: bool = False
     base_frobenius: float | None = None
     base_l1: float | None = None
     kept: float | None = None
@@ -56,7 +66,7 @@ def _view(model: PreTrainedModel, name: str, layer: KroneckerLinear | None, base
     weight = take_out(model, name)[0].double() if layer is None else layer.dense_weight(torch.float64)
     frobenius, l1 = weight.norm().item(), weight.abs().sum().item()
     values = torch.linalg.svdvals(weight)
-    compared = {} if base is None else _compare(name, weight, base)
+    compared: dict[str, Any] = {} if base is None else _compare(name, weight, base)
     return LayerView(
         name=name,
         shape=f"{weight.shape[0]}x{weight.shape[1]}" if layer is None else str(layer.shape),
@@ -64,9 +74,16 @@ def _view(model: PreTrainedModel, name: str, layer: KroneckerLinear | None, base
         l1=l1,
         singular_values=(values[0].item(), values.median().item(), values[-1].item()),
         scalars=None if layer is None or layer.scalars is None else layer.scalars.tolist(),
-        path=None if layer is None else layer.path or cheapest_path(layer.shape),
+        **({} if layer is None else _paths(model, name, layer)),
         **compared,
     )
+
+
+def _paths(model: PreTrainedModel, name: str, layer: KroneckerLinear) -> dict[str, Any]:
+    device = layer.weight.device.type
+    prefill, decode = (plan(layer.shape, tokens, device=device, forced=layer.path) for tokens in (PREFILL, 1))
+    joined = isinstance(model.get_submodule(name.rpartition(".")[0]), JoinedMLP)
+    return {"path": prefill.path, "decode_path": decode.path, "why": prefill.why, "joined": joined}
 
 
 def _compare(name: str, weight: Tensor, base: PreTrainedModel) -> dict[str, float]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from krony.errors import KronyError
 
+STRETCH = 2**14  # products that are summed in a matrix's own precision, before the sums are added in float64
+
 
 @dataclass(frozen=True)
 class KronShape:
@@ -102,21 +104,29 @@ def rearrange(weight: Tensor, shape: KronShape) -> Tensor:
 def nearest(weight: Tensor, shape: KronShape) -> tuple[Tensor, Tensor]:
     """The factors of the sum nearest to ``weight`` in Frobenius norm (Van Loan & Pitsianis 1993; paper, Algorithm 1).
 
-    Exact: the truncated SVD of R(W) by an eigendecomposition of the Gram matrix of R's short side, in float64.
+    Exact: the truncated SVD of R(W) by an eigendecomposition of the Gram matrix of R's short side. The products are
+    in ``weight``'s precision (at least float32) for short stretches, their sums and all else in float64.
     Returns ``left: (k, m1, n1)`` and ``right: (k, m2, n2)`` in ``weight``'s dtype, strongest factor first, each
     carrying the square root of its singular value.
     """
-    r = rearrange(weight.double(), shape)  # (m1*n1, m2*n2)
-    tall = r.shape[0] >= r.shape[1]
-    if not tall:
-        r = r.T
-    _, vectors = torch.linalg.eigh(r.T @ r)  # ascending; (short, short)
-    short = vectors[:, -shape.factors :].flip(1)  # (short, k)
-    long = r @ short  # (long, k), columns of norm sigma
-    sigma = long.norm(dim=0)  # (k,); steadier than the root of an eigenvalue near zero
+    blocks = weight.reshape(shape.m1, shape.m2, shape.n1, shape.n2)  # (i, p, j, q)
+    tall = shape.m1 * shape.n1 >= shape.m2 * shape.n2
+    short_side = (shape.m2 if tall else shape.m1) * (shape.n2 if tall else shape.n1)
+    r = blocks.permute((1, 3, 0, 2) if tall else (0, 2, 1, 3)).reshape(
+        short_side, -1
+    )  # (short, long): R, or its mirror
+    r = r.to(torch.promote_types(weight.dtype, torch.float32))
+    gram = torch.zeros(short_side, short_side, dtype=torch.float64, device=weight.device)
+    for part in r.split(STRETCH, dim=1):
+        gram += part @ part.T
+    _, vectors = torch.linalg.eigh(gram)  # ascending; (short, short)
+    short = vectors[:, -shape.factors :].flip(1).T.contiguous()  # (k, short)
+    long = short.to(r.dtype) @ r  # (k, long), rows of norm sigma
+    sigma = torch.linalg.vector_norm(
+        long, dim=1, keepdim=True, dtype=torch.float64
+    )  # (k, 1); steadier than the root of an eigenvalue near zero
     root = sigma.sqrt()
     safe = torch.where(root > 0, root, 1.0)  # a factor beyond R's rank is zero, not 0/0
-    u, v = (long / safe, short * root) if tall else (short * root, long / safe)
-    left = u.T.reshape(shape.factors, shape.m1, shape.n1)
-    right = v.T.reshape(shape.factors, shape.m2, shape.n2)
-    return left.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous()
+    long = long.mul_((1 / safe).to(r.dtype))
+    u, v = (long, short * root) if tall else (short * root, long)
+    return u.to(weight.dtype).view(-1, *shape.left), v.to(weight.dtype).view(-1, *shape.right)

@@ -1,37 +1,26 @@
 """KroneckerLinear: a linear layer whose weight is a sum of Kronecker products that is never multiplied out.
 
 The product ``(Σ_f s_f A_f ⊗ B_f) x`` is, with x read as an ``(n1, n2)`` matrix X, ``Σ_f s_f A_f X B_fᵀ``. Either factor
-may come first; which one is cheaper depends on the shapes, and where neither beats the dense matrix the layer forms it.
+may come first; which one is cheaper depends on the shapes, and where neither beats the dense matrix the layer makes it
+(``krony.planner``).
+
+Both ways work on *grouped* features, ``(tokens, n2, n1)`` in and ``(tokens, m2, m1)`` out: what the left factors
+multiply lies side by side, so that all left factors are one large product. Ordinary features are ``(tokens, n1, n2)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from krony.kron import KronShape, dense
+from krony.planner import Path, dense_from, structured_path
 
-Path = Literal["left", "right", "dense"]
-
-
-def multiply_adds(shape: KronShape) -> dict[Path, int]:
-    """Multiply-adds a token of each forward path: left factor first, right factor first, and the dense matrix."""
-    s, k = shape, shape.factors
-    return {
-        "left": k * s.m1 * s.n1 * s.n2 + k * s.m1 * s.m2 * s.n2,
-        "right": k * s.n1 * s.m2 * s.n2 + k * s.m1 * s.n1 * s.m2,
-        "dense": s.rows * s.columns,
-    }
-
-
-def cheapest_path(shape: KronShape) -> Path:
-    """The path of fewest multiply-adds; of equals the first in ``multiply_adds``."""
-    costs = multiply_adds(shape)
-    return min(costs, key=lambda path: costs[path])
+CHAIN = 4  # up to so many left factors are multiplied one after the other, which needs no second copy of them
 
 
 class KroneckerLinear(nn.Module):
@@ -44,7 +33,7 @@ class KroneckerLinear(nn.Module):
         scalars: ``(k,)``, or None.
         bias: ``(m1*m2,)``, or None.
 
-    ``path`` forces one of the forward paths; None lets the shapes decide.
+    ``path`` forces one of the forward paths; None leaves it to ``krony.planner``.
     """
 
     def __init__(
@@ -59,7 +48,13 @@ class KroneckerLinear(nn.Module):
         super().__init__()
         self.shape = shape
         self.path: Path | None = None
-        self._made: tuple[tuple, Tensor] | None = None
+        self._made: dict[str, tuple[tuple, Any]] = {}
+        self._structured = structured_path(shape)
+        self._dense_from = {
+            (on_cpu, kept): dense_from(shape, kept=kept, device="cpu" if on_cpu else "other")
+            for on_cpu in (True, False)
+            for kept in (True, False)
+        }
 
         def parameter(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
@@ -85,49 +80,95 @@ class KroneckerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``."""
-        path = self.path or cheapest_path(self.shape)
+        s = self.shape
+        path = self.path_for(x.numel() // s.columns, x.device)
         if path == "dense":
-            return F.linear(x, self._kept(self.dense_weight), self.bias)
-        right = self.right if self.scalars is None else self.right * self.scalars[:, None, None]
-        if path == "left" and self.shape.n2 == 1:
-            y = self._left_then_mix(x, right)
-        elif path == "right" and self.shape.m2 == 1:
-            return self._mix_then_left(x, right)
+            return F.linear(x, self.kept("dense", self.dense_weight), self.bias)
+        plain = x.reshape(-1, s.n1, s.n2)
+        if path == "left":
+            y = self.mix(self.products(plain.transpose(1, 2)), plain=True)  # (t, m1, m2)
+        elif s.m2 == 1:
+            return self.contract(self.mixed(plain, plain=True), self.bias).view(*x.shape[:-1], s.rows)
         else:
-            y = (_left_first if path == "left" else _right_first)(x, self.weight, right)
+            y = self.contract(self.mixed(plain, plain=True)).transpose(1, 2)  # (t, m1, m2)
+        y = y.reshape(*x.shape[:-1], s.rows)
         return y if self.bias is None else y + self.bias
 
-    def _left_then_mix(self, x: Tensor, right: Tensor) -> Tensor:
-        """Right factors are columns, as in matrices to the hidden width: two plain products, nothing turned around."""
-        s, k = self.shape, self.shape.factors
-        stacked = self.weight[0] if k == 1 else self._kept(lambda: self.weight.transpose(0, 1).reshape(s.m1 * k, s.n1))
-        u = F.linear(x, stacked).reshape(-1, k)  # (t*m1, k)
-        return (u @ right.view(k, s.m2)).view(*x.shape[:-1], s.rows)
+    def path_for(self, tokens: int, device: torch.device) -> Path:
+        """The path that so many tokens take."""
+        if self.path is not None:
+            return self.path
+        start = self._dense_from[device.type == "cpu", not self.changing]
+        if start is None:  # so that torch.compile need not know the number of tokens
+            return self._structured
+        return "dense" if tokens >= start else self._structured
 
-    def _mix_then_left(self, x: Tensor, right: Tensor) -> Tensor:
-        """Right factors are rows, as in matrices back from the hidden width: the input shrinks first."""
+    def products(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Each left factor times each group of the input, plus ``bias: (k*m1,)``: ``(t, n2, n1) -> (t, n2*k, m1)``."""
         s, k = self.shape, self.shape.factors
-        stacked = self.weight[0] if k == 1 else self._kept(lambda: self.weight.permute(1, 2, 0).reshape(s.m1, s.n1 * k))
-        z = x.reshape(-1, s.n2) @ right.view(k, s.n2).T  # (t*n1, k)
-        return F.linear(z.view(*x.shape[:-1], s.n1 * k), stacked, self.bias)
+        u = F.linear(x.reshape(-1, s.n1), self.weight.view(k * s.m1, s.n1), bias)  # (t*n2, k*m1)
+        return u.view(-1, s.n2 * k, s.m1)
 
-    def _kept(self, make: Callable[[], Tensor]) -> Tensor:
-        """What ``make`` gives, made once for as long as the factors stay the same; anew where gradients are wanted."""
-        parameters = list(self.parameters())
-        changing = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if changing or any(p.is_inference() for p in parameters):
-            return make()
-        state = tuple((p.data_ptr(), p._version, p.dtype) for p in parameters)
-        if self._made is None or self._made[0] != state:
-            self._made = state, make()
-        return self._made[1]
+    def mix(self, u: Tensor, *, plain: bool = False) -> Tensor:
+        """What comes after ``products``: ``(t, n2*k, m1) -> (t, m2, m1)``, or ``(t, m1, m2)`` if ``plain``."""
+        matrix = self.kept("after", lambda: self.coefficients().permute(1, 2, 0).flatten(1))  # (m2, n2*k)
+        if plain:
+            return torch.matmul(u.transpose(1, 2), matrix.T)
+        return u * matrix if matrix.shape[1] == 1 else batched(matrix, u)
+
+    def mixed(self, x: Tensor, *, plain: bool = False) -> Tensor:
+        """What comes before ``contract``: ``(t, n2, n1)``, or ``(t, n1, n2)`` if ``plain``, ``-> (t, m2*k, n1)``."""
+        matrix = self.kept("before", lambda: self.coefficients().transpose(0, 1).flatten(0, 1))  # (m2*k, n2)
+        return torch.matmul(x, matrix.T).transpose(1, 2) if plain else batched(matrix, x)
+
+    def contract(self, z: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Every left factor times its group, and the sum of them: ``(t, m2*k, n1) -> (t, m2, m1)``."""
+        s, k = self.shape, self.shape.factors
+        if k > CHAIN or (k > 1 and torch.is_autocast_enabled(z.device.type)):
+            stacked = self.kept("stacked", lambda: self.weight.transpose(0, 1).reshape(s.m1, k * s.n1))
+            y = F.linear(z.reshape(-1, k * s.n1), stacked, bias)  # (t*m2, m1)
+        else:
+            rows = z.reshape(-1, k, s.n1)  # (t*m2, k, n1)
+            y = F.linear(rows[:, 0], self.weight[0], bias)
+            for f in range(1, k):
+                y.addmm_(rows[:, f], self.weight[f].T)
+        return y.view(-1, s.m2, s.m1)
+
+    def coefficients(self) -> Tensor:
+        """The right factors with the scalars in them, ``(k, m2, n2)``."""
+        return self.right if self.scalars is None else self.right * self.scalars[:, None, None]
+
+    @property
+    def changing(self) -> bool:
+        """Whether the factors are to be read anew in every call: training, gradients wanted, or a graph captured."""
+        return self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+    def state(self) -> tuple | None:
+        """Tells one state of the parameters from another; None where that can't be told (inference tensors)."""
+        weight, right, scalars, bias = self.weight, self.right, self.scalars, self.bias
+        try:
+            return (
+                weight.data_ptr(), weight._version, right.data_ptr(), right._version,
+                None if scalars is None else (scalars.data_ptr(), scalars._version),
+                None if bias is None else (bias.data_ptr(), bias._version),
+            )  # fmt: skip
+        except RuntimeError:
+            return None
+
+    def kept(self, what: str, make: Callable[[], Any]) -> Any:
+        """``kept`` of this layer alone."""
+        return kept((self,), what, make)
 
     def train(self, mode: bool = True) -> KroneckerLinear:
-        self._made = None
+        self._made.clear()
         return super().train(mode)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> KroneckerLinear:
+        self._made.clear()  # other memory, perhaps at an old address
+        return super()._apply(*args, **kwargs)
+
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_made": None}  # a copy makes its own
+        return self.__dict__ | {"_made": {}}  # a copy makes its own
 
     def extra_repr(self) -> str:
         s = self.shape
@@ -137,21 +178,23 @@ class KroneckerLinear(nn.Module):
         )
 
 
-def _left_first(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """All left factors in one product, then a small mix by the right ones."""
-    (k, m1, n1), (_, m2, n2) = left.shape, right.shape
-    columns = x.reshape(-1, n1, n2).transpose(1, 2)  # (t, n2, n1)
-    u = columns @ left.reshape(k * m1, n1).T  # (t, n2, k*m1)
-    u = u.view(-1, n2 * k, m1).transpose(1, 2)  # (t, m1, n2*k)
-    mix = right.permute(2, 0, 1).reshape(n2 * k, m2)
-    return (u @ mix).reshape(*x.shape[:-1], m1 * m2)
+def batched(matrix: Tensor, x: Tensor) -> Tensor:
+    """``(a, b), (t, b, n) -> (t, a, n)``; ``matmul`` would turn x around first."""
+    return torch.bmm(matrix.expand(len(x), -1, -1), x)
 
 
-def _right_first(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """A small mix of the input by the right factors, then all left factors in one product."""
-    (k, m1, n1), (_, m2, n2) = left.shape, right.shape
-    mix = right.permute(2, 1, 0).reshape(n2, m2 * k)
-    z = x.reshape(-1, n1, n2) @ mix  # (t, n1, m2*k)
-    z = z.view(-1, n1, m2, k).permute(0, 2, 3, 1).reshape(-1, m2, k * n1)  # (t, m2, k*n1)
-    y = z @ left.permute(0, 2, 1).reshape(k * n1, m1)  # (t, m2, m1)
-    return y.transpose(1, 2).reshape(*x.shape[:-1], m1 * m2)
+def kept(layers: tuple[KroneckerLinear, ...], what: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives, made once for as long as the layers' parameters stay the same; anew where they are changing.
+
+    The last of ``layers`` keeps it.
+    """
+    holder = layers[-1]
+    if holder.changing:
+        return make()
+    states = tuple(layer.state() for layer in layers)
+    if None in states:
+        return make()
+    made = holder._made.get(what)
+    if made is None or made[0] != states:
+        made = holder._made[what] = states, make()
+    return made[1]

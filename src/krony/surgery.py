@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from krony.embedding import KroneckerEmbedding, is_tied
 from krony.errors import KronyError
+from krony.join import part
 from krony.kron import KronShape
 from krony.linear import KroneckerLinear
 from krony.schemes import Layout, resolve
@@ -164,6 +165,7 @@ def kronecker_embeddings(model: nn.Module) -> dict[str, KroneckerEmbedding]:
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """Multiplies every compressed layer out, in place: the kind of layer that the model's own class has there."""
     whole = original(model)
+    part(model)
     for name, layer in kronecker_layers(model).items():
         plain = whole.get_submodule(name)
         weight = layer.dense_weight().detach()

@@ -122,7 +122,8 @@ def test_inspect_compares_with_the_base(krony, compressed, gpt2_folder):
     assert layer["kept"] == pytest.approx(1.0, rel=1e-5)  # adaptive normalisation
     assert layer["error"] == pytest.approx(((dense - made).norm() / dense.norm()).item(), rel=1e-4)
     assert layer["singular_values"][0] == pytest.approx(torch.linalg.matrix_norm(made, 2).item(), rel=1e-4)
-    assert layer["path"] == "left"
+    assert layer["path"] == layer["decode_path"] == "left" and layer["joined"]
+    assert "0.52 of the dense matrix's multiply-adds" in layer["why"] and layer["why"] in done.err
     assert krony("inspect", gpt2_folder).code == 0
 
 

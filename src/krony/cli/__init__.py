@@ -7,7 +7,20 @@ import sys
 import typer
 
 from krony._version import __version__
-from krony.cli import compress, data, demo, evaluate, export, generate, heal, import_, inspect, reproduce, schemes
+from krony.cli import (
+    bench,
+    compress,
+    data,
+    demo,
+    evaluate,
+    export,
+    generate,
+    heal,
+    import_,
+    inspect,
+    reproduce,
+    schemes,
+)
 from krony.cli.output import complain
 from krony.errors import KronyError
 
@@ -24,6 +37,7 @@ app.command("compress")(compress.run)
 app.command("heal")(heal.run)
 app.add_typer(data.app, name="data")
 app.command("eval")(evaluate.run)
+app.command("bench")(bench.run)
 app.command("inspect")(inspect.run)
 app.command("generate")(generate.run)
 app.command("export")(export.run)

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from krony.cli.options import Json, Model
 from krony.cli.output import Output, quiet_libraries
 from krony.errors import KronyError
+
+if TYPE_CHECKING:
+    from krony.inspection import LayerView
+
+
+def _path(view: LayerView) -> str:
+    """A layer's forward path at 512 tokens, with that of decoding where it is another."""
+    if view.path is None:
+        return ""
+    decode = "" if view.decode_path == view.path else f", decode {view.decode_path}"
+    return f"{view.path}{decode}{', joined' if view.joined else ''}"
 
 
 def run(
@@ -34,7 +45,7 @@ def run(
     columns = ["layer", "shape", "Frobenius", "l1", "largest σ", "median σ", "smallest σ", "scalars", "path"]
     rows = [
         [v.name, v.shape, f"{v.frobenius:.2f}", f"{v.l1:,.0f}", *(f"{s:.3g}" for s in v.singular_values)]
-        + [" ".join(f"{s:.2f}" for s in v.scalars or []), v.path or ""]
+        + [" ".join(f"{s:.2f}" for s in v.scalars or []), _path(v)]
         for v in views
     ]
     if base:
@@ -45,4 +56,10 @@ def run(
         label = "relative error, Frobenius norm" if base else "Frobenius norm"
         write_text(plot, bars({label: heights}, label))
     to.table(columns, rows)
+    for path, why in dict.fromkeys((_path(v), v.why) for v in views if v.why is not None):
+        to.say(f"{path}: {why}")
+    if any(v.joined for v in views):
+        to.say(
+            "joined: up, activation and down of an MLP run as one step, and the hidden features are not turned around"
+        )
     to.json({"model": model, "base": base, "layers": [v.to_json() for v in views]})

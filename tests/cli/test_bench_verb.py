@@ -1,0 +1,55 @@
+"""``krony bench``, used as its help says and wrongly."""
+
+import json
+
+import pytest
+
+FAST = ("--rounds", 1, "--length", 8, "--context", 4, "--new-tokens", 1, "--no-train")
+
+
+def test_bench_beside_one_another(krony, gpt2_folder, compressed, tmp_path):
+    options = ("--sweep-lengths", "4,8", "--plot", tmp_path / "p.svg", "--report", tmp_path / "r.html")
+    done = krony("bench", gpt2_folder, compressed, "--scheme", "48x48", *FAST[:-1], *options, "--json", "-")
+    assert done.code == 0, done.err
+    names = [model["name"] for model in done.json["models"]]
+    assert names == [str(gpt2_folder), str(compressed), f"{gpt2_folder} 48x48"]
+    size = (compressed / "model.safetensors").stat().st_size
+    assert done.json["models"][1]["bytes"] == size
+    assert done.json["models"][0]["ratio"]["train"] == 1.0 and len(done.json["models"][2]["sweep"]) == 2
+    assert "prefill of 1 x 8 tokens" in done.err and "<svg" in (tmp_path / "p.svg").read_text()
+    page = (tmp_path / "r.html").read_text()
+    assert "48x48" in page and page.count("<svg") == 3
+
+
+def test_random_and_a_forced_path(krony, gpt2_folder, tmp_path):
+    done = krony(
+        "bench", gpt2_folder, "--random", "--scheme", "keep=0.5", "--path", "dense", *FAST, "--json", tmp_path / "j"
+    )
+    assert done.code == 0, done.err
+    figures = json.loads((tmp_path / "j").read_text())
+    assert figures["path"] == "dense" and figures["models"][1]["params"] < figures["models"][0]["params"]
+    assert "keep=0.5" in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--path", "fast"), "path 'fast' is unknown: it is one of left, right, dense"),
+        (("--rounds", 0), "rounds is 0"),
+        (("--sweep-lengths", "1,x"), "--sweep-lengths 1,x: it takes numbers such as"),
+        (("--length", 100, "--context", 4), "takes 64 tokens at most"),
+        (("--scheme", "100x7"), "does not divide"),
+        (("--plot", "p.png"), "ends in .svg"),
+        (("--report", "nowhere/r.html"), "there is no folder nowhere"),
+        (("--dtype", "int3"), "dtype 'int3' is unknown"),
+        (("--device", "cuda:9"), "device 'cuda:9' can't be used"),
+        (("--random", "--device", "cuda:9"), "device 'cuda:9' can't be used"),
+    ],
+)
+def test_mistakes(refused, gpt2_folder, options, words):
+    assert words in refused("bench", gpt2_folder, *options)
+
+
+def test_random_of_a_compressed_model_and_a_scheme_of_one(refused, compressed):
+    assert "is a compressed model: --random builds the original" in refused("bench", compressed, "--random", *FAST)
+    assert "compressed already" in refused("bench", compressed, "--scheme", "keep=0.5", *FAST)
