@@ -39,7 +39,13 @@ def read_reference(path: Path) -> dict[str, Tensor]:
     Raises KronyError: a file that can't be read, one that holds more than tensors, or one of another layout.
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with path.open("rb") as file:
+            is_zip = zipfile.is_zipfile(file)
+        if not is_zip:  # what came before torch 1.6; torch's reader of it takes any text for a pickle
+            raise KronyError(f"{path}: it is no file of torch.save, or damaged; only tensors are read (weights_only)")
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except KronyError:
+        raise
     except OSError as error:
         raise KronyError(f"{path} can't be read: {error.strerror or error}") from None
     except Exception as error:  # torch's reader raises whatever a damaged file makes it trip over
