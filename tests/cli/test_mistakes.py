@@ -88,7 +88,7 @@ def test_truncated_and_corrupted_weights(refused, damaged):
 
 def test_a_config_that_is_no_json(refused, damaged):
     (damaged / "config.json").write_text('{"model_type": ')
-    assert "damaged: " in refused("eval", damaged)
+    assert "damaged/config.json is not JSON" in refused("eval", damaged)
 
 
 def test_weights_that_miss_a_tensor(refused, damaged):
