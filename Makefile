@@ -13,11 +13,12 @@ demo: $(READY)
 	rm -rf krony-demo
 	$(BIN)/krony demo krony-demo
 
+# A process a core, so a thread a process.
 test: $(READY) lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 test-slow: $(READY)
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check
