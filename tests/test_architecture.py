@@ -34,7 +34,8 @@ ORDER = [
     ],
     ["reconstruction", "healing", "preparation", "blockwise"],
     ["compression"],
-    ["card", "demo", "bench", "reproduce", "streaming"],
+    ["card", "bench", "reproduce", "streaming"],
+    ["demo"],
     ["cli"],
     ["__main__"],
 ]

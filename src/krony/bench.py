@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from krony.errors import KronyError
 from krony.hardware import machine
-from krony.models import context_length, load_config, load_model, parse_dtype
+from krony.models import check_device, context_length, load_config, load_model, parse_dtype
 from krony.progress import Progress, silent
 from krony.surgery import count_parameters
 
@@ -121,12 +121,12 @@ def bench(subjects: Sequence[Subject], settings: Settings | None = None, *, prog
     runs = [torch.compile(model) for model in models] if settings.compiled else models
     steps = 2 + settings.train + len(_sweep(settings))
     progress(0, steps, "prefill")
-    _note(rows, "prefill", alternate(runs, _prefill(settings), settings.rounds), settings.batch * settings.length)
+    _note(rows, "prefill", alternate(runs, prefill(settings), settings.rounds), settings.batch * settings.length)
     progress(1, steps, "decode")
-    _note(rows, "decode", alternate(runs, _decode(settings), settings.rounds), settings.new_tokens)
+    _note(rows, "decode", alternate(runs, decode(settings), settings.rounds), settings.new_tokens)
     for done, (batch, length) in enumerate(_sweep(settings), start=2):
         progress(done, steps, f"prefill of {batch}x{length}")
-        times = alternate(runs, _prefill(settings, batch, length), settings.rounds)
+        times = alternate(runs, prefill(settings, batch, length), settings.rounds)
         for row, seconds in zip(rows, times, strict=True):
             speed = batch * length / statistics.median(seconds)
             row.sweep.append({"batch": batch, "length": length, "tokens_per_s": speed})
@@ -183,12 +183,10 @@ def random_model(
     kind = torch.float32 if isinstance(kind, str) else kind
     if hasattr(config, "quantization_config"):
         raise KronyError(f"{name} is a compressed model: --random builds the original, and --scheme compresses it")
+    check_device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            return AutoModelForCausalLM.from_config(config, dtype=kind).to(device).eval()
-        except (RuntimeError, AssertionError) as error:  # torch's words for a device that isn't there
-            raise KronyError(f"device {device!r} can't be used: {str(error).splitlines()[0]}") from None
+        return AutoModelForCausalLM.from_config(config, dtype=kind).to(device).eval()
 
 
 def alternate(models: Sequence[Any], work: Work, rounds: int) -> list[list[float]]:
@@ -286,7 +284,9 @@ def _timed(model: Any, call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _prefill(settings: Settings, batch: int | None = None, length: int | None = None) -> Work:
+def prefill(settings: Settings, batch: int | None = None, length: int | None = None) -> Work:
+    """A prefill that fills the cache and gives the last token's logits; ``settings`` say of what, where None does."""
+
     @torch.inference_mode()
     def work(model: Any) -> float:
         ids = _ids(model, settings, batch, length)
@@ -295,7 +295,9 @@ def _prefill(settings: Settings, batch: int | None = None, length: int | None = 
     return work
 
 
-def _decode(settings: Settings) -> Work:
+def decode(settings: Settings) -> Work:
+    """``new_tokens`` of one sequence, one at a time, after ``context``, whose prefill is not timed."""
+
     @torch.inference_mode()
     def work(model: Any) -> float:
         options = {_cache_argument(model): DynamicCache(config=model.config), "logits_to_keep": 1}

@@ -6,13 +6,14 @@ import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from krony import bench
+from krony.bench import Settings, Work, alternate
 from krony.calibration import pack
 from krony.compression import Report, compress
 from krony.config import KronyConfig
@@ -98,7 +99,8 @@ def run_demo(
     after = {name: _perplexity(model, tokenizer, max_tokens) for name, model in healed.items()}
     progress(7, 8, "timing")
     fast = {name: slim(copy.deepcopy(model)).model if name == "neurons" else model for name, model in models.items()}
-    prefill, decode = _alternate(fast, _prefill), _alternate(fast, _decode)
+    settings = Settings(new_tokens=16, rounds=ROUNDS)
+    prefill, decode = (_medians(fast, work(settings)) for work in (bench.prefill, bench.decode))
     rows = [
         Row(
             init=name,
@@ -146,27 +148,7 @@ def _sentence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str
     return " ".join(str(tokenizer.decode(output[0], skip_special_tokens=True)).split())
 
 
-def _alternate(models: dict[str, PreTrainedModel], work: Callable[[PreTrainedModel], None]) -> dict[str, float]:
-    """Median seconds of each model's turn; the models take turns, so that a busy moment hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(ROUNDS + 1):
-        for name, model in models.items():
-            start = time.perf_counter()
-            work(model)
-            if number:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-@torch.inference_mode()
-def _prefill(model: PreTrainedModel) -> None:
-    """512 tokens at once."""
-    model(input_ids=torch.arange(512)[None], logits_to_keep=1)
-
-
-@torch.inference_mode()
-def _decode(model: PreTrainedModel) -> None:
-    """16 tokens after 64, one at a time."""
-    model.generate(  # type: ignore[operator]
-        input_ids=torch.arange(64)[None], max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0
-    )
+def _medians(models: dict[str, PreTrainedModel], work: Work) -> dict[str, float]:
+    """Median seconds of each model's turn."""
+    times = alternate(list(models.values()), work, ROUNDS)
+    return {name: statistics.median(seconds) for name, seconds in zip(models, times, strict=True)}
