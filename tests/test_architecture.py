@@ -12,7 +12,7 @@ ROOT = Path(krony.__file__).parent
 # From the bottom up: a module imports from earlier lines only (and, in a package, from its own files).
 ORDER = [
     ["errors", "_version", "progress", "python_docs", "hardware", "report"],
-    ["kron", "config", "files", "allocation", "ranks", "checkpoint", "recipes"],
+    ["kron", "config", "files", "allocation", "ranks", "tensor_files", "recipes"],
     ["schemes", "init", "shards", "journal", "planner", "trust"],
     ["linear", "embedding"],
     ["mlp"],

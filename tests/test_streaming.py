@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import krony
 from krony import KronyConfig, KronyError, compress, streaming
-from krony.checkpoint import Checkpoint, read_header
 from krony.cli import main
 from krony.files import Lock
 from krony.models import load_model
 from krony.shards import Shards, TensorFile
+from krony.tensor_files import Checkpoint, read_header
 from small_models import BUILDERS, gpt2, llama
 
 CALIBRATED = ("neurons", "als", "svd")

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from krony.calibration import BATCH_TOKENS, Sums, batches
-from krony.checkpoint import Entry, read_header
 from krony.errors import KronyError
 from krony.init.base import Moments
 from krony.shards import TensorFile
 from krony.surgery import Group
+from krony.tensor_files import Entry, read_header
 
 Read = Callable[[str], Tensor]  # a parameter or buffer of the model by name, in the dtype that the model wants
 

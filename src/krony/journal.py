@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from krony.checkpoint import read_json
 from krony.errors import KronyError
 from krony.files import Lock, check_writable, write_json
+from krony.tensor_files import read_json
 
 
 class Journal:

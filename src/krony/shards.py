@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from krony.checkpoint import DTYPE_NAMES, INDEX, SINGLE
 from krony.errors import KronyError
 from krony.files import write_json
+from krony.tensor_files import DTYPE_NAMES, INDEX, SINGLE
 
 SHARD_SIZE = 5 * 1000**3  # bytes of tensors a file
 

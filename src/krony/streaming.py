@@ -28,7 +28,6 @@ from krony import hf, models, ranks
 from krony._version import __version__
 from krony.blockwise import Blocks, fill, release, stack_name
 from krony.calibration import check_ids
-from krony.checkpoint import Checkpoint, Entry
 from krony.compression import LayerReport, Report, plan, replacements, uniform_shapes
 from krony.config import CALIBRATED, KronyConfig
 from krony.errors import KronyError
@@ -39,6 +38,7 @@ from krony.linear import KroneckerLinear
 from krony.progress import Progress, silent
 from krony.shards import SHARD_SIZE, Layout, Shards, total
 from krony.surgery import Group, count_parameters, put_in
+from krony.tensor_files import Checkpoint, Entry
 from krony.trust import check_entry
 
 ALONE = ("van-loan", "prune", "random")  # these take each matrix for itself

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from krony.checkpoint import Checkpoint, Entry, check_link, read_json
 from krony.errors import KronyError
+from krony.tensor_files import Checkpoint, Entry, check_link, read_json
 
 MOST_LAYERS = 1_000  # no model has so many; transformers makes lists and modules of whatever number is there
 LARGEST = 2**31  # no dimension of a model is larger
