@@ -14,7 +14,7 @@ from torch import Tensor
 
 from krony.errors import KronyError
 
-STRETCH = 2**14  # products that are summed in a matrix's own precision, before the sums are added in float64
+AT_ONCE = 2**20  # numbers of small Gram matrices that are made together
 
 
 @dataclass(frozen=True)
@@ -109,24 +109,26 @@ def nearest(weight: Tensor, shape: KronShape) -> tuple[Tensor, Tensor]:
     Returns ``left: (k, m1, n1)`` and ``right: (k, m2, n2)`` in ``weight``'s dtype, strongest factor first, each
     carrying the square root of its singular value.
     """
+    if weight.mT.is_contiguous() and not weight.is_contiguous():  # (A ⊗ B)ᵀ = Aᵀ ⊗ Bᵀ, in the order of memory
+        left, right = nearest(weight.mT, shape.transposed)
+        return left.mT.contiguous(), right.mT.contiguous()
     blocks = weight.reshape(shape.m1, shape.m2, shape.n1, shape.n2)  # (i, p, j, q)
     tall = shape.m1 * shape.n1 >= shape.m2 * shape.n2
-    short_side = (shape.m2 if tall else shape.m1) * (shape.n2 if tall else shape.n1)
-    r = blocks.permute((1, 3, 0, 2) if tall else (0, 2, 1, 3)).reshape(
-        short_side, -1
-    )  # (short, long): R, or its mirror
-    r = r.to(torch.promote_types(weight.dtype, torch.float32))
-    gram = torch.zeros(short_side, short_side, dtype=torch.float64, device=weight.device)
-    for part in r.split(STRETCH, dim=1):
-        gram += part @ part.T
+    turned = blocks.permute((0, 1, 3, 2) if tall else (1, 0, 2, 3))  # one of the long side's dimensions to each end
+    r = turned.reshape(len(turned), -1, turned.shape[-1])  # (long 1, short, long 2)
+    r = r.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
+    side = r.shape[1]
+    gram = torch.zeros(side, side, dtype=torch.float64, device=weight.device)
+    for part in r.split(max(1, AT_ONCE // side**2)):
+        gram += torch.bmm(part, part.mT).sum(0, dtype=torch.float64)
     _, vectors = torch.linalg.eigh(gram)  # ascending; (short, short)
     short = vectors[:, -shape.factors :].flip(1).T.contiguous()  # (k, short)
-    long = short.to(r.dtype) @ r  # (k, long), rows of norm sigma
+    long = torch.matmul(short.to(r.dtype), r).transpose(0, 1).flatten(1)  # (k, long), rows of norm sigma
     sigma = torch.linalg.vector_norm(
         long, dim=1, keepdim=True, dtype=torch.float64
     )  # (k, 1); steadier than the root of an eigenvalue near zero
     root = sigma.sqrt()
     safe = torch.where(root > 0, root, 1.0)  # a factor beyond R's rank is zero, not 0/0
-    long = long.mul_((1 / safe).to(r.dtype))
+    long = long * (1 / safe).to(r.dtype)
     u, v = (long, short * root) if tall else (short * root, long)
     return u.to(weight.dtype).view(-1, *shape.left), v.to(weight.dtype).view(-1, *shape.right)
