@@ -280,6 +280,7 @@ def _work(
             moments = blocks.step(number, groups, before, None if number == last else _states(journal, number + 1))
             for group, known in zip(groups, moments, strict=True):
                 made += _replace(stream, group, known, shards)
+            del moments, known  # the next layer's are as large
             blocks.release(number)
         else:
             for group in groups:

@@ -30,7 +30,8 @@ from krony.errors import KronyError, KronyWarning
 from krony.init.base import Factors, Moments, Second, Target, regularised
 from krony.kron import KronShape
 
-BLOCK = 32  # neurons dropped between two updates
+BLOCK = 32  # neurons dropped between two updates, at least,
+BLOCKS = 96  # and about how many updates it takes to drop all: each goes through the whole inverse
 
 
 @dataclass(frozen=True)
@@ -122,17 +123,20 @@ def _about(second: Second, bias: Tensor | None, device: torch.device) -> Tensor:
     return matrix if bias is None else matrix - mean.outer(mean)
 
 
-def drop(weight: Tensor, c: Tensor, count: int, block: int = BLOCK, *, consume: bool = False) -> tuple[Tensor, Tensor]:
+def drop(
+    weight: Tensor, c: Tensor, count: int, block: int | None = None, *, consume: bool = False
+) -> tuple[Tensor, Tensor]:
     """The ``count`` neurons that are cheapest to drop, in the order they go, and the cost of all so far, ``(count,)``.
 
     Args:
         weight: ``(out, n)``, float64.
         c: second moment of the neurons' activations, ``(n, n)``, positive definite, float64.
-        block: how many go between two exact updates.
+        block: how many go between two exact updates; None is ``BLOCK``, or more of many neurons.
         consume: work in the memory of ``c``, whose values are lost.
 
     The cost is what ``tr((W − Ŵ) C (W − Ŵ)ᵀ)`` has grown to; within a block it is spread by the neurons' own costs.
     """
+    block = block or max(BLOCK, weight.shape[1] // BLOCKS)
     weight = weight.clone()
     inverse = (c if consume else c.clone()).mT  # symmetric, and stored by columns as LAPACK wants it
     torch.linalg.cholesky(inverse, out=inverse)
