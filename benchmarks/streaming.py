@@ -1,4 +1,4 @@
-"""Compression of a checkpoint that is larger than the memory it is allowed: peak memory and processor time of ``--stream``.
+"""Compression of a checkpoint that is larger than the memory it may have: what ``krony compress --stream`` takes.
 
     python benchmarks/streaming.py [FOLDER] [--layers 20] [--keep]
 
