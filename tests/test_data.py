@@ -3,15 +3,12 @@
 import json
 import os
 import sys
-from pathlib import Path
 
 import pytest
 
+from data_folder import DATA, needs_data
 from krony import KronyError, python_docs
 from krony.data import join_rows, load_texts, read_file
-
-SHARED = Path(os.environ.get("KRONY_DATA", Path(__file__).parents[2] / "shared/data"))
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the data sets are not at {SHARED} (KRONY_DATA)")
 
 
 def test_wikitext_rows_are_those_of_the_hub(tmp_path):
@@ -26,19 +23,19 @@ def test_lambada_rows_carry_no_line_break(tmp_path):
     assert load_texts("lambada", tmp_path) == ["one two", "three four"]
 
 
-@needs_shared
+@needs_data
 @pytest.mark.parametrize(("name", "rows"), [("wikitext-2", 4358), ("wikitext-103", 4358), ("lambada", 5153)])
 def test_the_real_sets_have_the_hubs_number_of_rows(name, rows):
-    assert len(load_texts(name, SHARED)) == rows
+    assert len(load_texts(name, DATA)) == rows
 
 
-@needs_shared
+@needs_data
 def test_wikitext_2_has_gpt2s_number_of_tokens():
     """287,644 tokens is what transformers' perplexity page gets for wikitext-2-raw joined like this."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "gpt2-tokenizer")
-    text = (SHARED / "wikitext-2-raw/wiki.test.raw").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "gpt2-tokenizer")
+    text = (DATA / "wikitext-2-raw/wiki.test.raw").read_text()
     rows = [line if line.strip() else "" for line in text.splitlines(keepends=True)]
     assert len(join_rows(rows, tokenizer)) == 287_644
 

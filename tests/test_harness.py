@@ -2,18 +2,16 @@
 
 import importlib.util
 import json
-import os
 import sys
-from pathlib import Path
 
 import pytest
 
 import krony
+from data_folder import DATA, needs_data
 from krony.evaluation import last_word_accuracy
 from krony.harness import run_tasks
 from small_models import gpt2
 
-DATA = Path(os.environ.get("KRONY_DATA") or Path(__file__).parents[2] / "shared/data")
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 TASK = """
 task: {name}
@@ -49,7 +47,7 @@ def task(tmp_path, monkeypatch):
 
 
 @needs_harness
-@pytest.mark.skipif(not DATA.is_dir(), reason="the data folder is not here")
+@needs_data
 @pytest.mark.parametrize("kind", ["plain", "openai"])
 def test_lambada_has_the_accuracy_of_krony_eval(kind, task):
     """All 5,153 passages give the same figure too (0.0833 on the OpenAI variant); here are enough to be right by."""

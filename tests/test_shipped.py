@@ -1,17 +1,16 @@
 """The model that comes with krony: its figures are those of its card, and it is a real GPT-2 to compress."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
 import krony
+from data_folder import DATA, needs_data
 from krony.models import DEMO
 from krony.surgery import count_parameters
 
-DATA = Path(os.environ.get("KRONY_DATA") or Path(__file__).parents[2] / "shared/data")
 CARD = (DEMO / "README.md").read_text()
 
 
@@ -42,7 +41,7 @@ def test_held_out_documentation_has_the_perplexity_of_the_card(tokenizer):
     assert result.perplexity == pytest.approx(on_card("`python-docs`"), rel=0.15)
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the data folder is not here")
+@needs_data
 def test_openwebtext_has_the_perplexity_of_the_card(tokenizer):
     model, file = krony.demo_model(), str(DATA / "openwebtext/val.jsonl")
     whole = krony.evaluate(model, tokenizer, file, protocol="token")

@@ -3,14 +3,13 @@ own verbs."""
 
 import json
 import math
-import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 import krony
+from data_folder import DATA, needs_data
 from krony.cli import main
 from krony.evaluation import evaluate
 from krony.reproduce import Options, reproduce
@@ -212,12 +211,10 @@ def test_the_peers_are_what_they_say(options):
 
 
 @pytest.mark.slow
+@needs_data
 @pytest.mark.parametrize("target", TRAINED)
 def test_the_shipped_model_to_the_end(target, monkeypatch):
     """The real quick budget, without --work: each within ten minutes on two quiet cores."""
-    data = Path(os.environ.get("KRONY_DATA") or Path(__file__).parents[3] / "shared/data")
-    if not data.is_dir():
-        pytest.skip("the data folder is not here")
     monkeypatch.setitem(BUDGETS, "quick", REAL)
-    outcome = reproduce(target, Options(model="demo", data_dir=data))
+    outcome = reproduce(target, Options(model="demo", data_dir=DATA))
     assert outcome.lines and all(math.isfinite(x.ours) for x in outcome.lines if x.ours is not None)
