@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from machine import machine
+from pages import fill
 
 from krony.cli.demo import table
 from krony.demo import Demo, run_demo
 from krony.files import write_json
+from krony.hardware import machine
 from krony.report import bars
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- written by benchmarks/demo.py: begin -->\n", "<!-- end -->"
 
 
 def section(demo: Demo) -> str:
@@ -31,7 +31,6 @@ Perplexity on documentation that no model has seen, and speed, against the origi
 {table(demo).markdown()}
 
 ![perplexity of each, against the original's](docs/demo.svg)
-
 """
 
 
@@ -44,10 +43,7 @@ def main() -> None:
     healed = {row.init: row.ratio_healed for row in demo.rows if row.ratio_healed is not None}
     picture = bars({"before healing": ratios, "healed": healed}, "times the original's perplexity", level=1.0, log=True)
     (ROOT / "docs/demo.svg").write_text(picture, encoding="utf-8")
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    readme.write_text(before + section(demo) + after, encoding="utf-8")
+    fill(ROOT / "README.md", "benchmarks/demo.py", section(demo))
 
 
 if __name__ == "__main__":

@@ -27,13 +27,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from machine import machine
-
 import krony
 from krony.calibration import pack
 from krony.cli.output import quiet_libraries
 from krony.data import join_documents, read_file
 from krony.files import cache_folder, write_json
+from krony.hardware import machine
 from krony.healing import heal, perplexity, validation_loss
 from krony.python_docs import topics
 from krony.recipes import RECIPES

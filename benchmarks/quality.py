@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 import torch
-from machine import machine
 from transformers.pytorch_utils import Conv1D
 
 import krony
 from krony.files import cache_folder, write_json
+from krony.hardware import machine
 from krony.report import lines
 from krony.surgery import put_in
 

@@ -19,17 +19,17 @@ import tempfile
 from pathlib import Path
 
 import torch
-from machine import machine
+from pages import fill
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from krony.files import write_json
+from krony.hardware import machine
 from krony.models import empty_model
 from krony.report import Table
 from krony.shards import Shards, total
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- written by benchmarks/streaming.py: begin -->\n", "<!-- end -->"
 LIMITS = {"van-loan": 2.5, "neurons": 6.0}  # GB that each must stay under
 
 
@@ -113,9 +113,7 @@ def _write_page(results: dict) -> None:
     ]
     table = Table(["init", "layers compressed", "read", "written", "peak memory", "processor time"], rows).markdown()
     where = f"{results['machine']['processor']}, {results['machine']['threads']} threads"
-    page = ROOT / "docs/streaming.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}{table}\n\n({where})\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    fill(ROOT / "docs/streaming.md", "benchmarks/streaming.py", f"{table}\n\n({where})\n")
 
 
 if __name__ == "__main__":
