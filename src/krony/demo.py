@@ -6,6 +6,7 @@ import copy
 import statistics
 import tempfile
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from krony.bench import Settings, Work, alternate
 from krony.calibration import pack
 from krony.compression import Report, compress
 from krony.config import KronyConfig
+from krony.errors import KronyWarning
 from krony.evaluation import evaluate
 from krony.export import slim
 from krony.healing import RECIPES, HealReport, heal
@@ -134,7 +136,8 @@ def _heal(
     rows = load_rows("python-docs", tokenizer, length=512, vocabulary=len(tokenizer))
     train, validation = rows.split(8)
     recipe = replace(RECIPES["quick"], epochs=tokens / (len(train) * train.length))
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work, warnings.catch_warnings():
+        warnings.simplefilter("ignore", KronyWarning)  # the original has seen this text: more training can't better it
         return heal(model, train, validation, work=Path(work), recipe=recipe, teacher=teacher, seed=seed)
 
 
