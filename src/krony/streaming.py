@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from krony.compression import LayerReport, Report, plan, replacements, uniform_s
 from krony.config import CALIBRATED, KronyConfig
 from krony.errors import KronyError
 from krony.hardware import memory
+from krony.init import Moments
 from krony.journal import Journal
 from krony.kron import KronShape
 from krony.linear import KroneckerLinear
@@ -277,10 +278,8 @@ def _work(
                     device=device,
                 )
             before = _states(journal, number) if number else None
-            moments = blocks.step(number, groups, before, None if number == last else _states(journal, number + 1))
-            for group, known in zip(groups, moments, strict=True):
-                made += _replace(stream, group, known, shards)
-            del moments, known  # the next layer's are as large
+            after = None if number == last else _states(journal, number + 1)
+            made += _replace_all(stream, groups, blocks.step(number, groups, before, after), shards)
             blocks.release(number)
         else:
             for group in groups:
@@ -301,6 +300,15 @@ def _work(
 def _parts(group: Group, config: KronyConfig) -> list[Group]:
     """A group, matrix by matrix where the initialisation takes each for itself."""
     return [Group((site,)) for site in group.sites] if config.init in ALONE else [group]
+
+
+def _replace_all(stream: Stream, groups: list[Group], moments: Iterable[Moments], shards: Shards) -> list[LayerReport]:
+    """Writes the new layers of all groups; nothing holds their moments afterwards, which are as large as the next."""
+    return [
+        report
+        for group, known in zip(groups, moments, strict=True)
+        for report in _replace(stream, group, known, shards)
+    ]
 
 
 def _replace(stream: Stream, group: Group, moments: Any, shards: Shards) -> list[LayerReport]:
