@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,8 +225,7 @@ def test_ten_kills_at_random_moments(init, tokenizer, tmp_path):
         kills += process.wait() == -signal.SIGKILL
         if (tmp_path / "out").exists():
             assert digest(tmp_path / "out") == digest(tmp_path / "whole")
-            for file in (tmp_path / "out").iterdir():
-                file.unlink()
+            shutil.rmtree(tmp_path / "out")  # it ended before it was killed
     subprocess.run([*command, str(tmp_path / "out"), *options, "--stream"], check=True, capture_output=True)
     assert digest(tmp_path / "out") == digest(tmp_path / "whole") == digest(tmp_path / "memory")
     left = sorted(p.name for p in tmp_path.iterdir())
