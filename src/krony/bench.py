@@ -118,6 +118,8 @@ def bench(subjects: Sequence[Subject], settings: Settings | None = None, *, prog
         for s in subjects
     ]
     models: list[Any] = [s.model.eval() for s in subjects]
+    if settings.compiled:  # models of one class share a limit of 8, beyond which they would run uncompiled
+        torch._dynamo.config.recompile_limit = 64 * len(models)
     runs = [torch.compile(model) for model in models] if settings.compiled else models
     steps = 2 + settings.train + len(_sweep(settings))
     progress(0, steps, "prefill")
