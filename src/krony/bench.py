@@ -113,13 +113,19 @@ def bench(subjects: Sequence[Subject], settings: Settings | None = None, *, prog
     settings = settings or Settings()
     for subject in subjects:
         _check(subject, settings)
+    if not settings.compiled:
+        return _measure(subjects, settings, progress)
+    # models of one class share a limit of 8, beyond which they would run uncompiled
+    with torch._dynamo.config.patch(recompile_limit=64 * len(subjects)):
+        return _measure(subjects, settings, progress)
+
+
+def _measure(subjects: Sequence[Subject], settings: Settings, progress: Progress) -> list[Row]:
     rows = [
         Row(s.name, count_parameters(s.model), s.bytes, s.load_seconds, peak_bytes(s.model, _ids(s.model, settings)))
         for s in subjects
     ]
     models: list[Any] = [s.model.eval() for s in subjects]
-    if settings.compiled:  # models of one class share a limit of 8, beyond which they would run uncompiled
-        torch._dynamo.config.recompile_limit = 64 * len(models)
     runs = [torch.compile(model) for model in models] if settings.compiled else models
     steps = 2 + settings.train + len(_sweep(settings))
     progress(0, steps, "prefill")
