@@ -28,6 +28,24 @@ def test_divergence_is_that_of_the_formula(temperature):
     assert divergence(teacher, teacher) == 0
 
 
+@pytest.mark.parametrize("piece", [1, 11, 2**22])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergence_and_its_gradient_in_pieces_of_any_size(monkeypatch, piece, temperature):
+    monkeypatch.setattr("krony.distillation.PIECE", piece)
+    student, teacher = pair(2, 3, 5)
+    student.requires_grad_()
+    p, log_q = (teacher / temperature).softmax(-1), (student / temperature).log_softmax(-1)
+    expected = 3 * F.kl_div(log_q.flatten(0, 1), p.flatten(0, 1), reduction="batchmean") * temperature**2
+    ours = 3 * divergence(student, teacher, temperature)
+    torch.testing.assert_close(ours, expected)
+    (wanted,) = torch.autograd.grad(expected, student)
+    for _ in range(2):  # a graph that is kept can be gone through again
+        torch.testing.assert_close(torch.autograd.grad(ours, student, retain_graph=True)[0], wanted)
+    half = student.detach().bfloat16().requires_grad_()
+    divergence(half, teacher.bfloat16(), temperature).backward()
+    torch.testing.assert_close(3 * half.grad.double(), wanted, rtol=0.05, atol=1e-3)
+
+
 def test_distance_is_relative_to_the_teachers_state():
     ours, theirs = pair(2, 3, 5)
     expected = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).square().mean()
