@@ -154,6 +154,23 @@ def test_every_verb_refuses_damaged_weights(damage, verb, place, monkeypatch, ca
     refused(verbs(place)[verb], place, monkeypatch, capsys, str(place))
 
 
+@pytest.mark.parametrize("damage", ["cut short", "a pickle", "NaN", "another shape"])
+@pytest.mark.parametrize("role", ["the first", "the second", "base", "teacher", "control", "table's"])
+def test_every_model_that_a_verb_reads_is_looked_at(damage, role, place, monkeypatch, capsys):
+    """The other one is sound."""
+    dense, known = str(place / "dense"), verbs(place)
+    arguments = {
+        "the first": ["bench", dense, "--scheme", "keep=0.5"],
+        "the second": ["bench", str(place / "compressed"), dense],
+        "base": [*known["inspect"], "--base", dense],
+        "teacher": [*known["heal"], "--teacher", dense],
+        "control": [*known["heal"], "--control", dense],
+        "table's": ["reproduce", "table4", "--model", dense],
+    }[role]
+    WEIGHTS[damage](weights(place / "dense"))
+    refused(arguments, place, monkeypatch, capsys, dense)
+
+
 def changed(name: str, change) -> None:
     def damage(folder: Path) -> None:
         said = json.loads((folder / name).read_text())

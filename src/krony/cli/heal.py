@@ -99,7 +99,7 @@ def run(
     from krony.checkpoints import keep_logs, last_checkpoint, room_needed
     from krony.files import check_writable, fresh_folder
     from krony.healing import check, heal, perplexity, validation_loss
-    from krony.models import context_length, load_config, load_model, load_tokenizer, save
+    from krony.models import context_length, load_model, load_tokenizer, save
     from krony.rows import load_rows
 
     quiet_libraries()
@@ -129,7 +129,7 @@ def run(
     if resume:
         last_checkpoint(work)
     if control is not None:
-        load_config(control)  # a wrong name is found now, not after the training
+        load_model(control, dtype=dtype)  # what is wrong with it is found now, not after the training
     loaded, tokenizer = load_model(model, dtype=dtype), load_tokenizer(model)
     plan = replace(plan, length=min(plan.length, length or context_length(loaded)))
     plan = replace(plan, batch=min(plan.batch, plan.sequences))
