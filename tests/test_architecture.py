@@ -32,7 +32,7 @@ ORDER = [
         "training",
         "checkpoints",
     ],
-    ["reconstruction", "healing", "preparation", "blockwise"],
+    ["reconstruction", "tuning", "healing", "preparation", "blockwise"],
     ["compression"],
     ["card", "bench", "reproduce", "streaming"],
     ["demo"],

@@ -115,6 +115,12 @@ def test_the_same_twice_and_dtype_is_kept(ids):
     assert {p.dtype for p in first.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_any_number_of_steps(steps, ids):
+    """Ten once made the schedule divide by zero."""
+    compress(gpt2(), KronyConfig("keep=0.5", init="van-loan", reconstruct=steps), calibration=ids)
+
+
 def test_single_layers(ids):
     model, plain = gpt2(), gpt2()
     options = {"scheme": "keep=0.5", "init": "van-loan", "modules": "c_attn"}

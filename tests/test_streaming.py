@@ -294,6 +294,7 @@ def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
 REFUSED = [
     (["--init", "neurons", "--allocation", "global"], "--allocation global needs the gradient"),
     (["--init", "neurons", "--reconstruct", "3"], "--reconstruct needs the gradient"),
+    (["--init", "neurons", "--tune", "3"], "--tune needs the gradient"),
     (["--init", "random", "--reinit", "all"], "--reinit draws the whole model anew"),
     (["--init", "prune", "--device", "auto"], "--device auto spreads the whole model"),
 ]

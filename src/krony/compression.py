@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony import hf, schemes
 from krony.allocation import spend
-from krony.calibration import Calibration, pack
-from krony.config import CALIBRATED, KronyConfig
+from krony.calibration import Calibration, check_ids, pack
+from krony.config import KronyConfig
 from krony.embedding import embedding_of, embedding_shape, factorised, is_tied, untie
 from krony.errors import KronyError
 from krony.init import Factors, Moments, Target, get_init, neurons
@@ -35,6 +35,7 @@ from krony.surgery import (
     put_in,
     take_out,
 )
+from krony.tuning import Tuned, tune
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Report:
     seconds: float
     layers: list[LayerReport] = field(default_factory=list)
     calibration: str | None = None  # where the second moments came from, in words
+    tuned: Tuned | None = None
 
     def to_json(self) -> dict:
         return {
@@ -86,7 +88,7 @@ class Report:
             "params_after": self.params_after,
             "seconds": self.seconds,
             "layers": [layer.to_json() for layer in self.layers],
-        }
+        } | ({} if self.tuned is None else {"tuned": asdict(self.tuned)})
 
 
 def compress(
@@ -118,30 +120,43 @@ def compress(
     groups = plan(model, config)
     before = count_parameters(model)
     ids = _token_ids(calibration, tokenizer, config)
-    known = _moments(model, groups, config, ids, cache, progress)
+    original = copy.deepcopy(model).eval() if config.tune else model  # the teacher, and what the errors are measured by
+    known = _moments(original, groups, config, ids, cache, progress)
     source = known.source if isinstance(known, Calibration) else None
     shapes = _allocate(model, groups, config, known, progress)
-    replaced: dict[str, tuple[KroneckerLinear, LayerReport]] = {}
+    replaced: dict[str, Replacement] = {}
+    tuned = None
     with torch.no_grad():
-        texts = _texts(model, groups, config, ids, progress)
+        texts = _texts(original, groups, config, ids, progress)
         for done, (group, moments, text) in enumerate(zip(groups, known, texts, strict=True)):
             progress(done, len(groups), group.sites[0].name)
             if not any(site.name in shapes for site in group.sites):
                 continue  # allocation leaves this layer whole
-            train = None if text is None else partial(_reconstruct, model, group, text, moments, config)
-            replaced |= replacements(model, group, shapes, config, moments, train)
-        for name, (layer, _) in replaced.items():
-            put_in(model, name, layer)
+            train = None if text is None else partial(_reconstruct, original, group, text, moments, config)
+            replaced |= replacements(original, group, shapes, config, moments, train)
+        for name, new in replaced.items():
+            put_in(model, name, new.layer)
         if config.reinit == "all":
             _reinitialise(model, config.seed)
-        reports = [layer_report for _, layer_report in replaced.values()]
+        if config.tune and ids is not None:
+            tuned = tune(model, original, check_ids(ids, model), steps=config.tune, seed=config.seed, progress=progress)
+            replaced = _measured_anew(original, groups, shapes, replaced, known)
+        reports = [new.report for new in replaced.values()]
         if config.embedding is not None:
             reports.append(_factorise_embedding(model, config.embedding))
     progress(len(groups), len(groups), "done")
     hf.mark(model, config)
-    return Report(
-        config.scheme, config.init, before, count_parameters(model), time.perf_counter() - start, reports, source
-    )
+    after, seconds = count_parameters(model), time.perf_counter() - start
+    return Report(config.scheme, config.init, before, after, seconds, reports, source, tuned)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A new layer, the factors that it started from, and what it lost."""
+
+    layer: KroneckerLinear
+    factors: Factors
+    report: LayerReport
 
 
 def replacements(
@@ -151,7 +166,7 @@ def replacements(
     config: KronyConfig,
     moments: Moments | None = None,
     train: Callable[[dict[str, KroneckerLinear]], None] | None = None,
-) -> dict[str, tuple[KroneckerLinear, LayerReport]]:
+) -> dict[str, Replacement]:
     """The layers that take the place of a group's, and what each lost; the model stays as it is.
 
     Args:
@@ -166,18 +181,37 @@ def replacements(
     if train is not None:
         train(layers)
     return {
-        target.name: (layers[target.name], _report(target, factors, layers[target.name], moments))
-        for target, factors in zip(targets, made, strict=True)
+        t.name: Replacement(layers[t.name], factors, _report(t, factors, layers[t.name], moments))
+        for t, factors in zip(targets, made, strict=True)
     }
+
+
+def _measured_anew(
+    original: nn.Module,
+    groups: list[Group],
+    shapes: dict[str, KronShape],
+    replaced: dict[str, Replacement],
+    known: Iterable[Moments | None],
+) -> dict[str, Replacement]:
+    """With the errors that the layers have now."""
+    made = {}
+    for group, moments in zip(groups, known, strict=True):
+        if not any(site.name in replaced for site in group.sites):
+            continue
+        for target in _targets(original, group, shapes):
+            old = replaced[target.name]
+            made[target.name] = replace(old, report=_report(target, old.factors, old.layer, moments))
+    return made
 
 
 def _token_ids(
     calibration: Tensor | Iterable[str] | None, tokenizer: PreTrainedTokenizerBase | None, config: KronyConfig
 ) -> Tensor | None:
     if calibration is None:
-        if config.init in CALIBRATED or config.reconstruct:
-            what = f"init {config.init}" if config.init in CALIBRATED else "reconstruct"
-            raise KronyError(f"{what} needs calibration text: give calibration= (on the command line, --calibration)")
+        if config.reader:
+            raise KronyError(
+                f"{config.reader} needs calibration text: give calibration= (on the command line, --calibration)"
+            )
         return None
     if isinstance(calibration, Tensor):
         return calibration

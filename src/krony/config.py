@@ -33,6 +33,8 @@ class KronyConfig:
         max_width: with ``global``, the most hidden neurons that a layer may keep.
         multiple_of: with ``global``, the neurons that a layer keeps are a multiple of it.
         reconstruct: steps of training each MLP by itself on the calibration text; 0 for none.
+        tune: steps of then training all new layers together towards the original's predictions on that text; 0 for
+            none.
         embedding: columns of the right factor of the input embedding (KnGPT2: 2); None leaves it whole. A tied head
             then becomes a matrix of its own.
     """
@@ -52,6 +54,7 @@ class KronyConfig:
     max_width: int | None = None
     multiple_of: int | None = None
     reconstruct: int = 0
+    tune: int = 0
     embedding: int | None = None
 
     def __post_init__(self) -> None:
@@ -70,10 +73,18 @@ class KronyConfig:
                 raise KronyError(f"{name} is of allocation global, and the allocation is {self.allocation}")
             if value is not None and value < 1:
                 raise KronyError(f"{name} is {value}: it takes a number of neurons from 1")
-        if self.reconstruct < 0:
-            raise KronyError(f"reconstruct is {self.reconstruct}: it takes a number of steps, 0 for none")
+        for name in ("reconstruct", "tune"):
+            if getattr(self, name) < 0:
+                raise KronyError(f"{name} is {getattr(self, name)}: it takes a number of steps, 0 for none")
         if self.scalar_init == 0:
             raise KronyError("scalar_init is 0: the left factors are divided by it, so it takes another number")
+
+    @property
+    def reader(self) -> str | None:
+        """What of this needs calibration text, in words; None if nothing does."""
+        if self.init in CALIBRATED:
+            return f"init {self.init}"
+        return next((name for name in ("reconstruct", "tune") if getattr(self, name)), None)
 
     def has_scalars(self, factors: int) -> bool:
         """Whether a sum of ``factors`` products carries scalars (the paper: where there is more than one)."""

@@ -23,6 +23,7 @@ from krony.hardware import fast_dtype
 from krony.linear import KroneckerLinear
 from krony.progress import Progress
 from krony.surgery import Group, put_in
+from krony.training import relative_adamw
 
 BATCH = 2048  # tokens a step
 RATE = 0.05  # the highest, relative to the root mean square of what is trained, and to the error it starts from
@@ -195,13 +196,8 @@ def _descend(
     student: nn.Module, parameters: list[nn.Parameter], text: Examples, targets: Tensor, scale: Tensor,
     felt: Tensor | None, steps: int, rate: float, seed: int,
 ) -> None:  # fmt: skip
-    """AdamW with rates relative to the size of what they change, so that a model's units don't matter."""
-    sizes = [p.detach().square().mean().sqrt().item() for p in parameters]
-    groups = [{"params": [p], "lr": rate * (size or 1.0)} for p, size in zip(parameters, sizes, strict=True)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [rate * (size or 1.0) for size in sizes], total_steps=steps, pct_start=WARM_UP, cycle_momentum=False
-    )
+    """Tokens are drawn, a batch a step."""
+    optimizer, schedule = relative_adamw(parameters, rate=rate, warm_up=WARM_UP, steps=steps)
     generator = torch.Generator().manual_seed(seed)
     device = text.inputs.device
     for _ in range(steps):

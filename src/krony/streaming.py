@@ -74,8 +74,9 @@ def _obstacle(folder: Path | None, config: KronyConfig, device: str = "cpu") -> 
         return "it takes a folder, so fetch the model first (hf download NAME --local-dir FOLDER)"
     if config.allocation == "global":
         return "--allocation global needs the gradient through the whole model"
-    if config.reconstruct:
-        return "--reconstruct needs the gradient through the whole model"
+    for option in ("reconstruct", "tune"):
+        if getattr(config, option):
+            return f"--{option} needs the gradient through the whole model"
     if config.embedding is not None:
         return "--embedding unties the head, which is beyond the layers"
     if config.reinit:
@@ -315,10 +316,10 @@ def _replace(stream: Stream, group: Group, moments: Any, shards: Shards) -> list
     """Writes the new layers of a group, whose old ones are filled."""
     reports = []
     with torch.no_grad():
-        for name, (layer, report) in replacements(stream.source, group, stream.shapes, stream.config, moments).items():
-            for key, value in layer.state_dict().items():
+        for name, new in replacements(stream.source, group, stream.shapes, stream.config, moments).items():
+            for key, value in new.layer.state_dict().items():
                 shards.put(stream.names[f"{name}.{key}"], value)
-            reports.append(report)
+            reports.append(new.report)
     return reports
 
 

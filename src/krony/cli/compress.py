@@ -52,6 +52,10 @@ def run(
     reconstruct: Annotated[
         int, typer.Option(metavar="STEPS", help="Then train each MLP by itself on that text, for so many steps.")
     ] = 0,
+    tune: Annotated[
+        int,
+        typer.Option(metavar="STEPS", help="Then train all of them together towards MODEL's predictions on that text."),
+    ] = 0,
     layers: Annotated[str, typer.Option(help="all, odd, even, or a zero-based inclusive range such as 2-28.")] = "all",
     modules: Annotated[str, typer.Option(help="mlp, or a regular expression over names of linear layers.")] = "mlp",
     rescale: Annotated[
@@ -118,6 +122,7 @@ def run(
         max_width=max_width,
         multiple_of=multiple_of,
         reconstruct=reconstruct,
+        tune=tune,
         embedding=embedding,
         reinit=reinit,
         seed=seed,
@@ -125,11 +130,11 @@ def run(
     groups = plan(skeleton, config)
     way = choose(model, config, wanted=stream, dtype=dtype, device=device)
     if dry_run:
-        tokens = calibration_tokens if config.init in CALIBRATED else 0
+        tokens = calibration_tokens if config.reader else 0
         preview(to, model, skeleton, groups, config, way, tokens=tokens, dtype=dtype)
         return
-    if calibration is None and (init in CALIBRATED or reconstruct):
-        reader = f"init {init}" if init in CALIBRATED else "--reconstruct"
+    if calibration is None and config.reader:
+        reader = config.reader if init in CALIBRATED else f"--{config.reader}"
         raise KronyError(
             f"{reader} needs text like that the model is for: --calibration FILE (.txt or .jsonl), or python-docs"
         )
@@ -209,6 +214,11 @@ def _print(to: Output, report: Report, out: Path) -> None:
         outputs = ["" if e is None else f"{e:.3f}" for e in (layer.calibrated_error for layer in report.layers)]
         rows = [[*row, error] for row, error in zip(rows, outputs, strict=True)]
     to.table(columns, rows)
+    if report.tuned is not None:
+        to.say(
+            f"trained together for {report.tuned.steps} steps: {report.tuned.before:.3f} -> {report.tuned.after:.3f} "
+            "nats a token from the original's predictions, on text held out"
+        )
     share = report.params_after / report.params_before
     to.say(f"{report.params_before:,} -> {report.params_after:,} parameters ({share:.1%}) in {report.seconds:.1f} s")
     to.say(f"{out} loads with AutoModelForCausalLM.from_pretrained once krony is imported")

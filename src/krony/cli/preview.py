@@ -47,7 +47,7 @@ def preview(
     if config.allocation == "global":
         to.say("this is the budget, evenly: allocation global shares it out among the layers once it has read the text")
     to.say(f"would replace {len(layers)} matrices: {before:,} -> {after:,} parameters ({after / before:.1%})")
-    costs = _costs(way, skeleton, groups, before, after, tokens, dtype)
+    costs = _costs(way, skeleton, groups, config, before, after, tokens, dtype)
     how = "layer by layer from the files (--stream)" if way is not None else "with the model in memory (--no-stream)"
     kept = f" and {in_bytes(costs['kept_bytes'])} meanwhile in OUT.work" if costs["kept_bytes"] else ""
     to.say(
@@ -59,8 +59,9 @@ def preview(
 
 
 def _costs(
-    way: Stream | None, skeleton: PreTrainedModel, groups: list[Group], before: int, after: int, tokens: int, dtype: str
-) -> dict[str, int]:
+    way: Stream | None, skeleton: PreTrainedModel, groups: list[Group], config: KronyConfig, before: int, after: int,
+    tokens: int, dtype: str,
+) -> dict[str, int]:  # fmt: skip
     """Bytes that would be read, written, kept meanwhile, and held in memory."""
     from krony.models import DTYPES
     from krony.streaming import working_memory
@@ -75,6 +76,10 @@ def _costs(
         }
     item = DTYPES.get(dtype, skeleton.dtype).itemsize
     held = item * (before + after) + working_memory(groups, item, bool(tokens))
+    if config.tune:  # the original beside it, and the new layers five times over: first, gradient, AdamW's two, float32
+        sites = [site for group in groups for site in group.sites]
+        new = after - before + sum(site.out_features * site.in_features for site in sites)
+        held += item * before + 5 * 4 * new
     return {"read_bytes": item * before, "write_bytes": item * after, "kept_bytes": 0, "memory_bytes": held}
 
 
