@@ -152,7 +152,7 @@ def summary(figures: dict) -> str:
     lines = [[name, *(f"{shown[name][work]:.2f}x" for work in works)] for name in names]
     return f"""GPT-2 124M's shape at the paper's sizes, against the original
 ({figures["machine"]["processor"]}, {figures["machine"]["threads"]} threads, float32, eager; prefill of 512 tokens;
-`multiplied out` is the way of the paper's code; [more](docs/speed.md)):
+`multiplied out` is the way of the paper's code; [more](docs/speed.md), [under torch.compile](docs/speed-compiled.md)):
 
 {Table(["", *works.values()], lines).markdown()}
 """

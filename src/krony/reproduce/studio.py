@@ -59,7 +59,7 @@ class Budget:
     validation_rows: int
 
 
-_QUICK = replace(RECIPES["quick"], sequences=4, batch=4)
+_QUICK = replace(RECIPES["quick"], sequences=4, batch=4, learning_rate=5e-4, final_rate=5e-6)
 BUDGETS = {
     "quick": Budget(
         test_tokens=32_768,
