@@ -112,8 +112,25 @@ def test_a_lone_sequence_is_enough(ids):
     assert report.tuned.after < report.tuned.before
 
 
+def test_stopped_it_leaves_the_model_as_it_was(ids, monkeypatch):
+    model, before = sharp(llama), sharp(llama).state_dict()
+
+    def stop(done, total, what):
+        if "together" in what:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, KronyConfig("keep=0.5", tune=5), calibration=ids, progress=stop)
+    assert not kronecker_layers(model) and all(p.requires_grad for p in model.parameters())
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    torch.testing.assert_close(model(ids).logits, sharp(llama)(ids).logits, rtol=0, atol=0)
+
+
 def test_what_it_refuses():
     with pytest.raises(KronyError, match="tune needs calibration text"):
         compress(gpt2(), KronyConfig("keep=0.5", init="van-loan", tune=5))
     with pytest.raises(KronyError, match="tune is -1: it takes a number of steps"):
         KronyConfig("keep=0.5", tune=-1)
+    with pytest.raises(KronyError, match="tune leads back to the original"):
+        KronyConfig("keep=0.5", tune=1, reinit="all")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony import hf, schemes
 from krony.allocation import spend
-from krony.calibration import Calibration, check_ids, pack
+from krony.calibration import Calibration, pack
 from krony.config import KronyConfig
 from krony.embedding import embedding_of, embedding_shape, factorised, is_tied, untie
 from krony.errors import KronyError
@@ -139,7 +139,12 @@ def compress(
         if config.reinit == "all":
             _reinitialise(model, config.seed)
         if config.tune and ids is not None:
-            tuned = tune(model, original, check_ids(ids, model), steps=config.tune, seed=config.seed, progress=progress)
+            try:
+                tuned = tune(model, original, ids, steps=config.tune, seed=config.seed, progress=progress)
+            except BaseException:  # Ctrl-C too
+                for name in replaced:
+                    put_in(model, name, original.get_submodule(name))
+                raise
             replaced = _measured_anew(original, groups, shapes, replaced, known)
         reports = [new.report for new in replaced.values()]
         if config.embedding is not None:

@@ -76,6 +76,8 @@ class KronyConfig:
         for name in ("reconstruct", "tune"):
             if getattr(self, name) < 0:
                 raise KronyError(f"{name} is {getattr(self, name)}: it takes a number of steps, 0 for none")
+        if self.tune and self.reinit:
+            raise KronyError("tune leads back to the original, which reinit leaves: drop one of the two")
         if self.scalar_init == 0:
             raise KronyError("scalar_init is 0: the left factors are divided by it, so it takes another number")
 

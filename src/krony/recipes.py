@@ -64,7 +64,7 @@ class Recipe:
 
 
 RECIPES = {
-    # small steps, many of them; a temperature and hidden states only took from what a pretrained model learnt
+    # small steps, many of them
     "quick": Recipe(2, 2, 512, 3e-4, 3e-6, 50, 1.0, patience=EVALUATIONS, text=0.25),
     "paper": Recipe(120, 24, 1024, 6e-5, 6e-6, 500, 3.0),  # 5 accumulation steps of 24 sequences
     "paper-small": Recipe(120, 24, 1024, 6e-5, 6e-6, 500, 4.0),  # 4 epochs for the smaller models
