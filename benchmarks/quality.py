@@ -29,10 +29,12 @@ from krony.surgery import put_in
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 150  # of reconstruction, an MLP
+TUNING = 240  # steps, a sequence each
 WAYS: dict[str, dict] = {
     "neurons": {},
     "neurons, global": {"allocation": "global"},
     "neurons, global, reconstructed": {"allocation": "global", "reconstruct": STEPS},
+    "neurons, global, tuned": {"allocation": "global", "tune": TUNING},
     "svd": {"init": "svd"},
     "van-loan": {"init": "van-loan"},
     "prune": {"init": "prune"},

@@ -127,16 +127,24 @@ def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     return np.concatenate([np.array(ids + end, dtype=BIN) for ids in encoded])
 
 
+def look_at(data: str) -> None:
+    """Raises KronyError where ``data`` can't be what ``prepare`` takes, without reading it."""
+    refuse_test_set(data)
+    path = Path(data)
+    if path.suffix == ".bin":
+        raise KronyError(f"{data} is prepared already: prepare takes text")
+    if path.suffix and not path.exists():
+        raise KronyError(f"{data}: there is no such file")
+
+
 def _documents(data: str) -> Dataset:
     from datasets import Dataset  # heavy
 
-    refuse_test_set(data)
+    look_at(data)
     path = Path(data)
     if data == PYTHON_DOCS:
         return Dataset.from_dict({"text": python_docs.topics("calibration")})
-    if path.suffix == ".bin":
-        raise KronyError(f"{data} is prepared already: prepare takes text")
-    if path.suffix or path.exists():
+    if path.exists():
         return Dataset.from_dict({"text": read_file(path)})
     return hub_set(data)
 

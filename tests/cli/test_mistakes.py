@@ -184,6 +184,8 @@ def test_data_prepare(refused, gpt2_folder, tmp_path):
     assert "is one document, which can't be split" in refused(*arguments)
     assert "the val share is 2.0: it is a share of the documents" in refused(*arguments, "--val-share", 2)
     assert "holds no model" in refused(*arguments[:-1], tmp_path)
+    missing = ("data", "prepare", tmp_path / "none.jsonl", tmp_path / "out", "--tokenizer", tmp_path)
+    assert "there is no such file" in refused(*missing)  # before the tokenizer, which may be a download away
     assert not (tmp_path / "out").exists()
 
 

@@ -30,9 +30,11 @@ def prepare(
     """
     to = Output(json_to)
     from krony.models import load_tokenizer
+    from krony.preparation import look_at
     from krony.preparation import prepare as write
 
     quiet_libraries()
+    look_at(data)  # before a tokenizer is fetched
     with to.progress() as progress:
         parts = write(data, load_tokenizer(tokenizer), out, val_share=val_share, seed=seed, progress=progress)
     figures = {name: {"file": str(out / f"{name}.bin"), **vars(part)} for name, part in parts.items()}
