@@ -7,7 +7,8 @@ validation sample (every token weighing alike), of WikiText-2's test set (the pa
 the accuracy of the last word. Beside krony stand 8-bit weights (torchao), of the original and of what ``export --to
 slim`` makes. DIR holds ``openwebtext/val.jsonl``, ``wikitext-2`` and ``lambada``. The figures go to
 ``benchmarks/results/quality-NAME.json`` and, as a table and a picture, to ``docs``; what was measured stays in the
-file, so that a run that is interrupted, or is given other ways, goes on.
+file, so that a run that is interrupted, or is given other ways, goes on. ``--readme`` puts the rows of half the MLPs'
+parameters into the README.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import time
 from pathlib import Path
 
 import torch
+from pages import fill
 from transformers.pytorch_utils import Conv1D
 
 import krony
 from krony.files import cache_folder, write_json
 from krony.hardware import machine
-from krony.report import lines
+from krony.report import Table, lines
 from krony.surgery import put_in
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +45,7 @@ WAYS: dict[str, dict] = {
 INT8 = "neurons, slim, int8"
 CALIBRATED = tuple(way for way in WAYS if WAYS[way].get("init") not in ("van-loan", "prune"))
 SETS = {"OpenWebText": "token", "WikiText-2": "paper", "LAMBADA": "paper"}
+MEASURED = ("OpenWebText", "of original", "WikiText-2", "LAMBADA", "last word")
 
 
 def evaluate(model: torch.nn.Module, tokenizer: object, options: argparse.Namespace) -> dict[str, dict]:
@@ -72,7 +75,8 @@ def measure(
         model = in_int8(krony.export_model(model, to="slim"))
     figures = evaluate(model, tokenizer, options)
     row = {"way": way, "removed": 1 - keep, "params": report.params_after, "bytes": size(model)}
-    return row | {"seconds": seconds, "sets": figures}
+    read = report.calibration is not None and "is read" in report.calibration
+    return row | {"seconds": seconds, "calibrated": read, "sets": figures}
 
 
 def measure_whole(model: torch.nn.Module, tokenizer: object, options: argparse.Namespace) -> dict:
@@ -114,31 +118,45 @@ def _bytes(tensor: torch.Tensor) -> int:
     return sum(_bytes(getattr(tensor.data, name)) for name in names)
 
 
-def table(results: dict) -> str:
-    """The figures in Markdown."""
-    base = results["base"]["sets"]
-    lines = [
-        "| removed | init | parameters | MB | OpenWebText | ratio | WikiText-2 | LAMBADA | last word | seconds |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    originals = [{"way": "the original", "removed": 0.0} | results["base"]]
-    if "int8" in results:
-        originals.append({"way": "the original, int8", "removed": 0.0} | results["int8"])
-    rows = sorted(results["rows"], key=lambda row: (row["removed"], list(WAYS).index(row["way"])))
-    for row in [*originals, *rows]:
+def table(results: dict) -> Table:
+    """All figures."""
+    rows = []
+    for row in _rows(results):
         removed, seconds = (f"{row['removed']:.0%}", f"{row['seconds']:.0f}") if row["removed"] else ("none", "")
-        size = f"{row['bytes'] / 1e6:.0f}"
-        lines.append(
-            f"| {removed} | {row['way']} | {row['params']:,} | {size} | {_cells(row['sets'], base)} | {seconds} |"
-        )
-    return "\n".join(lines)
+        seconds += "*" if row.get("calibrated") else ""
+        megabytes = f"{row['bytes'] / 1e6:.0f}"
+        rows.append([removed, row["way"], f"{row['params']:,}", megabytes, *_cells(row, results), seconds])
+    return Table(["removed", "init", "parameters", "MB", *MEASURED, "seconds"], rows)
 
 
-def _cells(sets: dict, base: dict) -> str:
-    first, second, third = (sets[name]["perplexity"] for name in SETS)
-    ratio = first / base["OpenWebText"]["perplexity"]
-    figures = [_short(first), _short(ratio), _short(second), _short(third), f"{sets['LAMBADA']['accuracy']:.1%}"]
-    return " | ".join(figures)
+def summary(results: dict, out: str) -> str:
+    """The README's part: half of the MLPs' parameters gone."""
+    rows = [
+        [row["way"], f"{row['params'] / 1e6:.1f}M", f"{row['bytes'] / 1e6:.0f}", *_cells(row, results)]
+        for row in _rows(results)
+        if row["removed"] in (0, 0.5)
+    ]
+    return (
+        f"{results['model']} with half of its MLPs' weights gone and no healing; calibrated on "
+        f"{results['calibration_tokens']:,} tokens of OpenWebText's train part; perplexities of the first "
+        f"{results['tokens']:,} tokens of each set ([25 % and 75 %, and how long it takes](docs/quality-{out}.md)):\n\n"
+        f"{Table(['', 'parameters', 'MB', *MEASURED], rows).markdown()}\n\n"
+        f"![perplexity against parameters](docs/quality-{out}.svg)\n"
+    )
+
+
+def _rows(results: dict) -> list[dict]:
+    """The original, in 8 bits too, and what was made of it."""
+    originals = {"base": "the original", "int8": "the original, int8"}
+    first = [{"way": way, "removed": 0.0} | results[key] for key, way in originals.items() if key in results]
+    return first + sorted(results["rows"], key=lambda row: (row["removed"], list(WAYS).index(row["way"])))
+
+
+def _cells(row: dict, results: dict) -> list[str]:
+    """What MEASURED names."""
+    first, second, third = (row["sets"][name]["perplexity"] for name in SETS)
+    ratio = first / results["base"]["sets"]["OpenWebText"]["perplexity"]
+    return [_short(first), _short(ratio), _short(second), _short(third), f"{row['sets']['LAMBADA']['accuracy']:.1%}"]
 
 
 def _short(figure: float) -> str:
@@ -148,7 +166,7 @@ def _short(figure: float) -> str:
 def picture(results: dict) -> str:
     """Perplexity against parameters, a line for each way."""
     series = {}
-    for way in WAYS:
+    for way in (way for way in WAYS if way != INT8):  # whose gain is bytes
         rows = sorted((row for row in results["rows"] if row["way"] == way), key=lambda row: row["params"])
         if rows:
             series[way] = [(row["params"] / 1e6, row["sets"]["OpenWebText"]["perplexity"]) for row in rows]
@@ -171,6 +189,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32, help="evaluated in")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--readme", action="store_true", help="write the README's part too")
     options = parser.parse_args()
 
     file = ROOT / "benchmarks/results" / f"quality-{options.out}.json"
@@ -198,14 +217,18 @@ def main() -> None:
                 continue
             results["rows"].append(measure(way, keep, base, ids, tokenizer, options))
             write_json(file, results)
-            print(table(results).splitlines()[-1], flush=True)
+            print(f"{keep:g} {way}: {_cells(results['rows'][-1], results)}", flush=True)
     text = (
         f"{results['model']}, no training; calibration on {ids.numel():,} tokens; the first {options.tokens:,} tokens "
         f"of each set, in {results['dtype']}. Removed is a share of the MLPs' parameters; then perplexities, LAMBADA's "
-        f"last-word accuracy, and seconds to compress on {results['machine']['threads']} threads.\n\n{table(results)}\n"
+        f"last-word accuracy, and seconds to compress on {results['machine']['threads']} threads "
+        "(*: with the calibration's passes through the model; the others found its moments kept)."
+        f"\n\n{table(results).markdown()}\n\n![perplexity against parameters](quality-{options.out}.svg)\n"
     )
     (ROOT / "docs" / f"quality-{options.out}.md").write_text(text, encoding="utf-8")
     (ROOT / "docs" / f"quality-{options.out}.svg").write_text(picture(results), encoding="utf-8")
+    if options.readme:
+        fill(ROOT / "README.md", "benchmarks/quality.py", summary(results, options.out))
     print(text)
 
 
