@@ -161,7 +161,7 @@ def picture(results: dict, scheme: str) -> str:
         if runs := chosen(results, None if init == CONTROL else scheme, init):
             series[f"{init}, trained alike" if init == CONTROL else init] = mean_curve(runs, 1)
     level = (f"{GOAL} times the original's perplexity", results["base"][0] + math.log(GOAL))
-    return lines(series, "tokens", "loss on Python's documentation, nats a token", level=level)
+    return lines(series, "tokens", "loss on Python's documentation, nats a token", level=level, log=False)
 
 
 def chosen(results: dict, scheme: str | None, init: str) -> list[dict]:
@@ -176,7 +176,7 @@ def short(figure: float) -> str:
 
 def write_page(results: dict) -> None:
     """The page and its pictures."""
-    machine_words = f"{results['machine']['processor']}, {results['machine']['threads']} threads"
+    machine_words = f"{results['machine']['processor']}, threads: {results['machine']['threads']}"
     seeds = sorted({run["seed"] for run in results["runs"]})
     parts = [
         "# Healing curves\n",

@@ -219,9 +219,13 @@ def main() -> None:
             write_json(file, results)
             print(f"{keep:g} {way}: {_cells(results['rows'][-1], results)}", flush=True)
     text = (
-        f"{results['model']}, no training; calibration on {ids.numel():,} tokens; the first {options.tokens:,} tokens "
-        f"of each set, in {results['dtype']}. Removed is a share of the MLPs' parameters; then perplexities, LAMBADA's "
-        f"last-word accuracy, and seconds to compress on {results['machine']['threads']} threads "
+        "# Quality without healing\n\nWritten by `python benchmarks/quality.py`.\n"
+        f"{results['model']}, seed {options.seed}; calibration on {ids.numel():,} tokens; `tuned` is {TUNING} steps "
+        f"of `--tune` on them; int8 is torchao's, of weights alone. The first {options.tokens:,} tokens of each set in "
+        f"{results['dtype']}, OpenWebText by the `token` protocol, the others by the `paper` one. "
+        "Removed is a share of the MLPs' parameters; then perplexities, LAMBADA's "
+        f"last-word accuracy, and seconds to compress on {results['machine']['threads']} threads of "
+        f"{results['machine']['processor']} "
         "(*: with the calibration's passes through the model; the others found its moments kept)."
         f"\n\n{table(results).markdown()}\n\n![perplexity against parameters](quality-{options.out}.svg)\n"
     )

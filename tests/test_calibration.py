@@ -132,6 +132,13 @@ def test_it_is_kept_and_found_again(model, ids, tmp_path, monkeypatch):
     assert len({first.folder, *(c.folder for c in others)}) == 6
 
 
+def test_the_same_tokens_in_other_sequences_are_another_text(model, ids, tmp_path):
+    groups = find_groups(model)
+    list(Calibration(model, groups, ids, cache=tmp_path))
+    assert "was kept" in Calibration(model, groups, ids, cache=tmp_path).source
+    assert "is read" in Calibration(model, groups, ids.view(12, 10), cache=tmp_path).source
+
+
 def test_an_interrupted_one_goes_on(model, ids, tmp_path):
     groups = find_groups(model)
     first = Calibration(model, groups, ids, cache=tmp_path)

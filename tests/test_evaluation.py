@@ -129,6 +129,18 @@ def test_the_last_word_counts_when_all_its_tokens_are_the_likeliest(tokenizer):
     assert last_word_accuracy(NextLetter(tokenizer), tokenizer, passages[1:], max_tokens=30) == 1.0  # the first two
 
 
+def test_a_passage_longer_than_the_context_has_a_last_word_too(tokenizer):
+    model = NextLetter(tokenizer)
+    long = "A " * 40  # 80 tokens of 64
+    assert last_word_accuracy(model, tokenizer, [f"{long}abc", f"{long}abd"]) == 1 / 2
+
+
+def test_dropout_is_off_and_the_mode_is_kept(tokenizer, text_file):
+    model = gpt2(resid_pdrop=0.5)
+    expected = evaluate(model.eval(), tokenizer, text_file).perplexity
+    assert evaluate(model.train(), tokenizer, text_file).perplexity == expected and model.training
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

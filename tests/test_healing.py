@@ -1,5 +1,6 @@
 """Healing: what trains, what stays, and that it can be stopped, resumed and shared without a trace."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -49,6 +50,22 @@ def test_it_learns(small, tmp_path):
     assert report.tokens == 14 * 4 * 32 and seen[-1][:2] == (14, 14) and "tokens/s" in seen[-1][2]
     assert report.curve[-1][0] <= report.tokens and report.curve[0][1] > report.curve[-1][1]
     assert not small.training and all(p.requires_grad for p in small.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_trained_in_float32(ids, tmp_path, dtype):
+    """Steps that a weight in half precision can't see add up, as in a model that was float32 all along."""
+    train, validation = text().split(4)
+    curves = []
+    for kind in (dtype, torch.float32):
+        model = llama().to(dtype).to(kind)
+        before = copy.deepcopy(model.state_dict())
+        recipe = replace(TINY, learning_rate=1e-5, final_rate=1e-5)
+        report = heal(model, train, validation, work=tmp_path / str(kind), recipe=recipe, freeze="none")
+        curves.append([loss for _, loss in report.curve])
+        assert all(p.dtype == kind for p in model.parameters())
+    assert curves[0] == curves[1]
+    assert any(not torch.equal(value.float(), before[name].float()) for name, value in model.state_dict().items())
 
 
 def test_it_ends_in_its_best_state(small, tmp_path):
@@ -112,6 +129,7 @@ def test_the_papers_recipes(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"device": "cuda:1"}, "device is 'cuda:1': healing takes cpu or cuda"),
         ({"freeze": "left"}, "'left' is unknown: it is one of none, right, inherited"),
         ({"recipe": replace(TINY, hidden=1.0), "teacher": llama(num_hidden_layers=2)}, "the teacher has 2 layers of"),
         ({"recipe": replace(TINY, sequences=99)}, "one step of this recipe takes 99"),

@@ -91,6 +91,26 @@ def test_killed_it_goes_on_where_it_was(file, documents, tokenizer, tmp_path, mo
         assert (out / f"{name}.bin").read_bytes() == content
 
 
+def test_what_was_removed_is_written_anew(file, documents, tokenizer, tmp_path, monkeypatch):
+    """Stopped before the names appear, and then somebody removes what is there but for the note."""
+    out, write_names = tmp_path / "out", preparation.Path.replace
+
+    def stopped(self, target):
+        if self.suffix == ".partial":
+            raise KeyboardInterrupt
+        return write_names(self, target)
+
+    monkeypatch.setattr(preparation.Path, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(file), tokenizer, out)
+    monkeypatch.undo()
+    for partial in out.glob("*.bin.partial"):
+        partial.unlink()
+    prepare(str(file), tokenizer, out)
+    for name, content in expected(documents, tokenizer).items():
+        assert (out / f"{name}.bin").read_bytes() == content
+
+
 def test_a_full_disk(file, documents, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "BATCH", 4)
     monkeypatch.setattr(preparation, "KEPT_EVERY", 100)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 
 from krony import KronyConfig, KronyError, compress, compression, reconstruction
 from krony.calibration import Calibration
@@ -22,6 +23,17 @@ def ids() -> torch.Tensor:
 def in_float32(monkeypatch):
     """The errors of these tiny models are below what bfloat16 sees."""
     monkeypatch.setattr(reconstruction, "fast_dtype", lambda _: torch.float32)
+
+
+@pytest.mark.parametrize("family", ["OPT", "Bloom"])
+def test_an_mlp_that_can_not_be_run_by_itself(family, ids):
+    sizes = {"OPT": {"ffn_dim": 96, "word_embed_proj_dim": 24}, "Bloom": {}}[family]
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=257, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, **sizes
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(KronyError, match="is more than an MLP: leave it out"):
+        compress(model, KronyConfig("keep=0.5", reconstruct=2), calibration=ids)
 
 
 def outputs(model, group, text):

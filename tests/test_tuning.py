@@ -107,6 +107,13 @@ def test_the_same_twice_and_dtype_and_mode_are_kept(dtype, ids):
     assert {p.dtype for p in first.values()} == {dtype} and models[0].training
 
 
+def test_half_precision_with_biases_and_mixed_outputs(ids):
+    """Autocast leaves sums alone: a float32 bias must not turn the residual stream to float32."""
+    model = gpt2().bfloat16()
+    report = compress(model, KronyConfig("48x24:2", init="van-loan", tune=2), calibration=ids)
+    assert report.tuned is not None and model(ids).logits.dtype == torch.bfloat16
+
+
 def test_a_lone_sequence_is_enough(ids):
     report = compress(sharp(llama), KronyConfig("keep=0.5", init="van-loan", tune=5), calibration=ids[:1])
     assert report.tuned.after < report.tuned.before

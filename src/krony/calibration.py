@@ -16,6 +16,7 @@ and a few tokens with huge hidden states would otherwise decide everything.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony import data as texts
 from krony import python_docs, ranks
+from krony._version import __version__
 from krony.errors import KronyError
 from krony.init.base import Moments, Second
 from krony.models import context_length
@@ -147,7 +149,7 @@ class Calibration:
 
     def _store(self, index: int, moments: Moments) -> None:
         file = self._file(index)
-        beside = file.with_suffix(".partial")
+        beside = file.with_suffix(f".{os.getpid()}.partial")  # another process may be writing the same
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(_pack(moments), beside)
@@ -195,7 +197,7 @@ class Calibration:
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         digest.update(self.ids.contiguous().numpy().data)
-        settings = self.token_weighting, self.sensitivity and SENSITIVITY_TOKENS
+        settings = __version__, tuple(self.ids.shape), self.token_weighting, self.sensitivity and SENSITIVITY_TOKENS
         digest.update(repr((settings, [s.name for g in self.groups for s in g.sites])).encode())
         return digest.hexdigest()
 

@@ -24,7 +24,7 @@ from krony.init.svd import low_rank
 from krony.kron import KronShape
 from krony.linear import KroneckerLinear
 from krony.progress import Progress, silent
-from krony.reconstruction import Examples, examples, module_name, reconstruct
+from krony.reconstruction import Examples, check_reconstructible, examples, module_name, reconstruct
 from krony.surgery import (
     Group,
     count_parameters,
@@ -135,7 +135,7 @@ def compress(
             train = None if text is None else partial(_reconstruct, original, group, text, moments, config)
             replaced |= replacements(original, group, shapes, config, moments, train)
         for name, new in replaced.items():
-            put_in(model, name, new.layer)
+            put_in(model, name, new.layer.train(model.training))
         if config.reinit == "all":
             _reinitialise(model, config.seed)
         if config.tune and ids is not None:
@@ -282,7 +282,13 @@ def plan(model: PreTrainedModel, config: KronyConfig) -> list[Group]:
         _check_global(groups, config)
     if config.embedding is not None:
         embedding_shape(model, config.embedding)
-    uniform_shapes(groups, config)
+    shapes = uniform_shapes(groups, config)
+    for group in groups if config.init == "neurons" else ():
+        names = [site.name for site in group.sites]
+        neurons.check_shapes(names, [shapes[name] for name in names], is_mlp=group.is_mlp and len(names) > 1)
+    if config.reconstruct:
+        for group in groups:
+            check_reconstructible(model, group)
     return groups
 
 

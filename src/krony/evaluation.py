@@ -2,7 +2,8 @@
 
 ``paper`` is the published script's: rows joined by blank lines, windows of the context length, the mean of the
 windows' mean negative log-likelihoods. ``token`` weighs every token alike, and joins documents by the end-of-text
-token. They differ where windows differ in length: the last one is short.
+token. On a file of one document they differ where windows differ in length, in the short last one; WikiText's rows are
+lines, so that there it is another text.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     data: str,
     *,
-    data_dir: Path | None = None,
+    data_dir: Path | str | None = None,
     protocol: str = "paper",
     window: int | None = None,
     stride: int | None = None,
@@ -70,15 +71,20 @@ def evaluate(
     window = window or min(context_length(model), WINDOW)
     stride = stride or window
     _check(model, protocol, window, stride, max_tokens)
-    rows = load_texts(data, data_dir)
+    rows = load_texts(data, None if data_dir is None else Path(data_dir))
     ids = (join_rows if protocol == "paper" else join_documents)(rows, tokenizer)[:max_tokens]
     _check_ids(data, ids, model)
-    perplexity, tokens = measure_perplexity(
-        model, ids, protocol=protocol, window=window, stride=stride, progress=progress
-    )
-    accuracy = None
-    if data in NAMED and NAMED[data].last_word:
-        accuracy = last_word_accuracy(model, tokenizer, rows, max_tokens=max_tokens, progress=progress)
+    training = model.training
+    model.eval()
+    try:
+        perplexity, tokens = measure_perplexity(
+            model, ids, protocol=protocol, window=window, stride=stride, progress=progress
+        )
+        accuracy = None
+        if data in NAMED and NAMED[data].last_word:
+            accuracy = last_word_accuracy(model, tokenizer, rows, max_tokens=max_tokens, progress=progress)
+    finally:
+        model.train(training)
     return Result(data, protocol, tokens, perplexity, accuracy, window, stride)
 
 
@@ -137,8 +143,8 @@ def last_word_accuracy(
         used += len(whole)
         if max_tokens is not None and used > max_tokens and cases:
             break
-        whole = whole[-context_length(model) :]
-        cases.append((whole, len(whole) - len(tokenizer(context)["input_ids"])))
+        answer = len(whole) - len(tokenizer(context)["input_ids"])
+        cases.append((whole[-context_length(model) :], answer))
     right = 0
     for done, batch in _batches(cases):
         progress(done, len(cases), "last words")

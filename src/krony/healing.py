@@ -35,11 +35,11 @@ from krony.checkpoints import find_last, keep_plan, last_checkpoint, loggers, ro
 from krony.distillation import check_teacher, distil
 from krony.errors import KronyError, KronyWarning
 from krony.hardware import fast_dtype
-from krony.models import context_length
+from krony.models import check_device, context_length
 from krony.progress import Progress, silent
 from krony.recipes import RECIPES, Recipe
 from krony.rows import Rows
-from krony.training import adamw, trainable
+from krony.training import adamw, full_precision, trainable
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,9 @@ def heal(
 ) -> HealReport:
     """Trains ``model`` in place, dense or compressed; it ends in its state of lowest validation loss.
 
+    Weights are float32 meanwhile, with products in bfloat16 where that is fast, and have their own dtype again at the
+    end.
+
     Args:
         train: rows to train on.
         validation: rows to stop by; their loss is the report's.
@@ -96,19 +99,19 @@ def heal(
         freeze: what stays: ``right`` (``slim`` stays exact), ``inherited``, ``scalars``, ``embeddings``, several of
             them joined by commas, or ``none``; see ``krony.training.trainable``.
         resume: go on from the last checkpoint in ``work``.
-        device: ``cpu`` keeps it off an accelerator; None takes what Trainer finds.
+        device: ``cpu``, or ``cuda`` for the GPU of this process; None takes the GPU where there is one.
 
     Raises:
         KronyError: rows longer than the model takes, too few of them, an unknown ``freeze``, a teacher of another
-            vocabulary, a batch that doesn't divide, a loss that is not finite, nothing to resume or other options
-            than before, a full disk. The last whole checkpoint stays in ``work``.
+            vocabulary, a batch that doesn't divide, another device, a loss that is not finite, nothing to resume or
+            other options than before, a full disk. The last whole checkpoint stays in ``work``.
     """
     start = time.perf_counter()
-    ranks.join(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    ranks.join(training_device(device))
     check(model, train, validation, recipe, teacher, freeze)
     tokens = train.length * recipe.sequences  # a step
     train, _ = train.split(len(train) % recipe.sequences)  # whole steps only
-    with trainable(model, freeze, checkpointing=gradient_checkpointing), room_needed(work):
+    with full_precision(model), trainable(model, freeze, checkpointing=gradient_checkpointing), room_needed(work):
         last = last_checkpoint(work) if resume else None
         keep_plan(work, _plan(recipe, train, freeze, teacher, seed), resume=resume)
         with loggers(work) as logs:
@@ -223,7 +226,7 @@ def _arguments(
     constant = recipe.final_rate == recipe.learning_rate
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     half = fast_dtype("cpu" if on_cpu else "cuda") == torch.bfloat16 and model.dtype == torch.float32
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
@@ -257,6 +260,18 @@ def _arguments(
         seed=seed,
         data_seed=seed,
     )
+    if arguments.n_gpu > 1:  # asked for, as it is what finds the devices
+        arguments._n_gpu = 1  # else Trainer spreads a lone process over all GPUs, and a step is so many times larger
+    return arguments
+
+
+def training_device(device: str | None) -> str:
+    """``cpu`` or ``cuda``: what healing runs on. Raises KronyError for another, or where there is no GPU."""
+    if device not in (None, "cpu", "cuda"):
+        raise KronyError(f"device is {device!r}: healing takes cpu or cuda, and torchrun a GPU for every process")
+    if device == "cuda":
+        check_device(device)
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _plan(recipe: Recipe, train: Rows, freeze: str, teacher: PreTrainedModel | None, seed: int) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class KroneckerLinear(nn.Module):
         else:
             y = self.contract(self.mixed(plain, plain=True)).transpose(1, 2)  # (t, m1, m2)
         y = y.reshape(*x.shape[:-1], s.rows)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)  # autocast leaves sums alone
 
     def path_for(self, tokens: int, device: torch.device) -> Path:
         """The path that so many tokens take."""

@@ -48,7 +48,7 @@ def joined(x: Tensor, ups: list[KroneckerLinear], act: nn.Module, down: Kronecke
     else:
         y = down.contract(down.mixed(hidden)).transpose(1, 2)
     y = y.reshape(*x.shape[:-1], s.rows)
-    return y if down.bias is None else y + down.bias
+    return y if down.bias is None else y + down.bias.to(y.dtype)
 
 
 def _expand(x: Tensor, up: KroneckerLinear, path: str) -> Tensor:

@@ -172,7 +172,12 @@ def _parts(state: Path, plan: dict[str, Any], names: list[str]) -> dict[str, Par
                 f"{state.parent} holds the beginning of other work ({key} {before[key]}, and now it is {value}): "
                 "remove it, or name another folder"
             )
-    return {name: Part(**part) for name, part in before["parts"].items()}
+    parts = {name: Part(**part) for name, part in before["parts"].items()}
+    for name, part in parts.items():
+        file = next((f for f in (_partial(state.parent, name), state.parent / f"{name}.bin") if f.exists()), None)
+        if part.tokens * BIN.itemsize > (0 if file is None else file.stat().st_size):
+            parts[name] = Part()  # somebody removed what was written: anew
+    return parts
 
 
 def _partial(out: Path, name: str) -> Path:

@@ -9,6 +9,7 @@ of the model, so it costs seconds a layer. Right factors stay as they are: neuro
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from krony.calibration import BATCH_TOKENS, MEMORY, enclosing_layer, token_weights
+from krony.errors import KronyError
 from krony.hardware import fast_dtype
 from krony.linear import KroneckerLinear
 from krony.progress import Progress
@@ -43,6 +45,22 @@ def module_name(group: Group) -> str:
     """The module that a group is trained in: the MLP around its matrices, or the single layer itself."""
     last = group.sites[-1].name
     return last.rpartition(".")[0] if group.is_mlp else last
+
+
+def check_reconstructible(model: nn.Module, group: Group) -> None:
+    """Raises KronyError where the MLP is no module that can be run by itself: OPT's is part of its layer, and BLOOM's
+    adds the residual stream.
+    """
+    if not group.is_mlp:
+        return
+    name = module_name(group)
+    module = model.get_submodule(name)
+    needed = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    if module is enclosing_layer(model, group) or len(needed) != 1:
+        raise KronyError(
+            f"reconstruct runs every MLP by itself, and {name} ({type(module).__name__}) is more than an MLP: "
+            "leave it out; tune trains all layers together"
+        )
 
 
 def examples(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,23 @@ def trainable(model: PreTrainedModel, freeze: str, *, checkpointing: bool = Fals
             parameter.requires_grad_(required)
         for module, rate in rates:
             module.p = rate
+
+
+@contextmanager
+def full_precision(model: PreTrainedModel) -> Iterator[None]:
+    """Half-precision weights in float32 for as long, and in their own dtype again at the end.
+
+    A step of AdamW is less than what bfloat16 tells apart: most weights would never move.
+    """
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    halves = [(t, t.dtype) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        for tensor, _ in halves:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in halves:
+            tensor.data = tensor.data.to(dtype)
 
 
 def _checkpointing(model: PreTrainedModel, *, on: bool) -> None:

@@ -188,6 +188,7 @@ def test_a_layer_that_is_always_silent(ids):
     ("options", "words"),
     [
         ({"scheme": "96x24"}, "keeps whole neurons, and a left factor of 96x24 splits them"),
+        ({"scheme": "96x24", "allocation": "global"}, "keeps whole neurons, and a left factor of 96x24 splits them"),
         ({"scheme": "keep=0.5", "modules": "c_fc"}, "needs whole MLPs"),
         ({"scheme": "keep=0.5", "calibration": None}, "needs calibration text"),
         ({"scheme": "keep=0.5", "calibration": ["some text"]}, "tokenizer= is needed"),

@@ -81,7 +81,8 @@ def run(
     ] = False,
     compile: Annotated[bool, typer.Option(help="torch.compile the model.", rich_help_panel=MACHINE)] = False,
     device: Annotated[
-        str | None, typer.Option(help="cpu keeps it off an accelerator.", rich_help_panel=MACHINE)
+        str | None,
+        typer.Option(help="cpu or cuda.", show_default="cuda where there is one", rich_help_panel=MACHINE),
     ] = None,
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -92,13 +93,11 @@ def run(
     Runs unchanged under torchrun and accelerate launch. Checkpoints and TensorBoard's log are in OUT.work meanwhile.
     """
     to = Output(json_to)
-    import torch
-
     from krony import ranks
     from krony.card import healed_card, healed_rows
-    from krony.checkpoints import keep_logs, last_checkpoint, room_needed
+    from krony.checkpoints import find_last, keep_logs, last_checkpoint, room_needed
     from krony.files import check_writable, fresh_folder
-    from krony.healing import check, heal, perplexity, validation_loss
+    from krony.healing import check, heal, perplexity, training_device, validation_loss
     from krony.models import context_length, load_model, load_tokenizer, save
     from krony.rows import load_rows
 
@@ -120,13 +119,16 @@ def run(
     plan = _plan(recipe, changes)
     if teacher is None and (temperature is not None or text is not None or hidden is not None):
         raise KronyError("--temperature, --text and --hidden are of learning from a teacher: name it with --teacher")
-    ranks.join("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
+    ranks.join(training_device(device))
     work = out.with_name(f"{out.name}.work")
     if ranks.is_first():
         check_writable(out)
         if work.exists() and not resume:
             raise KronyError(f"{work} is of a run that did not end: --resume goes on from it, or remove it")
-    if resume:
+    if resume and work.is_dir() and find_last(work) is None:
+        to.say(f"{work} holds no checkpoint yet: from the beginning")
+        resume = False
+    elif resume:
         last_checkpoint(work)
     if control is not None:
         load_model(control, dtype=dtype)  # what is wrong with it is found now, not after the training
@@ -192,10 +194,12 @@ def _control(
     name: str, train: Rows, validation: Rows, work: Path, frozen: str, dtype: str, resume: bool, options: dict[str, Any]
 ) -> dict:
     """The figures of the dense original, trained alike on the text itself: it has nothing to learn from itself."""
+    from krony.checkpoints import find_last
     from krony.healing import heal
     from krony.models import load_model
 
     freeze = "embeddings" if "embeddings" in frozen.split(",") else "none"
     model = load_model(name, dtype=dtype)
-    report = heal(model, train, validation, work=work, freeze=freeze, resume=resume and work.is_dir(), **options)
+    again = resume and find_last(work) is not None  # it may have been stopped before its first checkpoint
+    report = heal(model, train, validation, work=work, freeze=freeze, resume=again, **options)
     return report.to_json()

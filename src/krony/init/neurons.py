@@ -46,7 +46,8 @@ class Selection:
 def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None) -> list[Factors]:
     """Factors whose A hold the chosen neurons and whose B are ``e_f``, with ε for the neurons that were dropped."""
     *ups, down = targets
-    check_targets(targets)
+    is_mlp = len(targets) > 1 and down.role == "down"
+    check_shapes([t.name for t in targets], [t.shape for t in targets], is_mlp=is_mlp)
     if moments is None or moments.hidden is None:
         raise KronyError("init neurons needs calibration text")
     shape = ups[0].shape
@@ -58,16 +59,15 @@ def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments 
     return [*made, Factors(left, _selectors(down.shape, epsilon), bias=selection.bias, order=order)]
 
 
-def check_targets(targets: Sequence[Target]) -> None:
-    """Raises KronyError unless these are an MLP's matrices and whole neurons are kept."""
-    *ups, down = targets
-    if not ups or down.role != "down":
-        raise KronyError(f"{down.name}: init neurons needs whole MLPs; for single layers take van-loan or als")
-    if ups[0].shape.n2 != 1:
-        shape = ups[0].shape
+def check_shapes(names: Sequence[str], shapes: Sequence[KronShape], *, is_mlp: bool) -> None:
+    """Raises KronyError unless these are an MLP's matrices, the one that leads back last, and keep whole neurons."""
+    if not is_mlp:
+        raise KronyError(f"{names[-1]}: init neurons needs whole MLPs; for single layers take van-loan or als")
+    shape = shapes[0]
+    if shape.n2 != 1:
         raise KronyError(
-            f"{ups[0].name}: init neurons keeps whole neurons, and a left factor of {shape.m1}x{shape.n1} splits them: "
-            f"take keep=0.5 or a left factor with {shape.columns} columns"
+            f"{names[0]}: init neurons keeps whole neurons, and a left factor of {shape.m1}x{shape.n1} splits them: "
+            f"take keep=0.5, a left factor with {shape.columns} columns, or init als or van-loan"
         )
 
 
