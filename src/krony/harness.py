@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on a model in memory; an extra, ``pip install krony[lm-eval]``."""
+"""Tasks of EleutherAI's lm-evaluation-harness on a model in memory; the extra ``lm-eval``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise KronyError("tasks are run by the lm-evaluation-harness: pip install krony[lm-eval]") from None
+        raise KronyError(
+            "tasks are run by the lm-evaluation-harness: pip install lm-eval, or krony with its extra of that name"
+        ) from None
     for name in (logging.getLogger(), logging.getLogger("lm_eval")):
         name.setLevel(logging.ERROR)  # its advice is about its own options
     manager = TaskManager()

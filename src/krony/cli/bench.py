@@ -49,7 +49,7 @@ def run(
     rounds: Annotated[int, typer.Option(help="Turns of each model; figures are medians.")] = 9,
     train: Annotated[bool, typer.Option("--train/--no-train", help="Measure a training step too.")] = True,
     compiled: Annotated[bool, typer.Option("--compile", help="Run the models through torch.compile.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.  [default: torch's choice]")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     seed: Seed = 0,

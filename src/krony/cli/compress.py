@@ -60,11 +60,11 @@ def run(
     modules: Annotated[str, typer.Option(help="mlp, or a regular expression over names of linear layers.")] = "mlp",
     rescale: Annotated[
         bool | None,
-        typer.Option("--rescale/--no-rescale", help="Adaptive normalisation of van-loan, permuted.  [default: on]"),
+        typer.Option("--rescale/--no-rescale", help="Adaptive normalisation of van-loan, permuted.", show_default="on"),
     ] = None,
     scalars: Annotated[
         bool | None,
-        typer.Option("--scalars/--no-scalars", help="A scalar a factor.  [default: if more than one]"),
+        typer.Option("--scalars/--no-scalars", help="A scalar a factor.", show_default="if more than one"),
     ] = None,
     scalar_init: Annotated[float | None, typer.Option(help="Value the scalars start at; the matrix stays.")] = None,
     epsilon: Annotated[
@@ -84,7 +84,8 @@ def run(
         typer.Option(
             "--stream/--no-stream",
             help="Layer by layer from the files, without holding the model; the result is the same. Goes on after an "
-            "interruption.  [default: for a folder, with van-loan, prune and random, or if it is over half of memory]",
+            "interruption.",
+            show_default="for a folder, with van-loan, prune and random, or if it is over half of memory",
         ),
     ] = None,
     dry_run: Annotated[

@@ -23,7 +23,7 @@ def run(
     ] = Path("krony-demo"),
     heal_tokens: Annotated[int, typer.Option(min=2048, metavar="N", help="Tokens of healing.")] = 65_536,
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, metavar="N", help="Measure perplexity on N tokens.  [default: all]")
+        int | None, typer.Option(min=2, metavar="N", help="Measure perplexity on N tokens.", show_default="all")
     ] = None,
     seed: Seed = 0,
     json_to: Json = None,

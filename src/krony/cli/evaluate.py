@@ -20,13 +20,15 @@ def run(
     ] = None,
     data_dir: DataDir = None,
     protocol: Annotated[str, typer.Option(help="paper: mean over windows; token: every token weighs alike.")] = "paper",
-    window: Annotated[int | None, typer.Option(help="Tokens a window (default: the context, at most 1024).")] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens between windows (default: the window).")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens a window.", show_default="the context, at most 1024")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows.", show_default="the window")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Use the first so many tokens of each set.")] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME,…", help="Tasks of the lm-evaluation-harness (krony[lm-eval]), by name or as .yaml files."
+            metavar="NAME,…", help="Tasks of the lm-evaluation-harness (the lm-eval extra), by name or as .yaml files."
         ),
     ] = None,
     limit: Annotated[
