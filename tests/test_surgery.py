@@ -76,6 +76,8 @@ def test_layers_that_are_no_range(layers):
 def test_layers_beyond_the_model():
     with pytest.raises(KronyError, match="chooses none of the layers 0-2"):
         surgery.find_groups(gpt2(), layers="5-9")
+    with pytest.raises(KronyError, match="chooses none of lm_head"):
+        surgery.find_groups(llama(tie_word_embeddings=False), modules="lm_head", layers="odd")
 
 
 def test_modules_by_expression():

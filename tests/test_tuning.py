@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from krony import KronyConfig, KronyError, compress, tuning
+from krony import KronyConfig, KronyError, compress, compression, tuning
 from krony.export import slim
 from krony.surgery import kronecker_layers, take_out
 from small_models import gpt2, llama
@@ -119,13 +119,19 @@ def test_a_lone_sequence_is_enough(ids):
     assert report.tuned.after < report.tuned.before
 
 
-def test_stopped_it_leaves_the_model_as_it_was(ids, monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_stopped_it_leaves_the_model_as_it_was(ids, monkeypatch, late):
+    """While it tunes, and after that, while the errors are measured."""
     model, before = sharp(llama), sharp(llama).state_dict()
 
     def stop(done, total, what):
-        if "together" in what:
+        if "together" in what and not late:
             raise KeyboardInterrupt
 
+    def stop_late(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compression, "_measured_anew", stop_late)
     with pytest.raises(KeyboardInterrupt):
         compress(model, KronyConfig("keep=0.5", tune=5), calibration=ids, progress=stop)
     assert not kronecker_layers(model) and all(p.requires_grad for p in model.parameters())

@@ -134,18 +134,19 @@ def compress(
                 continue  # allocation leaves this layer whole
             train = None if text is None else partial(_reconstruct, original, group, text, moments, config)
             replaced |= replacements(original, group, shapes, config, moments, train)
-        for name, new in replaced.items():
-            put_in(model, name, new.layer.train(model.training))
+        before_them = {name: model.get_submodule(name) for name in replaced}
+        try:
+            for name, new in replaced.items():
+                put_in(model, name, new.layer.train(model.training))
+            if config.tune and ids is not None:
+                tuned = tune(model, original, ids, steps=config.tune, seed=config.seed, progress=progress)
+                replaced = _measured_anew(original, groups, shapes, replaced, known)
+        except BaseException:  # Ctrl-C too
+            for name, module in before_them.items():
+                put_in(model, name, module)
+            raise
         if config.reinit == "all":
             _reinitialise(model, config.seed)
-        if config.tune and ids is not None:
-            try:
-                tuned = tune(model, original, ids, steps=config.tune, seed=config.seed, progress=progress)
-            except BaseException:  # Ctrl-C too
-                for name in replaced:
-                    put_in(model, name, original.get_submodule(name))
-                raise
-            replaced = _measured_anew(original, groups, shapes, replaced, known)
         reports = [new.report for new in replaced.values()]
         if config.embedding is not None:
             reports.append(_factorise_embedding(model, config.embedding))

@@ -107,7 +107,8 @@ def find_groups(model: nn.Module, modules: str = "mlp", layers: str = "all") -> 
     kept = [g for g in groups if is_chosen(g.layer, layers)]
     if not kept:
         numbers = sorted({g.layer for g in groups if g.layer is not None})
-        raise KronyError(f"layers {layers!r} chooses none of the layers {numbers[0]}-{numbers[-1]} of this model")
+        there = f"the layers {numbers[0]}-{numbers[-1]} of this model" if numbers else f"{groups[0].sites[0].name}"
+        raise KronyError(f"layers {layers!r} chooses none of {there}")
     return kept
 
 
