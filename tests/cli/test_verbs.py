@@ -206,6 +206,17 @@ def test_data_prepare(krony, gpt2_folder, tmp_path):
     assert "--val-share" in krony("data", "prepare", "--help").out
 
 
+def test_heal_resumed_before_the_first_checkpoint(krony, compressed, tmp_path):
+    """Stopped that early there is nothing to go on from, and nothing that stands in the way of beginning."""
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten. " * 40)
+    (tmp_path / "out.work").mkdir()
+    options = ("--data", tmp_path / "text.txt", "--length", 32, "--resume")
+    done = krony("heal", compressed, tmp_path / "out", *options)
+    assert done.code == 0, done.err
+    assert "holds no checkpoint yet: from the beginning" in " ".join((done.out + done.err).split())
+    assert (tmp_path / "out/config.json").exists() and not (tmp_path / "out.work").exists()
+
+
 def test_heal(krony, compressed, gpt2_folder, tmp_path):
     (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten. " * 200)
     options = ("--data", tmp_path / "text.txt", "--length", 32, "--learning-rate", 0.003)
