@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from krony import KronyConfig, KronyError, compress
 from krony.healing import heal
@@ -68,6 +69,22 @@ def test_all_is_undone(scaled):
         _ = 1 / 0
     assert not scaled.transformer.gradient_checkpointing and all(p.requires_grad for p in scaled.parameters())
     assert scaled.transformer.h[0].attn.attn_dropout.p == 0.1
+
+
+def test_dropout_that_layers_keep_as_numbers_is_off_too():
+    """OPT's layers hand their rate to the function; its decoder skips whole layers at another."""
+    config = OPTConfig(
+        vocab_size=96, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32,
+        max_position_embeddings=64, dropout=0.5, attention_dropout=0.5, layerdrop=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = OPTForCausalLM(config).train(), torch.arange(20)[None]
+    with trainable(model, "none"):
+        assert torch.equal(model(ids).logits, model.eval()(ids).logits)
+        model.train()
+    layer = model.model.decoder.layers[0]
+    assert layer.dropout == layer.self_attn.dropout == model.model.decoder.layerdrop == 0.5
+    assert not torch.equal(model(ids).logits, model.eval()(ids).logits)
 
 
 def test_only_factors_decay_and_each_kind_has_its_rate(scaled):

@@ -44,14 +44,14 @@ def trainable(model: PreTrainedModel, freeze: str, *, checkpointing: bool = Fals
     """
     frozen = _frozen(model, parse_freeze(freeze))
     before = [(p, p.requires_grad) for p in model.parameters()]
-    rates = [(m, m.p) for m in model.modules() if isinstance(m, nn.Dropout)]
+    rates = list(_dropout(model))
     logger = logging.getLogger("transformers.trainer")
     level = logger.level
     try:
         for parameter, _ in before:
             parameter.requires_grad_(id(parameter) not in frozen)
-        for module, _ in rates:
-            module.p = 0.0
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
         if checkpointing:
             _checkpointing(model, on=True)
         logger.setLevel(logging.ERROR)
@@ -62,8 +62,17 @@ def trainable(model: PreTrainedModel, freeze: str, *, checkpointing: bool = Fals
             _checkpointing(model, on=False)
         for parameter, required in before:
             parameter.requires_grad_(required)
-        for module, rate in rates:
-            module.p = rate
+        for module, name, rate in rates:
+            setattr(module, name, rate)
+
+
+def _dropout(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """Every rate of dropout: of the modules, and the numbers that layers such as OPT's keep for the function."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            is_rate = name == "p" if isinstance(module, nn.Dropout) else "drop" in name
+            if is_rate and isinstance(value, float):
+                yield module, name, value
 
 
 @contextmanager
