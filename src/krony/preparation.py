@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,6 +158,8 @@ def _split(data: str, documents: Dataset, val_share: float, seed: int) -> dict[s
         raise KronyError(
             f"{data} is one document, which can't be split: give a jsonl file of several, or a val share of 0"
         )
+    if math.ceil(val_share * len(documents)) >= len(documents):
+        raise KronyError(f"a val share of {val_share} of {len(documents)} documents leaves none to train on")
     split = documents.train_test_split(test_size=val_share, seed=seed, shuffle=True)
     return {"val": split["test"], "train": split["train"]}
 
