@@ -82,6 +82,14 @@ def test_other_errors_stay_what_they_are(tmp_path):
         raise RuntimeError("size mismatch")
 
 
+def test_a_new_run_does_not_mix_its_checkpoints_with_an_earlier_ones(tmp_path):
+    heal(small(), *rows(), work=tmp_path, recipe=TINY, device="cpu")
+    there = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(KronyError, match=r"holds checkpoint-\d+ of an earlier run: resume goes on from it"):
+        heal(small(), *rows(), work=tmp_path, recipe=TINY, device="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
 def test_a_resumed_run_keeps_to_its_plan(tmp_path):
     heal(small(), *rows(), work=tmp_path, recipe=TINY, device="cpu")
     for changes, words in [

@@ -37,9 +37,15 @@ def find_last(work: Path) -> Path | None:
 
 
 def keep_plan(work: Path, plan: dict[str, Any], *, resume: bool) -> None:
-    """Notes what a run was started with, or holds a resumed one to it. Raises KronyError where they differ."""
+    """Notes what a run was started with, or holds a resumed one to it. Raises KronyError where they differ, or where
+    a new run would find another's checkpoints.
+    """
     file = work / "plan.json"
     if not resume:
+        if last := find_last(work):
+            raise KronyError(
+                f"{work} holds {last.name} of an earlier run: resume goes on from it, or name a new folder"
+            )
         if ranks.is_first():
             work.mkdir(parents=True, exist_ok=True)
             write_json(file, plan)
