@@ -1,8 +1,10 @@
 """Second moments against sums in float64 over the activations of a plain forward pass."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -146,6 +148,30 @@ def test_an_interrupted_one_goes_on(model, ids, tmp_path):
     next(iter(first.folder.glob("00001*"))).unlink()
     again = list(Calibration(model, groups, ids, cache=tmp_path))
     assert torch.equal(made[1].hidden.matrix, again[1].hidden.matrix)
+
+
+def test_what_a_killed_process_left_is_cleared_away(model, ids, tmp_path):
+    """After a day; what is younger may still be written."""
+    groups = find_groups(model)
+    list(Calibration(model, groups, ids, cache=tmp_path))
+    folder = next(tmp_path.iterdir())
+    old, young = folder / "00000.123.partial", folder / "00001.124.partial"
+    for file in (old, young):
+        file.write_bytes(b"half")
+    os.utime(old, (time.time() - 25 * 3600,) * 2)
+    Calibration(model, groups, ids, cache=tmp_path)
+    assert not old.exists() and young.exists()
+
+
+def test_one_that_is_stopped_while_it_is_kept_leaves_nothing(model, ids, tmp_path, monkeypatch):
+    def stop(_, file):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("krony.calibration.save_file", stop)
+    with pytest.raises(KeyboardInterrupt):
+        list(Calibration(model, find_groups(model), ids, cache=tmp_path))
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_a_damaged_cache_is_named(model, ids, tmp_path):

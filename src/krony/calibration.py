@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ TOKENS, LENGTH = 49_152, 512
 LONGEST_TOKEN = 64  # characters; tokens of text have four
 BATCH_TOKENS = 4096  # tokens a forward pass
 SENSITIVITY_TOKENS = 16_384  # enough for a matrix of the model's width; a backward pass is dear
+ABANDONED = 24 * 3600  # seconds after which a half-written file has nobody to finish it
 MEMORY = 4 * 1024**3  # bytes of sums held at once; a model that needs more is read in several passes
 
 
@@ -70,8 +73,10 @@ def pack(
     seed: int = 0,
 ) -> Tensor:
     """The documents in random order as token ids ``(sequences, length)``. Raises KronyError if they are too short."""
+    if tokens < length:
+        raise KronyError(f"calibration of {tokens} tokens: it takes at least {length}, which are one sequence")
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    rows = max(1, tokens // length)
+    rows = tokens // length
     pieces: list[Tensor] = []
     have = 0
     for index in order:
@@ -112,6 +117,8 @@ class Calibration:
         self.progress = progress
         self.kept: list[Moments] | None = None  # those of a model whose sums all fit MEMORY
         self.folder = None if cache is None else cache / f"moments-{self._key()}"
+        if cache is not None and ranks.is_first():
+            _clear_away(cache)
         stored = all(self._is_stored(index) for index in range(len(groups)))
         self.source = "calibration is read" if self.folder is None else f"calibration is read and kept in {self.folder}"
         if stored:
@@ -155,8 +162,9 @@ class Calibration:
             save_file(_pack(moments), beside)
             beside.replace(file)
         except (OSError, SafetensorError) as error:
-            beside.unlink(missing_ok=True)
             raise KronyError(f"{file.parent}: the calibration can't be kept there: {error}") from None
+        finally:
+            beside.unlink(missing_ok=True)
 
     def _chunks(self) -> Iterator[list[int]]:
         chunk: list[int] = []
@@ -200,6 +208,14 @@ class Calibration:
         settings = __version__, tuple(self.ids.shape), self.token_weighting, self.sensitivity and SENSITIVITY_TOKENS
         digest.update(repr((settings, [s.name for g in self.groups for s in g.sites])).encode())
         return digest.hexdigest()
+
+
+def _clear_away(cache: Path) -> None:
+    """Deletes what killed processes left half-written in the cache; what is being written is younger."""
+    with suppress(OSError):  # somebody else's, or gone already
+        for left in cache.glob("moments-*/*.partial"):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
 
 
 class Sums:
