@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from krony import KronyConfig, KronyError, compress, export_model
 from krony.export import slim
@@ -85,6 +86,16 @@ def test_where_slim_is_not_exact_a_sentence_says_why_and_nothing_changes(ids, co
     with pytest.raises(KronyError, match=words):
         export_model(model, "slim")
     assert torch.equal(model(ids).logits, expected) and model.config.quantization_config
+
+
+def test_it_keeps_the_dtype_that_the_model_has_now(ids, tmp_path):
+    """Not the one it was saved in, which its config remembers."""
+    compress(made := gpt2(), KronyConfig("keep=0.5", init="van-loan"))
+    made.to(torch.bfloat16).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).float()
+    assert export_model(model).dtype == torch.float32
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.dequantize(dtype=torch.float16).dtype == torch.float16
 
 
 def test_mistakes(ids):

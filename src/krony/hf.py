@@ -79,9 +79,13 @@ class KronyQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         model.is_quantized = False  # it is trainable and castable like any other: .half() and .float() must work
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        if isinstance(dtype, str):  # what a config holds after save_pretrained
-            dtype = getattr(torch, dtype)
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The plain model, in its own dtype unless one is asked for: transformers' would take what its config says."""
+        model = self._dequantize(model, dtype)
+        self.remove_quantization_config(model)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return to_dense(model) if dtype is None else to_dense(model).to(dtype)
 
 
@@ -127,7 +131,7 @@ def _empty_embedding(original: nn.Embedding, name: str, shape: KronShape) -> Kro
     return KroneckerEmbedding(shape, device=weight.device, dtype=weight.dtype)
 
 
-def mark(model: PreTrainedModel, config: KronyConfig) -> None:
+def mark(model: PreTrainedModel, config: KronyConfig, calibration_tokens: int | None = None) -> None:
     """Gives a model compressed in memory what ``save_pretrained`` needs, and its MLPs their one step."""
     join(model)
     modules = {
@@ -142,7 +146,12 @@ def mark(model: PreTrainedModel, config: KronyConfig) -> None:
     for name, embedding in kronecker_embeddings(model).items():
         s = embedding.shape
         modules[name] = {"left": list(s.left), "right": list(s.right), "factors": 1, "scalars": False}
-    made_with = {"krony": __version__, "scheme": config.scheme, "init": config.init, "seed": config.seed}
+    made_with = {"krony": __version__} | config.given()
+    if calibration_tokens is not None:
+        made_with["calibration_tokens"] = calibration_tokens
+    earlier = getattr(model.config, "quantization_config", None)
+    if isinstance(earlier, KronyQuantizationConfig):  # other layers were compressed before
+        made_with["earlier"] = earlier.made_with
     model.config.quantization_config = KronyQuantizationConfig(modules, made_with)
     quantizer = KronyQuantizer(model.config.quantization_config, pre_quantized=True)
     model.hf_quantizer = quantizer  # type: ignore[assignment]

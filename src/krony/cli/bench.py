@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from krony.cli.options import Device, Dtype, Json, Seed
-from krony.cli.output import Output, quiet_libraries
+from krony.cli.output import Output, check_file, quiet_libraries
 from krony.errors import KronyError
 
 if TYPE_CHECKING:
@@ -66,10 +66,10 @@ def run(
     """
     to = Output(json_to)
     for file, end in ((plot, ".svg"), (report, ".html")):
-        if file is not None and file.suffix != end:
-            raise KronyError(f"{file}: it is written as {end[1:].upper()}, so the name ends in {end}")
-        if file is not None and not file.parent.is_dir():
-            raise KronyError(f"{file} can't be written: there is no folder {file.parent}")
+        if file is not None:
+            check_file(file, end)
+    if device == "auto":
+        raise KronyError("--device auto spreads a model over devices, and bench measures on one: name it, such as cuda")
     import torch
 
     from krony.bench import Settings, bench, to_json

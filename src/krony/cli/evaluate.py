@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from krony.cli.options import DataDir, Device, Dtype, Json, Model
-from krony.cli.output import Output, quiet_libraries
+from krony.cli.output import Output, check_file, quiet_libraries
 from krony.errors import KronyError
 
 
@@ -46,6 +46,8 @@ def run(
 ) -> None:
     """Measure MODEL on standard data: perplexity, and the accuracy of the last word on LAMBADA."""
     to = Output(json_to)
+    if report is not None:
+        check_file(report, ".html")
     if count not in ("tied", "untied"):
         raise KronyError(f"--count {count}: it is tied or untied")
     if limit is not None and tasks is None:

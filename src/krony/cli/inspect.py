@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from krony.cli.options import Json, Model
-from krony.cli.output import Output, quiet_libraries
-from krony.errors import KronyError
+from krony.cli.output import Output, check_file, quiet_libraries
 
 if TYPE_CHECKING:
     from krony.inspection import LayerView
@@ -33,8 +32,8 @@ def run(
 ) -> None:
     """Look into MODEL: norms as in the paper's Table 4, singular values, scalars, and what is left of --base."""
     to = Output(json_to)
-    if plot is not None and plot.suffix != ".svg":
-        raise KronyError(f"{plot}: pictures are written as SVG, so the name ends in .svg")
+    if plot is not None:
+        check_file(plot, ".svg")
     from krony.files import write_text
     from krony.inspection import inspect
     from krony.models import load_model

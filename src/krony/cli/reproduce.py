@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from krony.cli.options import DataDir, Device, Json, Seed
-from krony.cli.output import Output, quiet_libraries
+from krony.cli.output import Output, check_file, quiet_libraries
 from krony.errors import KronyError
 
 
@@ -38,8 +38,10 @@ def run(
 ) -> None:
     """Run what a table of the paper needs, and print the paper's figure, ours and the difference."""
     to = Output(json_to)
-    if plot is not None and (target != "figure1" or plot.suffix != ".svg"):
-        raise KronyError(f"--plot {plot}: it draws figure1, as a file whose name ends in .svg")
+    if plot is not None:
+        check_file(plot, ".svg")
+        if target != "figure1":
+            raise KronyError(f"--plot {plot}: it draws figure1, and this is {target}")
     from krony.files import write_text
     from krony.report import lines
     from krony.reproduce import Options, reproduce
