@@ -24,11 +24,11 @@ def test_parameters_are_what_the_scheme_says(family, scheme, per_layer):
     )
 
 
-@pytest.mark.parametrize("init", ["van-loan", "prune"])
-def test_at_full_rank_nothing_is_lost(model, ids, init):
+@pytest.mark.parametrize("options", [{"init": "van-loan"}, {"init": "prune", "epsilon": 0.0}])
+def test_at_full_rank_nothing_is_lost(model, ids, options):
     expected = model(ids).logits
     hidden = 192 if model.config.model_type == "gpt2" else 144
-    report = compress(model, KronyConfig(f"{hidden // 3}x48:3", init=init, epsilon=0.0))
+    report = compress(model, KronyConfig(f"{hidden // 3}x48:3", **options))
     assert max(layer.error for layer in report.layers) < 1e-6
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -126,6 +126,15 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes():
     assert not kronecker_layers(model)
 
 
+def test_weights_that_are_offloaded_are_named():
+    """``device_map='auto'`` leaves on meta what does not fit."""
+    model = gpt2()
+    model.transformer.h[1].mlp.to("meta")
+    with pytest.raises(KronyError, match=r"transformer\.h\.1\.mlp\.c_fc: its weight is not in memory but offloaded"):
+        compress(model, KronyConfig("keep=0.5", init="van-loan"))
+    assert not kronecker_layers(model)
+
+
 def test_a_compressed_model_is_not_compressed_again():
     model = gpt2()
     compress(model, KronyConfig("keep=0.5", init="van-loan"))
@@ -138,3 +147,5 @@ def test_attention_can_follow_the_mlps():
     compress(model, KronyConfig("keep=0.5", init="van-loan"))
     compress(model, KronyConfig("keep=0.5", init="van-loan", modules="o_proj"))
     assert len(model.config.quantization_config.modules) == 3 * 3 + 3
+    made_with = model.config.quantization_config.made_with
+    assert made_with["modules"] == "o_proj" and "modules" not in made_with["earlier"]

@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 import krony
 from krony.embedding import KroneckerEmbedding, embedding_shape, factorised
-from krony.surgery import count_parameters, count_untied, kronecker_embeddings
-from small_models import BUILDERS
+from krony.surgery import count_parameters, count_untied, kronecker_embeddings, kronecker_layers
+from small_models import BUILDERS, gpt2
 
 CONFIG = krony.KronyConfig("keep=0.5", init="van-loan", embedding=2)
 
@@ -37,6 +37,29 @@ def test_a_tied_head_keeps_the_whole_matrix_and_the_model_loads_again(model, ids
     assert isinstance(again.get_input_embeddings(), KroneckerEmbedding)
     assert torch.equal(again.get_output_embeddings().weight, whole)
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_stopped_on_its_way_nothing_changes(monkeypatch):
+    model, original = gpt2(), gpt2()
+    before = model.config.to_dict()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("krony.compression.factorised", stop)
+    with pytest.raises(KeyboardInterrupt):
+        krony.compress(model, krony.KronyConfig("keep=0.5", init="van-loan", embedding=2))
+    assert not kronecker_layers(model) and model.config.to_dict() == before
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
+
+
+def test_with_every_other_weight_drawn_anew_the_factors_are_the_originals():
+    """``reinit`` draws what is not compressed; the head of a tied embedding is not."""
+    model, original = gpt2(), gpt2()
+    krony.compress(model, krony.KronyConfig("keep=0.5", init="van-loan", embedding=2, reinit="all", seed=3))
+    expected = factorised(original.transformer.wte, model.transformer.wte.shape)
+    assert torch.equal(model.transformer.wte.weight, expected.weight)
+    assert not torch.equal(model.lm_head.weight, original.lm_head.weight)
 
 
 def test_it_is_multiplied_out_again(ids):

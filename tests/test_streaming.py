@@ -46,13 +46,14 @@ def text(rows: int = 20) -> torch.Tensor:
     return torch.randint(0, 256, (rows, 64), generator=torch.Generator().manual_seed(2))
 
 
-def both_ways(source: Path, config: KronyConfig, tmp_path: Path, **options) -> tuple[Path, Path]:
-    ids = text() if config.init in CALIBRATED else None
+def both_ways(source: Path, config: KronyConfig, tmp_path: Path, reads: bool = False, **options) -> tuple[Path, Path]:
+    ids = text() if reads or config.init in CALIBRATED else None
     model = load_model(str(source))
     report = compress(model, config, calibration=ids)
     model.save_pretrained(tmp_path / "memory")
-    streamed = streaming.run(streaming.prepare(source, config), tmp_path / "stream", calibration=ids, **options)
-    assert streamed.layers == report.layers
+    plan = streaming.prepare(source, config, reads=reads)
+    streamed = streaming.run(plan, tmp_path / "stream", calibration=ids, **options)
+    assert streamed.layers == report.layers and streamed.made_with == report.made_with
     assert (streamed.params_before, streamed.params_after) == (report.params_before, report.params_after)
     return tmp_path / "memory", tmp_path / "stream"
 
@@ -72,6 +73,28 @@ def test_it_is_what_memory_gives(family, init, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["memory", "source", "stream"]
     ids = text(1)
     assert torch.equal(load_model(str(stream))(ids).logits, load_model(str(memory))(ids).logits)
+
+
+@pytest.mark.parametrize("family", list(BUILDERS))
+@pytest.mark.parametrize("init", ["van-loan", "prune", "random"])
+def test_the_errors_of_outputs_where_text_is_given_and_not_needed(family, init, tmp_path):
+    BUILDERS[family]().save_pretrained(tmp_path / "source", max_shard_size="100KB")
+    memory, stream = both_ways(tmp_path / "source", KronyConfig("keep=0.5", init=init), tmp_path, reads=True)
+    assert digest(memory) == digest(stream)
+    with pytest.raises(KronyError, match="the plan was made without"):
+        plan = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init=init))
+        streaming.run(plan, tmp_path / "other", calibration=text())
+
+
+def test_what_is_too_large_for_the_wanted_dtype_is_refused(tmp_path):
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = 1e6
+    model.save_pretrained(tmp_path / "source")
+    plan = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"), dtype="float16")
+    with pytest.raises(KronyError, match=r"ln_f\.weight has values that are not finite in float16"):
+        streaming.run(plan, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("init", ["prune", "neurons"])
@@ -311,13 +334,15 @@ def test_what_needs_the_whole_model_says_so(options, words, gpt2_folder, tmp_pat
 
 
 def test_the_rule_which_way_is_taken(gpt2_folder, monkeypatch):
-    def way(init, wanted=None, **options):
+    def way(init, wanted=None, reads=False, **options):
         config = KronyConfig("keep=0.5", init=init, **options)
-        return streaming.choose(str(gpt2_folder), config, wanted=wanted, dtype="auto", device="cpu") is not None
+        asked = {"wanted": wanted, "dtype": "auto", "device": "cpu", "reads": reads}
+        return streaming.choose(str(gpt2_folder), config, **asked) is not None
 
     assert way("van-loan") and way("prune") and way("random") and not way("van-loan", wanted=False)
     assert not way("neurons") and way("neurons", wanted=True)
     assert not way("neurons", allocation="global")
+    assert not way("van-loan", reads=True) and way("van-loan", wanted=True, reads=True)
     monkeypatch.setattr(streaming, "memory", lambda: 100_000)  # a small machine
     assert way("neurons") and not way("neurons", wanted=False)
 

@@ -6,9 +6,17 @@ from krony._version import __version__
 from krony.compression import Report
 from krony.report import Table
 
+NAMED = ("krony", "scheme", "init", "calibration_tokens", "earlier")  # what the card says in its own words
 
-def model_card(source: str, report: Report) -> str:
-    """Markdown for the folder's README: what was done, its figures, and how to load it."""
+
+def model_card(source: str, report: Report, text: str = "") -> str:
+    """Markdown for the folder's README: what was done, its figures, and how to load it.
+
+    ``text`` says what it was calibrated on.
+    """
+    options = {name: value for name, value in report.made_with.items() if name not in NAMED}
+    how = "".join(f", {name.replace('_', ' ')} `{value}`" for name, value in options.items())
+    how += f", calibrated on {text}" if text else ""
     layers = "\n".join(
         f"| {layer.name} | {layer.shape.m1}x{layer.shape.n1} | {layer.shape.m2}x{layer.shape.n2} "
         f"| {layer.shape.factors} | {layer.error:.4f} |"
@@ -23,7 +31,7 @@ tags: [krony, kronecker, compression]
 # {source}, compressed with krony
 
 The weights of {len(report.layers)} linear layers of `{source}` are sums of Kronecker products
-(scheme `{report.scheme}`, initialisation `{report.init}`, krony {__version__}).
+(scheme `{report.scheme}`, initialisation `{report.init}`{how}, krony {__version__}).
 
 | | parameters |
 | --- | ---: |

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,9 @@ from krony import hf, schemes
 from krony.allocation import spend
 from krony.calibration import Calibration, pack
 from krony.config import KronyConfig
-from krony.embedding import embedding_of, embedding_shape, factorised, is_tied, untie
+from krony.embedding import KroneckerEmbedding, embedding_of, embedding_shape, factorised, is_tied, untie
 from krony.errors import KronyError
-from krony.init import Factors, Moments, Target, get_init, neurons
+from krony.init import Factors, Moments, Target, get_init, neurons, permuted
 from krony.init.svd import low_rank
 from krony.kron import KronShape
 from krony.linear import KroneckerLinear
@@ -79,6 +81,7 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     calibration: str | None = None  # where the second moments came from, in words
     tuned: Tuned | None = None
+    made_with: dict[str, Any] = field(default_factory=dict)  # what config.json says of it
 
     def to_json(self) -> dict:
         return {
@@ -87,6 +90,7 @@ class Report:
             "params_before": self.params_before,
             "params_after": self.params_after,
             "seconds": self.seconds,
+            "made_with": self.made_with,
             "layers": [layer.to_json() for layer in self.layers],
         } | ({} if self.tuned is None else {"tuned": asdict(self.tuned)})
 
@@ -118,6 +122,7 @@ def compress(
     """
     start = time.perf_counter()
     groups = plan(model, config)
+    _check_reachable(model, groups)
     before = count_parameters(model)
     ids = _token_ids(calibration, tokenizer, config)
     original = copy.deepcopy(model).eval() if config.tune else model  # the teacher, and what the errors are measured by
@@ -134,6 +139,8 @@ def compress(
                 continue  # allocation leaves this layer whole
             train = None if text is None else partial(_reconstruct, original, group, text, moments, config)
             replaced |= replacements(original, group, shapes, config, moments, train)
+        embedding = None if config.embedding is None else _factorised_embedding(model, config.embedding)
+        fresh = _drawn_anew(model, config.seed) if config.reinit == "all" else {}
         before_them = {name: model.get_submodule(name) for name in replaced}
         try:
             for name, new in replaced.items():
@@ -145,15 +152,21 @@ def compress(
             for name, module in before_them.items():
                 put_in(model, name, module)
             raise
-        if config.reinit == "all":
-            _reinitialise(model, config.seed)
+        compressed = tuple(f"{name}." for name in kronecker_layers(model))
+        for name, value in model.state_dict().items() if fresh else ():
+            if not name.startswith(compressed):
+                value.copy_(fresh[name])
         reports = [new.report for new in replaced.values()]
-        if config.embedding is not None:
-            reports.append(_factorise_embedding(model, config.embedding))
+        if embedding is not None:
+            if is_tied(model):
+                untie(model)
+            put_in(model, embedding[1].name, embedding[0])
+            reports.append(embedding[1])
     progress(len(groups), len(groups), "done")
-    hf.mark(model, config)
+    hf.mark(model, config, None if ids is None else ids.numel())
     after, seconds = count_parameters(model), time.perf_counter() - start
-    return Report(config.scheme, config.init, before, after, seconds, reports, source, tuned)
+    made_with = model.config.quantization_config.made_with
+    return Report(config.scheme, config.init, before, after, seconds, reports, source, tuned, made_with)
 
 
 @dataclass(frozen=True)
@@ -284,9 +297,13 @@ def plan(model: PreTrainedModel, config: KronyConfig) -> list[Group]:
     if config.embedding is not None:
         embedding_shape(model, config.embedding)
     shapes = uniform_shapes(groups, config)
-    for group in groups if config.init == "neurons" else ():
+    for group in groups:
         names = [site.name for site in group.sites]
-        neurons.check_shapes(names, [shapes[name] for name in names], is_mlp=group.is_mlp and len(names) > 1)
+        whole = group.is_mlp and len(names) > 1
+        if config.init == "neurons":
+            neurons.check_shapes(names, [shapes[name] for name in names], is_mlp=whole)
+        elif config.init == "permuted":
+            permuted.check_mlp(names, is_mlp=whole)
     if config.reconstruct:
         for group in groups:
             check_reconstructible(model, group)
@@ -297,6 +314,65 @@ def uniform_shapes(groups: list[Group], config: KronyConfig) -> dict[str, KronSh
     """The split of every matrix when each layer gets the same scheme. Raises KronyError if it fits one of them not."""
     shapes = {site.name: site.shape(config.scheme) for group in groups for site in group.sites}
     return {name: low_rank(shape) for name, shape in shapes.items()} if config.init == "svd" else shapes
+
+
+def parameters_after(model: PreTrainedModel, groups: list[Group], config: KronyConfig) -> int:
+    """Unique parameters that ``compress`` leaves at most, scalars and embedding counted; for a model on meta too.
+
+    With ``allocation="global"`` a layer that stays whole has no factors, so it can be a little less.
+    """
+    count = count_parameters(model)
+    for shape in uniform_shapes(groups, config).values():
+        count += _parameters(shape, config) - shape.rows * shape.columns
+    if config.allocation == "global":
+        count += _more_by_allocation(groups, config)
+    if config.embedding is not None:
+        _, shape = embedding_shape(model, config.embedding)
+        count += shape.parameters - (0 if is_tied(model) else shape.rows * shape.columns)  # a tied head stays
+    return count
+
+
+def within(model: PreTrainedModel, config: KronyConfig, parameters: int) -> KronyConfig:
+    """``config`` with the scheme that makes the largest model of at most so many parameters. Raises KronyError."""
+    groups = find_groups(model, config.modules, config.layers)
+    if config.allocation == "global":
+        _check_global(groups, config)
+    scheme = schemes.for_budget(
+        layout(model, groups),
+        parameters,
+        neurons=config.init == "neurons",
+        size=lambda scheme: parameters_after(model, groups, replace(config, scheme=scheme)),
+    )
+    return replace(config, scheme=scheme)
+
+
+def _parameters(shape: KronShape, config: KronyConfig) -> int:
+    return shape.parameters + shape.factors * config.has_scalars(shape.factors)
+
+
+def _more_by_allocation(groups: list[Group], config: KronyConfig) -> int:
+    """What right factors and scalars take more when neurons are given to the layers ``portion`` by portion."""
+    more = 0
+    for site in (site for group in groups for site in group.sites):
+        shape = site.shape(config.scheme)
+        shape = shape.transposed if site.is_turned else shape  # (groups, width) ⊗ (r, 1), k factors
+        unit = portion(shape.rows, config.multiple_of)
+        parts = shape.m1 * shape.factors / unit
+        each = shape.rows // unit + config.has_scalars(2)  # of a part: its right factor, and its scalar
+        more += math.ceil(shape.m1 * shape.factors * shape.columns + parts * each) - _parameters(shape, config)
+    return more
+
+
+def _check_reachable(model: PreTrainedModel, groups: list[Group]) -> None:
+    """Raises KronyError where the weights aren't there to be read, or the device lacks float64."""
+    if model.device.type == "mps":
+        raise KronyError("factors are computed in float64, which mps has not: compress on the cpu, and move it then")
+    for site in (site for group in groups for site in group.sites):
+        if take_out(model, site.name)[0].is_meta:
+            raise KronyError(
+                f"{site.name}: its weight is not in memory but offloaded, as device_map='auto' does where there is too "
+                "little: load the model on one device, or go layer by layer with krony compress --stream"
+            )
 
 
 def _check_global(groups: list[Group], config: KronyConfig) -> None:
@@ -385,15 +461,13 @@ def _report(target: Target, factors: Factors, layer: KroneckerLinear, moments: M
     return LayerReport(target.name, target.shape, error, calibrated, factors.curve)
 
 
-def _factorise_embedding(model: PreTrainedModel, size: int) -> LayerReport:
+def _factorised_embedding(model: PreTrainedModel, size: int) -> tuple[KroneckerEmbedding, LayerReport]:
+    """What takes the embedding's place, and what it loses."""
     name, shape = embedding_shape(model, size)
     whole = embedding_of(model)[1]
     new = factorised(whole, shape)
-    if is_tied(model):
-        untie(model)
-    put_in(model, name, new)
     lost = whole.weight.double() - new.dense_weight(torch.float64)
-    return LayerReport(name, shape, _relative(lost.norm().item(), whole.weight.double().norm().item()))
+    return new, LayerReport(name, shape, _relative(lost.norm().item(), whole.weight.double().norm().item()))
 
 
 def _output_norm(weight: Tensor, second: Tensor) -> float:
@@ -405,12 +479,8 @@ def _relative(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
 
 
-def _reinitialise(model: PreTrainedModel, seed: int) -> None:
-    """Draws every weight outside the compressed layers anew, as the model's class does for a new model."""
+def _drawn_anew(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
+    """Weights as the model's class draws them for a new model, by name."""
     with torch.random.fork_rng(devices=[]):  # a new model is drawn on the CPU
         torch.manual_seed(seed)
-        fresh = type(model)(plain_config(model)).state_dict()
-    compressed = tuple(f"{name}." for name in kronecker_layers(model))
-    for name, value in model.state_dict().items():
-        if not name.startswith(compressed):
-            value.copy_(fresh[name])
+        return type(model)(plain_config(model)).state_dict()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from krony.errors import KronyError
 
 INITS = ("neurons", "als", "van-loan", "permuted", "prune", "svd", "random")
 RESCALED = ("van-loan", "permuted")  # those with adaptive normalisation
 CALIBRATED = ("neurons", "als", "svd")  # those that need calibration text
+PRUNING = ("neurons", "prune", "als")  # those that drop neurons, als at its start: epsilon is of these
 ALLOCATIONS = ("uniform", "global")
 
 
@@ -26,7 +28,8 @@ class KronyConfig:
         rescale: adaptive normalisation (paper, 3.3.2), of ``van-loan`` and ``permuted``.
         scalars: a trainable scalar a factor; None gives them where there is more than one factor.
         scalar_init: value the scalars start at, with the left factors divided so that the matrix stays the same.
-        epsilon: entry of the right factor for what was dropped; None is the init's own (0.1 ``prune``, 0 ``neurons``).
+        epsilon: entry of the right factor for what was dropped; None is the init's own (0.1 ``prune`` and the start of
+            ``als``, 0 ``neurons``).
         token_weighting: weight calibration tokens by 1/‖hidden state after the layer‖².
         reinit: ``all`` draws every other weight anew too (paper, Appendix C).
         seed: of everything random.
@@ -67,6 +70,8 @@ class KronyConfig:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise KronyError(f"{name} is {value}: it takes a finite number")
+        if self.epsilon is not None and self.init not in PRUNING:
+            raise KronyError(f"epsilon is of init {', '.join(PRUNING)}, and the init is {self.init}: leave it out")
         for name in ("max_width", "multiple_of"):
             value = getattr(self, name)
             if value is not None and self.allocation != "global":
@@ -87,6 +92,12 @@ class KronyConfig:
         if self.init in CALIBRATED:
             return f"init {self.init}"
         return next((name for name in ("reconstruct", "tune") if getattr(self, name)), None)
+
+    def given(self) -> dict[str, Any]:
+        """Scheme, init, seed, and every option that has not its default: what it takes to do it again."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        always = ("scheme", "init", "seed")
+        return {name: value for name, (value, default) in values.items() if name in always or value != default}
 
     def has_scalars(self, factors: int) -> bool:
         """Whether a sum of ``factors`` products carries scalars (the paper: where there is more than one)."""

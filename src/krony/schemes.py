@@ -11,7 +11,7 @@ width by model width) and a number of factors; the matrix that leads back takes 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -166,8 +166,10 @@ def with_factors(shape: KronShape, counts: list[int] | None) -> Iterator[KronSha
             yield KronShape(*shape.left, *shape.right, k)
 
 
-def for_budget(layout: Layout, parameters: int, *, neurons: bool) -> str:
+def for_budget(layout: Layout, parameters: int, *, neurons: bool, size: Callable[[str], int] | None = None) -> str:
     """The scheme whose model is the largest within ``parameters``; with ``neurons``, of those that keep neurons whole.
+
+    ``size`` tells the parameters of the model with a scheme; ``layout.parameters_with`` counts no scalars.
 
     Raises KronyError if the budget is not smaller than the model or too small for any scheme.
     """
@@ -180,7 +182,7 @@ def for_budget(layout: Layout, parameters: int, *, neurons: bool) -> str:
     else:
         shapes = list(full_rank_shapes(rows, columns))[:-1]
         candidates = [str(s) for shape in shapes for s in with_factors(shape, [1, 2, 3, 4])]
-    sizes = {c: layout.parameters_with(c) for c in candidates}
+    sizes = {c: (size or layout.parameters_with)(c) for c in candidates}
     fitting = [c for c in candidates if sizes[c] <= parameters]
     if not fitting:
         raise KronyError(f"no scheme is within {parameters:,} parameters: the smallest has {min(sizes.values()):,}")

@@ -1,8 +1,9 @@
 """Compression of a model that is never in memory as a whole: from safetensors to safetensors, layer by layer.
 
-Initialisations that look at one matrix at a time (``van-loan``, ``prune``, ``random``) hold one matrix. Those that
-read calibration text (``neurons``, ``als``, ``svd``) hold one transformer layer and its second moments; what enters the
-layer is kept on disk. All else is copied piece by piece. The tensors are those of ``krony.compress``, bit for bit.
+Initialisations that look at one matrix at a time (``van-loan``, ``prune``, ``random``) hold one matrix. Where
+calibration text is read (always by ``neurons``, ``als``, ``svd``; by the others to tell the errors of outputs) that is
+one transformer layer and its second moments; what enters the layer is kept on disk. All else is copied piece by piece.
+The tensors are those of ``krony.compress``, bit for bit.
 
 What OUT will hold is known beforehand, so its files are laid out in ``OUT.work`` and filled layer by layer.
 Interrupted, the same call goes on after the last layer that was finished; in the end the folder takes OUT's place.
@@ -46,12 +47,16 @@ ALONE = ("van-loan", "prune", "random")  # these take each matrix for itself
 AROUND = "embeddings, head and norms"
 
 
-def choose(name: str, config: KronyConfig, *, wanted: bool | None, dtype: str, device: str) -> Stream | None:
+def choose(
+    name: str, config: KronyConfig, *, wanted: bool | None, dtype: str, device: str, reads: bool = False
+) -> Stream | None:
     """The plan for going layer by layer, or None for the way through memory.
 
     Args:
+        reads: whether calibration text is given, whatever the initialisation needs.
         wanted: what the user says; None leaves it to the rule: a folder goes layer by layer if the initialisation takes
-            each matrix for itself, and else if its weights are more than half of the machine's memory.
+            each matrix for itself and no text is read, and else if its weights are more than half of the machine's
+            memory.
 
     Raises:
         KronyError: it is wanted and can't be done, the folder is damaged, or there is no such device.
@@ -63,9 +68,9 @@ def choose(name: str, config: KronyConfig, *, wanted: bool | None, dtype: str, d
         raise KronyError(f"--stream: {name} can't be compressed layer by layer: {why}")
     if wanted is False or folder is None or why:
         return None
-    if wanted is None and config.init not in ALONE and 2 * Checkpoint(folder).bytes <= memory():
+    if wanted is None and (reads or config.init not in ALONE) and 2 * Checkpoint(folder).bytes <= memory():
         return None
-    return prepare(folder, config, dtype=models.wanted_dtype(name, dtype))
+    return prepare(folder, config, dtype=models.wanted_dtype(name, dtype), reads=reads)
 
 
 def _obstacle(folder: Path | None, config: KronyConfig, device: str = "cpu") -> str | None:
@@ -107,6 +112,7 @@ class Stream:
     layout: Layout  # of what is written, by the target model's names
     names: dict[str, str]  # and what the files call it
     params: tuple[int, int]  # before and after
+    reads: bool  # whether it goes through calibration text
 
     @property
     def read_bytes(self) -> int:
@@ -118,16 +124,15 @@ class Stream:
 
     def kept_bytes(self, tokens: int) -> int:
         """What ``OUT.work`` holds besides: the hidden states that enter a layer and those that leave it."""
-        if self.config.init not in CALIBRATED:
+        if not self.reads:
             return 0
         return 2 * tokens * self.source.get_input_embeddings().weight.shape[1] * self.source.dtype.itemsize
 
     @property
     def memory_bytes(self) -> int:
         """About how much memory the run needs at its height, the libraries included."""
-        item, calibrated = self.source.dtype.itemsize, self.config.init in CALIBRATED
-        working = working_memory(self.groups, item, calibrated)
-        if not calibrated:
+        working = working_memory(self.groups, self.source.dtype.itemsize, self.reads)
+        if not self.reads:
             return working
         layers = [_bytes_of(self.source.get_submodule(name)) for name in self._layers()]
         table = _bytes_of(self.source.get_input_embeddings())
@@ -138,7 +143,7 @@ class Stream:
         return [*self._layers(), AROUND]
 
     def _layers(self) -> list[str]:
-        inside = [group for group in self.groups if group.layer is not None or self.config.init in CALIBRATED]
+        inside = [group for group in self.groups if group.layer is not None or self.reads]
         if not inside:
             return []
         stack = stack_name(inside, self.source)
@@ -162,8 +167,11 @@ def _bytes_of(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def prepare(folder: Path, config: KronyConfig, *, dtype: str | torch.dtype = "auto") -> Stream:
-    """Reads the headers of the model in ``folder`` and settles what will be written. Raises KronyError."""
+def prepare(folder: Path, config: KronyConfig, *, dtype: str | torch.dtype = "auto", reads: bool = False) -> Stream:
+    """Reads the headers of the model in ``folder`` and settles what will be written. Raises KronyError.
+
+    ``reads`` says that calibration text will be given although the initialisation doesn't need it.
+    """
     if why := _obstacle(folder, config):
         raise KronyError(f"{folder} can't be compressed layer by layer: {why}")
     checkpoint = Checkpoint(folder)
@@ -183,10 +191,10 @@ def prepare(folder: Path, config: KronyConfig, *, dtype: str | torch.dtype = "au
             dtype=old.weight.dtype,
         )
         put_in(target, name, new)
-    hf.mark(target, config)
     layout = {name: (value.dtype, tuple(value.shape)) for name, value in _saved(target).items()}
     params = count_parameters(source), count_parameters(target)
-    stream = Stream(folder, config, source, target, entries, shapes, groups, layout, _file_names(target) or {}, params)
+    names, reads = _file_names(target) or {}, reads or config.init in CALIBRATED
+    stream = Stream(folder, config, source, target, entries, shapes, groups, layout, names, params, reads)
     stream.units()  # there is one stack of layers
     return stream
 
@@ -205,7 +213,7 @@ def run(
     """Compresses the model and writes it to ``out``.
 
     Args:
-        calibration: token ids ``(sequences, length)``, where the initialisation needs them.
+        calibration: token ids ``(sequences, length)``, where the plan says that text is read.
         device: where layers are run and factors computed.
         shard_size: bytes of tensors a file, about.
         finish: puts tokenizer, card and the like into the folder before it takes its place.
@@ -217,9 +225,13 @@ def run(
     """
     start = time.perf_counter()
     config = stream.config
-    if config.init in CALIBRATED and calibration is None:
-        raise KronyError(f"init {config.init} needs calibration text: give calibration=")
-    if calibration is not None and config.init in CALIBRATED:
+    if stream.reads != (calibration is not None):
+        raise KronyError(
+            f"init {config.init} needs calibration text: give calibration="
+            if stream.reads
+            else "calibration text is given, and the plan was made without: prepare(…, reads=True)"
+        )
+    if calibration is not None:
         check_ids(calibration, stream.source)
     journal = Journal(out, _key(stream, calibration, shard_size))
     journal.open()
@@ -240,7 +252,10 @@ def run(
         order = {site.name: n for n, site in enumerate(s for g in stream.groups for s in g.sites)}
         reports.sort(key=lambda report: order[report.name])
         before, after = stream.params
-        report = Report(config.scheme, config.init, before, after, time.perf_counter() - start, reports)
+        hf.mark(stream.target, config, None if calibration is None else calibration.numel())
+        made_with = stream.target.config.quantization_config.made_with
+        seconds = time.perf_counter() - start
+        report = Report(config.scheme, config.init, before, after, seconds, reports, made_with=made_with)
         _describe(stream, folder)
         finish(folder, report)
         journal.publish(folder)
@@ -259,7 +274,6 @@ def _work(
     """Fills the shards unit by unit, from the first that is not done, and yields each when it is written."""
     units = stream.units()
     first = len(journal.done)
-    calibrated = stream.config.init in CALIBRATED
     last = max((n for n, unit in enumerate(units[:-1]) if _groups_of(stream, unit, units)), default=-1)
     blocks: Blocks | None = None
     read = _reader(stream)
@@ -267,7 +281,7 @@ def _work(
         progress(number, len(units), unit)
         groups = _groups_of(stream, unit, units)
         made: list[LayerReport] = []
-        if calibrated and number <= last:
+        if stream.reads and number <= last:
             if blocks is None:
                 assert ids is not None
                 blocks = Blocks(
@@ -294,7 +308,7 @@ def _work(
             if _owner(name, units) == unit and name in stream.entries and not _is_replaced(name, stream):
                 _copy(stream, name, shards)
         yield unit, made
-        if calibrated and number:
+        if stream.reads and number:
             _states(journal, number).unlink(missing_ok=True)
 
 
@@ -328,8 +342,9 @@ def _copy(stream: Stream, name: str, shards: Shards) -> None:
     entry, dtype = stream.entries[name], stream.layout[name][0]
     at = 0
     for piece in entry.pieces():
+        piece = piece.to(dtype)
         _check_finite(entry, piece)
-        shards.put(stream.names[name], piece.to(dtype), at=at)
+        shards.put(stream.names[name], piece, at=at)
         at += len(piece)
 
 
@@ -339,16 +354,17 @@ def _reader(stream: Stream) -> Callable[[str], Tensor]:
 
     def read(name: str) -> Tensor:
         entry = stream.entries[name]
-        value = entry.read()
+        value = entry.read().to(wanted[name].dtype)
         _check_finite(entry, value)
-        return value.to(wanted[name].dtype)
+        return value
 
     return read
 
 
 def _check_finite(entry: Entry, values: Tensor) -> None:
     if values.is_floating_point() and not torch.isfinite(values).all():
-        raise KronyError(f"{entry.file}: {entry.name} has values that are not finite")
+        why = "" if values.dtype == entry.dtype else f" in {str(values.dtype).removeprefix('torch.')}"
+        raise KronyError(f"{entry.file}: {entry.name} has values that are not finite{why}")
 
 
 def _is_replaced(name: str, stream: Stream) -> bool:

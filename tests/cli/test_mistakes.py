@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from small_models import gpt2, llama
 
@@ -45,6 +46,10 @@ def test_an_unknown_init_and_rescale_of_another(refused, gpt2_folder, tmp_path):
     arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5", "--init")
     assert "init 'magic' is unknown: it is one of" in refused(*arguments, "magic")
     assert "--rescale is of init van-loan and permuted" in refused(*arguments, "prune", "--no-rescale")
+    for init in ("van-loan", "permuted", "svd", "random"):
+        assert f"and the init is {init}: leave it out" in refused(*arguments, init, "--epsilon", 0.1)
+    single = (*arguments, "permuted", "--modules", "c_fc", "--dry-run")  # before anything is read
+    assert "mlp.c_fc: init permuted needs whole MLPs" in refused(*single)
 
 
 def test_calibration(refused, gpt2_folder, tmp_path):
@@ -55,7 +60,9 @@ def test_calibration(refused, gpt2_folder, tmp_path):
     assert "max_width is of allocation global" in refused(*arguments, "--max-width", 64)
     assert "global follows the costs of init neurons" in refused(*arguments, *VAN_LOAN, "--allocation", "global")
     (tmp_path / "short.txt").write_text("a few words")
-    assert "has 12 tokens: at least 64 make one" in refused(*arguments, "--calibration", tmp_path / "short.txt")
+    short = ("--calibration", tmp_path / "short.txt")
+    assert "has 12 tokens: at least 64 make one" in refused(*arguments, *short)
+    assert "calibration of 63 tokens: it takes at least 64" in refused(*arguments, *short, "--calibration-tokens", 63)
     assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
 
 
@@ -151,15 +158,45 @@ def test_inspect_with_another_base(refused, compressed, tmp_path):
     assert "has no layer transformer.h.0.mlp.c_fc" in refused("inspect", compressed, "--base", tmp_path / "llama")
 
 
-def test_json_that_cannot_be_written(krony, compressed, tmp_path):
-    done = krony("inspect", compressed, "--json", tmp_path / "none/x.json")
-    assert done.code == 2 and "can't be written" in done.err
-
-
-def test_pictures_and_pages_that_cannot_be_written(refused, krony, compressed, tmp_path):
+def test_figures_pictures_and_pages_that_cannot_be_written(refused, gpt2_folder, compressed, tmp_path):
+    """All of it is noticed before any work: nothing is printed, and OUT isn't there."""
+    missing = f"can't be written: there is no folder {tmp_path / 'none'}"
+    assert missing in refused("inspect", compressed, "--json", tmp_path / "none/x.json")
+    arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5", *VAN_LOAN)
+    assert missing in refused(*arguments, "--json", tmp_path / "none/x.json")
+    assert f"{tmp_path} is a folder: name a file" in refused(*arguments, "--json", tmp_path)
     assert "the name ends in .svg" in refused("inspect", compressed, "--plot", tmp_path / "p.gif")
-    done = krony("inspect", compressed, "--plot", tmp_path / "none/p.svg")
-    assert done.code == 2 and "can't be written" in done.err
+    assert missing in refused("inspect", compressed, "--plot", tmp_path / "none/p.svg")
+    assert "the name ends in .html" in refused("eval", compressed, "--report", tmp_path / "r.txt")
+    assert missing in refused("eval", compressed, "--report", tmp_path / "none/r.html")
+    assert "the name ends in .svg" in refused("reproduce", "figure1", "--plot", tmp_path / "f.png")
+    assert "it draws figure1, and this is table1" in refused("reproduce", "table1", "--plot", tmp_path / "f.svg")
+    assert [p.name for p in tmp_path.iterdir()] == ["compressed"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:130] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_memory(refused, gpt2_folder, tmp_path, monkeypatch, error):
+    """torch raises it as a RuntimeError; another RuntimeError is a defect, and shows where it is."""
+    import krony.compression
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(krony.compression, "compress", fail)
+    arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5", *VAN_LOAN, "--no-stream")
+    assert "there is not enough memory" in refused(*arguments)
+    assert not list(tmp_path.iterdir())
+    error = RuntimeError("another defect")
+    monkeypatch.setattr(krony.compression, "compress", fail)
+    with pytest.raises(RuntimeError, match="another defect"):
+        refused(*arguments)
 
 
 def test_factors_that_are_no_numbers(refused):
@@ -184,6 +221,9 @@ def test_data_prepare(refused, gpt2_folder, tmp_path):
     assert "is one document, which can't be split" in refused(*arguments)
     assert "the val share is 2.0: it is a share of the documents" in refused(*arguments, "--val-share", 2)
     assert "holds no model" in refused(*arguments[:-1], tmp_path)
+    (tmp_path / "few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    few = ("data", "prepare", tmp_path / "few.jsonl", *arguments[3:], "--val-share", 0.6)
+    assert "a val share of 0.6 of 2 documents leaves none to train on" in refused(*few)
     missing = ("data", "prepare", tmp_path / "none.jsonl", tmp_path / "out", "--tokenizer", tmp_path)
     assert "there is no such file" in refused(*missing)  # before the tokenizer, which may be a download away
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """Each verb, used as its help says."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_compress_writes_a_model_that_loads(krony, gpt2_folder, tmp_path, ids):
     done = krony("compress", gpt2_folder, out, "--scheme", "keep=0.5", "--init", "van-loan", "--json", "-")
     assert done.code == 0, done.err
     report = done.json
-    assert set(report) == {"scheme", "init", "params_before", "params_after", "seconds", "layers"}
+    assert set(report) == {"scheme", "init", "params_before", "params_after", "seconds", "made_with", "layers"}
     assert set(report["layers"][0]) == {"name", "left", "right", "factors", "error", "calibrated_error"}
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert sum(p.numel() for p in model.parameters()) == report["params_after"]
@@ -60,6 +61,36 @@ def test_a_dry_run_says_what_and_writes_nothing(krony, gpt2_folder, tmp_path):
     assert dry.json["params_after"] == done.json["params_after"]
     keys = ("name", "left", "right", "factors")
     assert [{k: layer[k] for k in keys} for layer in done.json["layers"]] == dry.json["layers"]
+
+
+def test_what_it_was_made_with_is_kept(krony, gpt2_folder, tmp_path):
+    """In config.json and in the card, so that it can be done again."""
+    (tmp_path / "t.txt").write_text("some words to calibrate on, and some more. " * 10)
+    options = ("--scheme", "keep=0.5", "--tune", 2, "--no-token-weighting", "--seed", 7, "--calibration-tokens", 320)
+    arguments = ("compress", gpt2_folder, tmp_path / "out", *options, "--calibration", tmp_path / "t.txt")
+    done = krony(*arguments, "--json", "-")
+    assert done.code == 0, done.err
+    made_with = {"krony": library.__version__, "scheme": "keep=0.5", "init": "neurons", "seed": 7, "tune": 2}
+    made_with |= {"token_weighting": False, "calibration_tokens": 320}
+    assert done.json["made_with"] == made_with
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["made_with"] == made_with
+    card = (tmp_path / "out/README.md").read_text()
+    assert "token weighting `False`" in card and "tune `2`" in card and "seed `7`" in card
+    assert f"calibrated on 320 tokens of {tmp_path / 't.txt'}" in card
+
+
+def test_a_dry_run_of_low_rank_and_of_the_shipped_model(krony, gpt2_folder, tmp_path):
+    (tmp_path / "t.txt").write_text("some words to calibrate on, and some more. " * 10)
+    text = ("--calibration", tmp_path / "t.txt")
+    arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5", "--init", "svd", *text)
+    dry, done = krony(*arguments, "--dry-run", "--json", "-"), krony(*arguments, "--json", "-")
+    assert dry.json["params_after"] == done.json["params_after"]
+    assert dry.json["layers"][0]["left"] == done.json["layers"][0]["left"] == [192, 1]
+    arguments = ("compress", "demo", tmp_path / "d", "--scheme", "keep=0.5", "--init", "van-loan", "--no-stream")
+    dry, done = krony(*arguments, "--dry-run", "--json", "-"), krony(*arguments)
+    assert done.code == 0
+    size = (tmp_path / "d/model.safetensors").stat().st_size  # float32, with a header
+    assert 0 < size - dry.json["write_bytes"] < 20_000
 
 
 def test_the_embedding_too(krony, gpt2_folder, tmp_path):
@@ -91,6 +122,31 @@ def test_the_embedding_too(krony, gpt2_folder, tmp_path):
 def test_a_budget_instead_of_a_scheme(krony, gpt2_folder, tmp_path):
     done = krony("compress", gpt2_folder, tmp_path / "out", "--params", "70k", "--init", "van-loan", "--json", "-")
     assert 60_000 < done.json["params_after"] <= 70_000
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--init", "prune", "--scalars"),
+        ("--init", "van-loan", "--embedding", 2),
+        ("--allocation", "global"),
+        ("--allocation", "global", "--multiple-of", 16, "--no-scalars"),
+        ("--init", "svd"),
+        (),
+    ],
+)
+def test_a_budget_counts_all_there_is(krony, gpt2_folder, tmp_path, options):
+    """Scalars and a factorised embedding too; the next larger scheme would be over it."""
+    (tmp_path / "t.txt").write_text("some words to calibrate on, and some more. " * 60)
+    arguments = ("compress", gpt2_folder, tmp_path / "out", *options, "--calibration", tmp_path / "t.txt")
+    for budget in (58_000, 64_321):
+        dry = krony(*arguments, "--params", budget, "--dry-run", "--json", "-")
+        done = krony(*arguments, "--params", budget, "--json", "-")
+        assert done.code == 0, done.err
+        assert budget - 2_500 < done.json["params_after"] <= dry.json["params_after"] <= budget
+        if "global" not in options:
+            assert done.json["params_after"] == dry.json["params_after"]
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_eval_reports_every_set(krony, compressed, tmp_path):
@@ -215,6 +271,30 @@ def test_heal_resumed_before_the_first_checkpoint(krony, compressed, tmp_path):
     assert done.code == 0, done.err
     assert "holds no checkpoint yet: from the beginning" in " ".join((done.out + done.err).split())
     assert (tmp_path / "out/config.json").exists() and not (tmp_path / "out.work").exists()
+
+
+def test_heal_resumed_while_the_control_had_no_checkpoint(krony, compressed, gpt2_folder, tmp_path, monkeypatch):
+    """The model itself is trained to its end by then: it goes on from its last checkpoint, and the control begins."""
+    import krony.healing as healing
+
+    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten. " * 40)
+    options = ("--data", tmp_path / "text.txt", "--length", 32, "--control", gpt2_folder)
+    train = healing.heal
+
+    def stop_in_the_control(*arguments, **named):
+        if named["work"].name == "control":
+            named["work"].mkdir(parents=True)
+            raise KeyboardInterrupt
+        return train(*arguments, **named)
+
+    monkeypatch.setattr(healing, "heal", stop_in_the_control)
+    assert krony("heal", compressed, tmp_path / "out", *options).code != 0
+    assert list((tmp_path / "out.work").glob("checkpoint-*")) and (tmp_path / "out.work/control").exists()
+    monkeypatch.setattr(healing, "heal", train)
+    done = krony("heal", compressed, tmp_path / "out", *options, "--resume", "--json", tmp_path / "h.json")
+    assert done.code == 0, done.err
+    figures = json.loads((tmp_path / "h.json").read_text())
+    assert figures["control"]["tokens"] == figures["tokens"] > 0
 
 
 def test_heal(krony, compressed, gpt2_folder, tmp_path):

@@ -99,10 +99,11 @@ def run(
         raise KronyError("compress needs a size: either --scheme (krony schemes MODEL lists them) or --params")
     from krony import ranks
     from krony.calibration import LENGTH, calibration_set
-    from krony.compression import compress, plan
+    from krony.compression import compress, plan, within
     from krony.config import CALIBRATED, RESCALED, KronyConfig
     from krony.files import cache_folder, check_writable, fresh_folder
     from krony.models import context_length, empty_model, load_config, load_model, load_tokenizer
+    from krony.schemes import parse_parameters
     from krony.streaming import choose
 
     if rescale is not None and init not in RESCALED:
@@ -110,7 +111,7 @@ def run(
     quiet_libraries()
     skeleton = empty_model(load_config(model))
     config = KronyConfig(
-        scheme=scheme or _scheme_for(params or "", skeleton, modules, layers, init),
+        scheme=scheme or "",
         init=init,
         allocation=allocation,
         layers=layers,
@@ -128,10 +129,13 @@ def run(
         reinit=reinit,
         seed=seed,
     )
+    if params is not None:
+        config = within(skeleton, config, parse_parameters(params))
     groups = plan(skeleton, config)
-    way = choose(model, config, wanted=stream, dtype=dtype, device=device)
+    reads = calibration is not None or config.reader is not None
+    way = choose(model, config, wanted=stream, dtype=dtype, device=device, reads=reads)
     if dry_run:
-        tokens = calibration_tokens if config.reader else 0
+        tokens = calibration_tokens if reads else 0
         preview(to, model, skeleton, groups, config, way, tokens=tokens, dtype=dtype)
         return
     if calibration is None and config.reader:
@@ -142,12 +146,14 @@ def run(
     check_writable(out)
     device = ranks.join(device)
     ids: Tensor | None = None
+    text = ""  # in words
     if calibration is not None:
         length = min(LENGTH, context_length(skeleton))
         ids = calibration_set(calibration, load_tokenizer(model), tokens=calibration_tokens, length=length, seed=seed)
-        to.say(f"calibration: {ids.numel():,} tokens of {calibration}")
+        text = f"{ids.numel():,} tokens of {calibration}"
+        to.say(f"calibration: {text}")
     if way is not None:
-        report = _stream(to, way, model, out, ids, device)
+        report = _stream(to, way, model, out, ids, text, device)
         _print(to, report, out)
         to.json(report.to_json())
         return
@@ -160,20 +166,12 @@ def run(
     if report.calibration is not None:
         to.say(report.calibration)
     with fresh_folder(out) as folder:
-        _save(original, model, folder, report)
+        _save(original, model, folder, report, text)
     _print(to, report, out)
     to.json(report.to_json())
 
 
-def _scheme_for(params: str, skeleton: PreTrainedModel, modules: str, layers: str, init: str) -> str:
-    from krony.schemes import for_budget, parse_parameters
-    from krony.surgery import find_groups, layout
-
-    groups = find_groups(skeleton, modules, layers)
-    return for_budget(layout(skeleton, groups), parse_parameters(params), neurons=init == "neurons")
-
-
-def _stream(to: Output, way: Stream, model: str, out: Path, ids: Tensor | None, device: str) -> Report:
+def _stream(to: Output, way: Stream, model: str, out: Path, ids: Tensor | None, text: str, device: str) -> Report:
     from krony.journal import work_folder
     from krony.streaming import run
 
@@ -182,7 +180,7 @@ def _stream(to: Output, way: Stream, model: str, out: Path, ids: Tensor | None, 
         from krony.models import save_tokenizer
 
         save_tokenizer(folder, source=model)
-        (folder / "README.md").write_text(model_card(model, report), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(model, report, text), encoding="utf-8")
 
     work = work_folder(out)
     to.say(f"layer by layer, {in_bytes(way.write_bytes)} to write; until it is whole it is in {work}")
@@ -195,12 +193,12 @@ def _stream(to: Output, way: Stream, model: str, out: Path, ids: Tensor | None, 
             raise
 
 
-def _save(model: PreTrainedModel, source: str, folder: Path, report: Report) -> None:
+def _save(model: PreTrainedModel, source: str, folder: Path, report: Report, text: str) -> None:
     from krony.card import model_card
     from krony.models import save
 
     save(model, folder, source=source)
-    (folder / "README.md").write_text(model_card(source, report), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(source, report, text), encoding="utf-8")
 
 
 def _print(to: Output, report: Report, out: Path) -> None:

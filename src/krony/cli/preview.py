@@ -26,28 +26,26 @@ def preview(
     dtype: str,
 ) -> None:
     """Prints the layers, the bytes and the memory; ``tokens`` is how much text is read, 0 for none."""
-    from krony.embedding import embedding_shape, is_tied
+    from krony.compression import parameters_after, uniform_shapes
+    from krony.embedding import embedding_shape
     from krony.surgery import count_parameters
 
-    before = after = count_parameters(skeleton)
-    layers, rows = [], []
-    for site in (site for group in groups for site in group.sites):
-        shape = site.shape(config.scheme)
-        after += shape.parameters + shape.factors * config.has_scalars(shape.factors) - shape.rows * shape.columns
-        layers.append(
-            {"name": site.name, "left": list(shape.left), "right": list(shape.right), "factors": shape.factors}
-        )
-        rows.append([site.name, f"{shape.m1}x{shape.n1}", f"{shape.m2}x{shape.n2}", str(shape.factors)])
+    before, after = count_parameters(skeleton), parameters_after(skeleton, groups, config)
+    shapes = uniform_shapes(groups, config)
     if config.embedding is not None:
-        name, shape = embedding_shape(skeleton, config.embedding)
-        after += shape.parameters - (0 if is_tied(skeleton) else shape.rows * shape.columns)  # a tied head stays
-        layers.append({"name": name, "left": list(shape.left), "right": list(shape.right), "factors": 1})
-        rows.append([name, f"{shape.m1}x{shape.n1}", f"{shape.m2}x{shape.n2}", "1"])
+        shapes |= [embedding_shape(skeleton, config.embedding)]
+    layers = [
+        {"name": name, "left": list(shape.left), "right": list(shape.right), "factors": shape.factors}
+        for name, shape in shapes.items()
+    ]
+    rows = [
+        [name, f"{shape.m1}x{shape.n1}", f"{shape.m2}x{shape.n2}", str(shape.factors)] for name, shape in shapes.items()
+    ]
     to.table(["layer", "left", "right", "factors"], rows)
     if config.allocation == "global":
         to.say("this is the budget, evenly: allocation global shares it out among the layers once it has read the text")
     to.say(f"would replace {len(layers)} matrices: {before:,} -> {after:,} parameters ({after / before:.1%})")
-    costs = _costs(way, skeleton, groups, config, before, after, tokens, dtype)
+    costs = _costs(way, model, skeleton, groups, config, before, after, tokens, dtype)
     how = "layer by layer from the files (--stream)" if way is not None else "with the model in memory (--no-stream)"
     kept = f" and {in_bytes(costs['kept_bytes'])} meanwhile in OUT.work" if costs["kept_bytes"] else ""
     to.say(
@@ -59,11 +57,11 @@ def preview(
 
 
 def _costs(
-    way: Stream | None, skeleton: PreTrainedModel, groups: list[Group], config: KronyConfig, before: int, after: int,
-    tokens: int, dtype: str,
+    way: Stream | None, model: str, skeleton: PreTrainedModel, groups: list[Group], config: KronyConfig, before: int,
+    after: int, tokens: int, dtype: str,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that would be read, written, kept meanwhile, and held in memory."""
-    from krony.models import DTYPES
+    from krony.models import DTYPES, wanted_dtype
     from krony.streaming import working_memory
 
     if way is not None:
@@ -74,13 +72,19 @@ def _costs(
             "kept_bytes": way.kept_bytes(tokens),
             "memory_bytes": way.memory_bytes,
         }
-    item = DTYPES.get(dtype, skeleton.dtype).itemsize
+    wanted = wanted_dtype(model, dtype)
+    item = (DTYPES.get(wanted, skeleton.dtype) if isinstance(wanted, str) else wanted).itemsize
     held = item * (before + after) + working_memory(groups, item, bool(tokens))
     if config.tune:  # the original beside it, and the new layers five times over: first, gradient, AdamW's two, float32
         sites = [site for group in groups for site in group.sites]
         new = after - before + sum(site.out_features * site.in_features for site in sites)
         held += item * before + 5 * 4 * new
-    return {"read_bytes": item * before, "write_bytes": item * after, "kept_bytes": 0, "memory_bytes": held}
+    return {
+        "read_bytes": skeleton.dtype.itemsize * before,
+        "write_bytes": item * after,
+        "kept_bytes": 0,
+        "memory_bytes": held,
+    }
 
 
 def in_bytes(count: int) -> str:

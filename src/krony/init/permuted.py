@@ -35,14 +35,19 @@ def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments 
     Raises KronyError unless the targets are an MLP's matrices.
     """
     *ups, down = targets
-    if not ups or down.role != "down":
-        raise KronyError(f"{down.name}: init permuted needs whole MLPs; for single layers take van-loan")
+    check_mlp([t.name for t in targets], is_mlp=bool(ups) and down.role == "down")
     tall = [(t.weight.double(), t.shape) for t in ups] + [(down.weight.double().T, down.shape.transposed)]
     order = best_order([w for w, _ in tall], [s for _, s in tall])
     moved = [replace(t, weight=t.weight[order]) for t in ups] + [replace(down, weight=down.weight[:, order])]
     made = van_loan.initialise(moved, config)
     biases = [None if t.bias is None else t.bias.double()[order] for t in ups] + [None]
     return [replace(f, bias=bias, order=order) for f, bias in zip(made, biases, strict=True)]
+
+
+def check_mlp(names: Sequence[str], *, is_mlp: bool) -> None:
+    """Raises KronyError unless these are an MLP's matrices, the one that leads back last."""
+    if not is_mlp:
+        raise KronyError(f"{names[-1]}: init permuted needs whole MLPs; for single layers take van-loan")
 
 
 def best_order(matrices: Sequence[Tensor], shapes: Sequence[KronShape]) -> Tensor:
