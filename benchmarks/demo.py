@@ -25,8 +25,8 @@ def section(demo: Demo) -> str:
     tokens = demo.healing["neurons"].tokens
     return f"""Half of the MLPs' weights gone from a small GPT-2 that comes with krony, by krony's neuron selection and
 by the paper's starts; then {tokens:,} tokens of healing, and as much training of the unharmed original for comparison.
-Perplexity on documentation that no model has seen, and speed, against the original's
-({machine()["processor"]}, {machine()["threads"]} threads, float32):
+Perplexity on documentation that no model has seen, and speed, against the original's, of `neurons` as `krony export
+--to slim` writes it ({machine()["processor"]}, {machine()["threads"]} threads, float32):
 
 {table(demo).markdown()}
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from krony.errors import KronyError
-from krony.surgery import find_groups, kronecker_layers, original, put_in, take_out
+from krony.surgery import find_groups, kronecker_layers, original, plain_layer, put_in, take_out
 
 FORMS = ("dense", "slim")
 WIDTHS = ("n_inner", "intermediate_size", "ffn_dim", "ffn_hidden_size")  # what configs call the hidden width
@@ -109,10 +108,4 @@ def _narrow(model: PreTrainedModel, name: str, neurons: Tensor, width: int, *, c
     cut = nn.functional.pad(cut, (0, more) if columns else (0, 0, 0, more))  # (out, in)
     if bias is not None and not columns:
         bias = nn.functional.pad(bias[neurons], (0, more))
-    out, into = cut.shape
-    old = model.get_submodule(name)
-    with torch.device("meta"):
-        new = Conv1D(out, into) if isinstance(old, Conv1D) else nn.Linear(into, out, bias=bias is not None)
-    new.weight = nn.Parameter((cut.T if isinstance(old, Conv1D) else cut).contiguous())
-    new.bias = None if bias is None else nn.Parameter(bias.clone())
-    return new.train(old.training)
+    return plain_layer(model.get_submodule(name), cut, bias)

@@ -1,7 +1,7 @@
 """Find the linear layers of a model that krony replaces, take their matrices out, put KroneckerLinears in.
 
 Everything outside this file is ``(out, in)``. GPT-2's ``Conv1D`` stores ``(in, out)``: it is transposed here, in
-``take_out`` and ``to_dense``, and nowhere else.
+``take_out`` and ``plain_layer``, and nowhere else.
 """
 
 from __future__ import annotations
@@ -153,6 +153,21 @@ def put_in(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def plain_layer(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A layer of the kind and mode of ``like``, ``nn.Linear`` or ``Conv1D``, with these values, copied.
+
+    ``weight``: ``(out, in)``; ``bias``: ``(out,)`` or None.
+    """
+    out, into = weight.shape
+    with torch.device("meta"):
+        new = Conv1D(out, into) if isinstance(like, Conv1D) else nn.Linear(into, out, bias=bias is not None)
+    new.weight = nn.Parameter(
+        (weight.T if isinstance(like, Conv1D) else weight).clone(memory_format=torch.contiguous_format)
+    )
+    new.bias = None if bias is None else nn.Parameter(bias.clone())
+    return new.train(like.training)
+
+
 def kronecker_layers(model: nn.Module) -> dict[str, KroneckerLinear]:
     """The compressed layers of a model by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, KroneckerLinear)}
@@ -168,10 +183,8 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     whole = original(model)
     part(model)
     for name, layer in kronecker_layers(model).items():
-        plain = whole.get_submodule(name)
-        weight = layer.dense_weight().detach()
-        plain.weight = nn.Parameter((weight.T if isinstance(plain, Conv1D) else weight).contiguous())
-        plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
+        bias = None if layer.bias is None else layer.bias.detach()
+        plain = plain_layer(whole.get_submodule(name), layer.dense_weight().detach(), bias)
         put_in(model, name, plain.train(layer.training))
     for name, embedding in kronecker_embeddings(model).items():
         weight = embedding.dense_weight().detach()
