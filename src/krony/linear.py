@@ -34,6 +34,10 @@ class KroneckerLinear(nn.Module):
         bias: ``(m1*m2,)``, or None.
 
     ``path`` forces one of the forward paths; None leaves it to ``krony.planner``.
+
+    In eval mode without gradients, what is made of the parameters is kept from call to call, and made anew when they
+    change, be it in place or by an optimiser. What no tensor of torch's knows of, a change in place through ``.data``,
+    is not seen: call ``eval()`` after it.
     """
 
     def __init__(
