@@ -31,12 +31,13 @@ from krony.surgery import put_in
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 150  # of reconstruction, an MLP
-TUNING = 240  # steps, a sequence each
+TUNING = 960  # steps of 128 tokens
 WAYS: dict[str, dict] = {
     "neurons": {},
     "neurons, global": {"allocation": "global"},
     "neurons, global, reconstructed": {"allocation": "global", "reconstruct": STEPS},
     "neurons, global, tuned": {"allocation": "global", "tune": TUNING},
+    "neurons, global, reconstructed, tuned": {"allocation": "global", "reconstruct": STEPS, "tune": TUNING},
     "svd": {"init": "svd"},
     "van-loan": {"init": "van-loan"},
     "prune": {"init": "prune"},
@@ -220,8 +221,9 @@ def main() -> None:
             print(f"{keep:g} {way}: {_cells(results['rows'][-1], results)}", flush=True)
     text = (
         "# Quality without healing\n\nWritten by `python benchmarks/quality.py`.\n"
-        f"{results['model']}, seed {options.seed}; calibration on {ids.numel():,} tokens; `tuned` is {TUNING} steps "
-        f"of `--tune` on them; int8 is torchao's, of weights alone. The first {options.tokens:,} tokens of each set in "
+        f"{results['model']}, seed {options.seed}; calibration on {ids.numel():,} tokens; `tuned` is `--tune {TUNING}` "
+        f"on them, `reconstructed` `--reconstruct {STEPS}`; int8 is torchao's, of weights alone. "
+        f"The first {options.tokens:,} tokens of each set in "
         f"{results['dtype']}, OpenWebText by the `token` protocol, the others by the `paper` one. "
         "Removed is a share of the MLPs' parameters; then perplexities, LAMBADA's "
         f"last-word accuracy, and seconds to compress on {results['machine']['threads']} threads of "
