@@ -174,6 +174,12 @@ def test_one_that_is_stopped_while_it_is_kept_leaves_nothing(model, ids, tmp_pat
     assert not list(tmp_path.rglob("*.*"))
 
 
+def test_a_cache_that_is_a_file(model, ids, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(KronyError, match="the calibration can't be kept there"):
+        list(Calibration(model, find_groups(model), ids, cache=tmp_path / "cache"))
+
+
 def test_a_damaged_cache_is_named(model, ids, tmp_path):
     groups = find_groups(model)
     calibration = Calibration(model, groups, ids, cache=tmp_path)

@@ -95,7 +95,7 @@ def test_it_keeps_the_dtype_that_the_model_has_now(ids, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path).float()
     assert export_model(model).dtype == torch.float32
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert model.dequantize(dtype=torch.float16).dtype == torch.float16
+    assert model.dequantize(dtype="float16").dtype == torch.float16
 
 
 def test_mistakes(ids):

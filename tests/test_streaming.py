@@ -86,6 +86,13 @@ def test_the_errors_of_outputs_where_text_is_given_and_not_needed(family, init, 
         streaming.run(plan, tmp_path / "other", calibration=text())
 
 
+def test_a_plan_that_is_run_twice_gives_the_same(tmp_path):
+    gpt2().save_pretrained(tmp_path / "source")
+    plan = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"))
+    assert streaming.run(plan, tmp_path / "one").made_with == streaming.run(plan, tmp_path / "two").made_with
+    assert (tmp_path / "one/config.json").read_text() == (tmp_path / "two/config.json").read_text()
+
+
 def test_what_is_too_large_for_the_wanted_dtype_is_refused(tmp_path):
     model = gpt2()
     with torch.no_grad():

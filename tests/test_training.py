@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, PersimmonConfig, PersimmonForCausalLM
 
 from krony import KronyConfig, KronyError, compress
 from krony.healing import heal
@@ -69,6 +69,19 @@ def test_all_is_undone(scaled):
         _ = 1 / 0
     assert not scaled.transformer.gradient_checkpointing and all(p.requires_grad for p in scaled.parameters())
     assert scaled.transformer.h[0].attn.attn_dropout.p == 0.1
+
+
+def test_dropout_that_is_read_from_the_config_in_every_call_is_off_too():
+    config = PersimmonConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, attention_dropout=0.5, hidden_dropout=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = PersimmonForCausalLM(config).train(), torch.arange(20)[None]
+    with trainable(model, "none"):
+        assert torch.equal(model(ids).logits, model.eval()(ids).logits)
+        model.train()
+    assert model.config.attention_dropout == 0.5
 
 
 def test_dropout_that_layers_keep_as_numbers_is_off_too():

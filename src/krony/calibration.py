@@ -164,7 +164,8 @@ class Calibration:
         except (OSError, SafetensorError) as error:
             raise KronyError(f"{file.parent}: the calibration can't be kept there: {error}") from None
         finally:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):  # where the folder is none, there is no such file either
+                beside.unlink()
 
     def _chunks(self) -> Iterator[list[int]]:
         chunk: list[int] = []

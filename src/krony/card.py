@@ -12,11 +12,11 @@ NAMED = ("krony", "scheme", "init", "calibration_tokens", "earlier")  # what the
 def model_card(source: str, report: Report, text: str = "") -> str:
     """Markdown for the folder's README: what was done, its figures, and how to load it.
 
-    ``text`` says what it was calibrated on.
+    ``text`` says what text was read and why, ``calibrated on 49,152 tokens of …``.
     """
     options = {name: value for name, value in report.made_with.items() if name not in NAMED}
     how = "".join(f", {name.replace('_', ' ')} `{value}`" for name, value in options.items())
-    how += f", calibrated on {text}" if text else ""
+    how += f", {text}" if text else ""
     layers = "\n".join(
         f"| {layer.name} | {layer.shape.m1}x{layer.shape.n1} | {layer.shape.m2}x{layer.shape.n2} "
         f"| {layer.shape.factors} | {layer.error:.4f} |"

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def compress(
     """
     start = time.perf_counter()
     groups = plan(model, config)
-    _check_reachable(model, groups)
+    _check_reachable(model)
     before = count_parameters(model)
     ids = _token_ids(calibration, tokenizer, config)
     original = copy.deepcopy(model).eval() if config.tune else model  # the teacher, and what the errors are measured by
@@ -163,7 +163,7 @@ def compress(
             put_in(model, embedding[1].name, embedding[0])
             reports.append(embedding[1])
     progress(len(groups), len(groups), "done")
-    hf.mark(model, config, None if ids is None else ids.numel())
+    hf.mark(model, config, ids.numel() if ids is not None and config.reader else None)
     after, seconds = count_parameters(model), time.perf_counter() - start
     made_with = model.config.quantization_config.made_with
     return Report(config.scheme, config.init, before, after, seconds, reports, source, tuned, made_with)
@@ -294,6 +294,8 @@ def plan(model: PreTrainedModel, config: KronyConfig) -> list[Group]:
     schemes.check_name(config.scheme, layout(model, find_groups(model) if config.modules == "mlp" else groups))
     if config.allocation == "global":
         _check_global(groups, config)
+        if _kept_by_allocation(groups, config) is None:
+            raise KronyError(_too_little_to_share(groups, config))
     if config.embedding is not None:
         embedding_shape(model, config.embedding)
     shapes = uniform_shapes(groups, config)
@@ -341,9 +343,16 @@ def within(model: PreTrainedModel, config: KronyConfig, parameters: int) -> Kron
         layout(model, groups),
         parameters,
         neurons=config.init == "neurons",
-        size=lambda scheme: parameters_after(model, groups, replace(config, scheme=scheme)),
+        size=lambda scheme: _size(model, groups, replace(config, scheme=scheme)),
     )
     return replace(config, scheme=scheme)
+
+
+def _size(model: PreTrainedModel, groups: list[Group], config: KronyConfig) -> int | None:
+    """``parameters_after``, or None where the scheme can't be had."""
+    if config.allocation == "global" and _kept_by_allocation(groups, config) is None:
+        return None
+    return parameters_after(model, groups, config)
 
 
 def _parameters(shape: KronShape, config: KronyConfig) -> int:
@@ -351,28 +360,36 @@ def _parameters(shape: KronShape, config: KronyConfig) -> int:
 
 
 def _more_by_allocation(groups: list[Group], config: KronyConfig) -> int:
-    """What right factors and scalars take more when neurons are given to the layers ``portion`` by portion."""
-    more = 0
+    """What right factors and scalars take more, and ``max_width`` less, when neurons are given to the layers."""
+    kept, more = _kept_by_allocation(groups, config) or 0.0, 0.0
     for site in (site for group in groups for site in group.sites):
         shape = site.shape(config.scheme)
         shape = shape.transposed if site.is_turned else shape  # (groups, width) ⊗ (r, 1), k factors
         unit = portion(shape.rows, config.multiple_of)
-        parts = shape.m1 * shape.factors / unit
-        each = shape.rows // unit + config.has_scalars(2)  # of a part: its right factor, and its scalar
-        more += math.ceil(shape.m1 * shape.factors * shape.columns + parts * each) - _parameters(shape, config)
-    return more
+        each = shape.rows // unit + config.has_scalars(2)  # of a portion: its right factor, and its scalar
+        more += kept * shape.columns + kept / unit * each - _parameters(shape, config)
+    return math.ceil(more)
 
 
-def _check_reachable(model: PreTrainedModel, groups: list[Group]) -> None:
-    """Raises KronyError where the weights aren't there to be read, or the device lacks float64."""
+def _kept_by_allocation(groups: list[Group], config: KronyConfig) -> float | None:
+    """How many neurons a layer keeps in the mean; None where that is less than one portion each."""
+    shape = groups[0].sites[0].shape(config.scheme)
+    unit = portion(shape.rows, config.multiple_of)
+    total = shape.m1 * shape.factors * len(groups) // unit * unit
+    ceiling = min(shape.rows, config.max_width or shape.rows) // unit * unit
+    return min(total / len(groups), ceiling) if total >= unit * len(groups) and ceiling else None
+
+
+def _check_reachable(model: PreTrainedModel) -> None:
+    """Raises KronyError where weights aren't there to be read, or the device lacks float64."""
     if model.device.type == "mps":
         raise KronyError("factors are computed in float64, which mps has not: compress on the cpu, and move it then")
-    for site in (site for group in groups for site in group.sites):
-        if take_out(model, site.name)[0].is_meta:
-            raise KronyError(
-                f"{site.name}: its weight is not in memory but offloaded, as device_map='auto' does where there is too "
-                "little: load the model on one device, or go layer by layer with krony compress --stream"
-            )
+    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if away is not None:
+        raise KronyError(
+            f"{away} is not in memory but offloaded, as device_map='auto' does where there is too little: load the "
+            "model on one device, or go layer by layer with krony compress --stream"
+        )
 
 
 def _check_global(groups: list[Group], config: KronyConfig) -> None:
@@ -381,6 +398,22 @@ def _check_global(groups: list[Group], config: KronyConfig) -> None:
     widths = {group.sites[0].out_features for group in groups}
     if len(widths) != 1:
         raise KronyError(f"allocation global needs layers of one hidden width, and these have {sorted(widths)}")
+    first = groups[0].sites[0]
+    unit = portion(first.out_features, config.multiple_of)
+    if first.out_features // unit - 1 > unit * first.in_features:  # portions are factors of unit x in_features
+        raise KronyError(
+            f"multiple_of {unit} makes more portions of {first.out_features} neurons than a layer can have factors: "
+            "take a larger one"
+        )
+
+
+def _too_little_to_share(groups: list[Group], config: KronyConfig) -> str:
+    shape = groups[0].sites[0].shape(config.scheme)
+    unit = portion(shape.rows, config.multiple_of)
+    if config.max_width is not None and config.max_width < unit:
+        return f"max_width {config.max_width} is less than the {unit} neurons that a layer keeps at least"
+    kept = shape.m1 * shape.factors
+    return f"scheme {config.scheme} keeps {kept} neurons a layer, and allocation global gives each at least {unit}"
 
 
 def _allocate(
@@ -406,6 +439,7 @@ def _allocate(
     return made
 
 
+@cache
 def portion(width: int, multiple_of: int | None) -> int:
     """How many neurons allocation gives at a time: ``multiple_of``, or about a 24th of the width."""
     if multiple_of is None:

@@ -35,12 +35,30 @@ def check_writable(out: Path) -> None:
         raise KronyError(f"{out} is not empty: name a new folder, or empty this one first")
     if out.exists() and not out.is_dir():
         raise KronyError(f"{out} is a file: name a folder to write the model to")
+    _try_to_write(out, next(folder for folder in out.absolute().parents if folder.exists()))
+
+
+def check_file(file: Path, kind: str = "", inside: Path | None = None) -> None:
+    """Raises KronyError where ``file`` can't be written, or isn't named as its kind is, such as ``.svg``.
+
+    Its folder must be there, or be ``inside``, which will be.
+    """
+    if kind and file.suffix != kind:
+        raise KronyError(f"{file}: it is written as {kind[1:].upper()}, so the name ends in {kind}")
+    if file.is_dir():
+        raise KronyError(f"{file} is a folder: name a file to write")
+    if file.parent.is_dir():
+        _try_to_write(file, file.parent)
+    elif inside is None or not file.parent.absolute().is_relative_to(inside.absolute()):
+        raise KronyError(f"{file} can't be written: there is no folder {file.parent}")
+
+
+def _try_to_write(path: Path, folder: Path) -> None:
     try:
-        nearest = next(folder for folder in out.absolute().parents if folder.exists())
-        with tempfile.TemporaryFile(dir=nearest):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise KronyError(f"{out} can't be written: {error.strerror}") from None
+        raise KronyError(f"{path} can't be written: {error.strerror}") from None
 
 
 @contextmanager

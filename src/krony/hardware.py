@@ -28,6 +28,13 @@ def memory() -> int:
     return min(total, int(text)) if text.isdigit() else total
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. torch says so in words alone: ``out of memory`` of a GPU, and that it can't allocate."""
+    words = str(error).lower()
+    torchs = any(sign in words for sign in ("out of memory", "can't allocate memory", "not enough memory"))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torchs)
+
+
 def machine() -> dict[str, str | int]:
     """Processor, cores, and the versions of what decides: said beside every figure."""
     import transformers

@@ -79,9 +79,9 @@ class KronyQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         model.is_quantized = False  # it is trainable and castable like any other: .half() and .float() must work
 
-    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         """The plain model, in its own dtype unless one is asked for: transformers' would take what its config says."""
-        model = self._dequantize(model, dtype)
+        model = self._dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         self.remove_quantization_config(model)
         return model
 

@@ -20,6 +20,7 @@ from transformers import (
 
 from krony import hf
 from krony.errors import KronyError
+from krony.hardware import is_out_of_memory
 from krony.trust import check_finite, check_folder, check_weights
 
 DEMO = Path(__file__).parent / "shipped" / "demo"  # the model called ``demo``
@@ -40,6 +41,16 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model that a config describes, dense, on the meta device: shapes without memory. Raises KronyError."""
     with torch.device("meta"), _Sentences(config.name_or_path or type(config).__name__):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def skeleton(name: str) -> PreTrainedModel:
+    """The model on the meta device, with the Kronecker layers that it has. Raises KronyError."""
+    config = load_config(name)
+    model = empty_model(config)
+    if getattr(config, "quantization_config", None) is not None:
+        with _Sentences(name):
+            hf.put_layers_in(model, config.quantization_config)
+    return model
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -166,12 +177,7 @@ def _check_runs(model: PreTrainedModel, name: str) -> None:
 
 def _check(name: str, folder: Path) -> None:
     """Compares the weights of a folder with its config. Raises KronyError."""
-    config = load_config(name)
-    skeleton = empty_model(config)
-    if getattr(config, "quantization_config", None) is not None:
-        with _Sentences(name):
-            hf.put_layers_in(skeleton, config.quantization_config)
-    check_weights(folder, skeleton)
+    check_weights(folder, skeleton(name))
 
 
 class _Sentences:
@@ -186,7 +192,7 @@ class _Sentences:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, KronyError):
             raise KronyError(f"{self.name}: {error}") from None
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not is_out_of_memory(error):  # which says nothing about the model
             raise KronyError(f"{self.name}: {self._sentence(error)}") from error
 
     def _sentence(self, error: Exception) -> str:

@@ -166,10 +166,13 @@ def with_factors(shape: KronShape, counts: list[int] | None) -> Iterator[KronSha
             yield KronShape(*shape.left, *shape.right, k)
 
 
-def for_budget(layout: Layout, parameters: int, *, neurons: bool, size: Callable[[str], int] | None = None) -> str:
+def for_budget(
+    layout: Layout, parameters: int, *, neurons: bool, size: Callable[[str], int | None] | None = None
+) -> str:
     """The scheme whose model is the largest within ``parameters``; with ``neurons``, of those that keep neurons whole.
 
-    ``size`` tells the parameters of the model with a scheme; ``layout.parameters_with`` counts no scalars.
+    ``size`` tells the parameters of the model with a scheme, or None where it can't be had; ``layout.parameters_with``
+    counts no scalars.
 
     Raises KronyError if the budget is not smaller than the model or too small for any scheme.
     """
@@ -182,8 +185,11 @@ def for_budget(layout: Layout, parameters: int, *, neurons: bool, size: Callable
     else:
         shapes = list(full_rank_shapes(rows, columns))[:-1]
         candidates = [str(s) for shape in shapes for s in with_factors(shape, [1, 2, 3, 4])]
-    sizes = {c: (size or layout.parameters_with)(c) for c in candidates}
-    fitting = [c for c in candidates if sizes[c] <= parameters]
+    counted = {c: (size or layout.parameters_with)(c) for c in candidates}
+    sizes = {c: count for c, count in counted.items() if count is not None}
+    fitting = [c for c in sizes if sizes[c] <= parameters]
+    if not sizes:
+        raise KronyError("no scheme fits the matrices of this model with these options")
     if not fitting:
         raise KronyError(f"no scheme is within {parameters:,} parameters: the smallest has {min(sizes.values()):,}")
     return max(fitting, key=lambda c: sizes[c])

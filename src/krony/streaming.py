@@ -252,7 +252,8 @@ def run(
         order = {site.name: n for n, site in enumerate(s for g in stream.groups for s in g.sites)}
         reports.sort(key=lambda report: order[report.name])
         before, after = stream.params
-        hf.mark(stream.target, config, None if calibration is None else calibration.numel())
+        vars(stream.target.config).pop("quantization_config", None)  # of an earlier run of this plan
+        hf.mark(stream.target, config, calibration.numel() if calibration is not None and config.reader else None)
         made_with = stream.target.config.quantization_config.made_with
         seconds = time.perf_counter() - start
         report = Report(config.scheme, config.init, before, after, seconds, reports, made_with=made_with)

@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,9 +67,11 @@ def trainable(model: PreTrainedModel, freeze: str, *, checkpointing: bool = Fals
             setattr(module, name, rate)
 
 
-def _dropout(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
-    """Every rate of dropout: of the modules, and the numbers that layers such as OPT's keep for the function."""
-    for module in model.modules():
+def _dropout(model: PreTrainedModel) -> Iterator[tuple[Any, str, float]]:
+    """Every rate of dropout: of the modules, and the numbers that layers such as OPT's and configs such as
+    Persimmon's keep for the function.
+    """
+    for module in (*model.modules(), model.config.get_text_config()):
         for name, value in vars(module).items():
             is_rate = name == "p" if isinstance(module, nn.Dropout) else "drop" in name
             if is_rate and isinstance(value, float):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 from small_models import gpt2, llama
 
@@ -165,6 +166,7 @@ def test_figures_pictures_and_pages_that_cannot_be_written(refused, gpt2_folder,
     arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5", *VAN_LOAN)
     assert missing in refused(*arguments, "--json", tmp_path / "none/x.json")
     assert f"{tmp_path} is a folder: name a file" in refused(*arguments, "--json", tmp_path)
+    assert "can't be written" in refused(*arguments, "--json", "/proc/figures.json")
     assert "the name ends in .svg" in refused("inspect", compressed, "--plot", tmp_path / "p.gif")
     assert missing in refused("inspect", compressed, "--plot", tmp_path / "none/p.svg")
     assert "the name ends in .html" in refused("eval", compressed, "--report", tmp_path / "r.txt")
@@ -185,6 +187,7 @@ def test_figures_pictures_and_pages_that_cannot_be_written(refused, gpt2_folder,
 def test_out_of_memory(refused, gpt2_folder, tmp_path, monkeypatch, error):
     """torch raises it as a RuntimeError; another RuntimeError is a defect, and shows where it is."""
     import krony.compression
+    import krony.models
 
     def fail(*_, **__):
         raise error
@@ -192,11 +195,29 @@ def test_out_of_memory(refused, gpt2_folder, tmp_path, monkeypatch, error):
     monkeypatch.setattr(krony.compression, "compress", fail)
     arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5", *VAN_LOAN, "--no-stream")
     assert "there is not enough memory" in refused(*arguments)
+    with monkeypatch.context() as while_loading:
+        while_loading.setattr(krony.models.AutoModelForCausalLM, "from_pretrained", fail)
+        assert refused(*arguments).startswith("error: there is not enough memory")
+    with monkeypatch.context() as at_the_first_tokens:
+        at_the_first_tokens.setattr(transformers.GPT2LMHeadModel, "forward", fail)
+        assert refused(*arguments).startswith("error: there is not enough memory")
     assert not list(tmp_path.iterdir())
     error = RuntimeError("another defect")
     monkeypatch.setattr(krony.compression, "compress", fail)
     with pytest.raises(RuntimeError, match="another defect"):
         refused(*arguments)
+
+
+def test_what_allocation_cannot_share_out(refused, gpt2_folder, tmp_path):
+    """Before the text is read: --dry-run says it too."""
+    arguments = ("compress", gpt2_folder, tmp_path / "out", "--allocation", "global", "--dry-run")
+    fine = (*arguments, "--scheme", "keep=0.5", "--multiple-of", 1)
+    assert "multiple_of 1 makes more portions of 192 neurons than a layer can have factors" in refused(*fine)
+    coarse = (*arguments, "--scheme", "keep=0.25", "--multiple-of", 64)
+    assert "scheme keep=0.25 keeps 48 neurons a layer, and allocation global gives each at least 64" in refused(*coarse)
+    narrow = (*arguments, "--scheme", "keep=0.5", "--max-width", 4)
+    assert "max_width 4 is less than the 8 neurons that a layer keeps at least" in refused(*narrow)
+    assert "no scheme is within 51,000 parameters" in refused(*arguments, "--params", 51_000, "--multiple-of", 64)
 
 
 def test_factors_that_are_no_numbers(refused):

@@ -131,6 +131,7 @@ def test_a_budget_instead_of_a_scheme(krony, gpt2_folder, tmp_path):
         ("--init", "van-loan", "--embedding", 2),
         ("--allocation", "global"),
         ("--allocation", "global", "--multiple-of", 16, "--no-scalars"),
+        ("--allocation", "global", "--max-width", 136),
         ("--init", "svd"),
         (),
     ],
@@ -147,6 +148,29 @@ def test_a_budget_counts_all_there_is(krony, gpt2_folder, tmp_path, options):
         if "global" not in options:
             assert done.json["params_after"] == dry.json["params_after"]
         shutil.rmtree(tmp_path / "out")
+
+
+def test_a_budget_and_a_dry_run_of_a_compressed_model_count_what_it_is(krony, compressed, tmp_path):
+    options = ("--init", "van-loan", "--modules", "attn.c_proj", "--params", 71_500)
+    dry = krony("compress", compressed, tmp_path / "out", *options, "--dry-run", "--json", "-")
+    done = krony("compress", compressed, tmp_path / "out", *options, "--json", "-")
+    assert done.code == 0, done.err
+    assert 70_000 < dry.json["params_after"] == done.json["params_after"] <= 71_500
+    assert dry.json["params_before"] == done.json["params_before"]
+
+
+def test_figures_may_go_into_out(krony, gpt2_folder, tmp_path):
+    out = tmp_path / "out"
+    done = krony("compress", gpt2_folder, out, "--scheme", "keep=0.5", "--init", "van-loan", "--json", out / "f.json")
+    assert done.code == 0 and json.loads((out / "f.json").read_text())["scheme"] == "keep=0.5"
+
+
+def test_text_that_only_measures_is_not_called_calibration(krony, gpt2_folder, tmp_path):
+    (tmp_path / "t.txt").write_text("some words to calibrate on, and some more. " * 10)
+    options = ("--scheme", "keep=0.5", "--init", "van-loan", "--calibration", tmp_path / "t.txt")
+    done = krony("compress", gpt2_folder, tmp_path / "out", *options, "--json", "-")
+    assert "calibration_tokens" not in done.json["made_with"] and done.json["layers"][0]["calibrated_error"] > 0
+    assert "errors of outputs measured on 384 tokens" in (tmp_path / "out/README.md").read_text()
 
 
 def test_eval_reports_every_set(krony, compressed, tmp_path):

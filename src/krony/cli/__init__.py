@@ -68,17 +68,12 @@ def main() -> None:
     except OSError as error:  # a full disk, a file that may not be read
         complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        from krony.hardware import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         complain(
             "there is not enough memory: compress --stream holds one layer at a time, heal --batch and "
             "--gradient-checkpointing take less at once, and so do shorter or fewer sequences"
         )
     sys.exit(2)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch says so in words alone: on a GPU ``out of memory``, on the CPU that it can't allocate."""
-    words = str(error).lower()
-    torchs = any(sign in words for sign in ("out of memory", "can't allocate memory", "not enough memory"))
-    return isinstance(error, MemoryError) or torchs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from krony.cli.options import Device, Dtype, Json, Seed
-from krony.cli.output import Output, check_file, quiet_libraries
+from krony.cli.output import Output, quiet_libraries
 from krony.errors import KronyError
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ def run(
     forward, backward and AdamW.
     """
     to = Output(json_to)
+    from krony.files import check_file, write_text
+
     for file, end in ((plot, ".svg"), (report, ".html")):
         if file is not None:
             check_file(file, end)
@@ -73,7 +75,6 @@ def run(
     import torch
 
     from krony.bench import Settings, bench, to_json
-    from krony.files import write_text
     from krony.planner import check_path
 
     quiet_libraries()

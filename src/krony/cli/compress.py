@@ -54,7 +54,9 @@ def run(
     ] = 0,
     tune: Annotated[
         int,
-        typer.Option(metavar="STEPS", help="Then train all of them together towards MODEL's predictions on that text."),
+        typer.Option(
+            metavar="STEPS", help="Then train all together to predict as MODEL does on it, 128 tokens a step."
+        ),
     ] = 0,
     layers: Annotated[str, typer.Option(help="all, odd, even, or a zero-based inclusive range such as 2-28.")] = "all",
     modules: Annotated[str, typer.Option(help="mlp, or a regular expression over names of linear layers.")] = "mlp",
@@ -85,7 +87,7 @@ def run(
             "--stream/--no-stream",
             help="Layer by layer from the files, without holding the model; the result is the same. Goes on after an "
             "interruption.",
-            show_default="for a folder, with van-loan, prune and random, or if it is over half of memory",
+            show_default="for a folder, if van-loan, prune or random read no text, or it is over half of memory",
         ),
     ] = None,
     dry_run: Annotated[
@@ -94,7 +96,7 @@ def run(
     json_to: Json = None,
 ) -> None:
     """Replace the MLP matrices of MODEL by sums of Kronecker products and write the model to OUT."""
-    to = Output(json_to)
+    to = Output(json_to, out)
     if (scheme is None) == (params is None):
         raise KronyError("compress needs a size: either --scheme (krony schemes MODEL lists them) or --params")
     from krony import ranks
@@ -102,14 +104,14 @@ def run(
     from krony.compression import compress, plan, within
     from krony.config import CALIBRATED, RESCALED, KronyConfig
     from krony.files import cache_folder, check_writable, fresh_folder
-    from krony.models import context_length, empty_model, load_config, load_model, load_tokenizer
+    from krony.models import context_length, load_model, load_tokenizer, skeleton
     from krony.schemes import parse_parameters
     from krony.streaming import choose
 
     if rescale is not None and init not in RESCALED:
         raise KronyError(f"--rescale is of init van-loan and permuted, and the init is {init}: leave it out")
     quiet_libraries()
-    skeleton = empty_model(load_config(model))
+    empty = skeleton(model)
     config = KronyConfig(
         scheme=scheme or "",
         init=init,
@@ -130,13 +132,13 @@ def run(
         seed=seed,
     )
     if params is not None:
-        config = within(skeleton, config, parse_parameters(params))
-    groups = plan(skeleton, config)
+        config = within(empty, config, parse_parameters(params))
+    groups = plan(empty, config)
     reads = calibration is not None or config.reader is not None
     way = choose(model, config, wanted=stream, dtype=dtype, device=device, reads=reads)
     if dry_run:
         tokens = calibration_tokens if reads else 0
-        preview(to, model, skeleton, groups, config, way, tokens=tokens, dtype=dtype)
+        preview(to, model, empty, groups, config, way, tokens=tokens, dtype=dtype)
         return
     if calibration is None and config.reader:
         reader = config.reader if init in CALIBRATED else f"--{config.reader}"
@@ -148,10 +150,11 @@ def run(
     ids: Tensor | None = None
     text = ""  # in words
     if calibration is not None:
-        length = min(LENGTH, context_length(skeleton))
+        length = min(LENGTH, context_length(empty))
         ids = calibration_set(calibration, load_tokenizer(model), tokens=calibration_tokens, length=length, seed=seed)
-        text = f"{ids.numel():,} tokens of {calibration}"
-        to.say(f"calibration: {text}")
+        text = "calibrated on" if config.reader else "errors of outputs measured on"
+        text += f" {ids.numel():,} tokens of {calibration}"
+        to.say(text)
     if way is not None:
         report = _stream(to, way, model, out, ids, text, device)
         _print(to, report, out)
@@ -216,7 +219,7 @@ def _print(to: Output, report: Report, out: Path) -> None:
     if report.tuned is not None:
         to.say(
             f"trained together for {report.tuned.steps} steps: {report.tuned.before:.3f} -> {report.tuned.after:.3f} "
-            "nats a token from the original's predictions, on text held out"
+            "nats a token from the original's predictions, on sequences held back"
         )
     share = report.params_after / report.params_before
     to.say(f"{report.params_before:,} -> {report.params_after:,} parameters ({share:.1%}) in {report.seconds:.1f} s")

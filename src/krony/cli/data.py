@@ -28,7 +28,7 @@ def prepare(
 
     The split and its seed are nanoGPT's for OpenWebText. Stopped, the same command goes on where it was.
     """
-    to = Output(json_to)
+    to = Output(json_to, out)
     from krony.models import load_tokenizer
     from krony.preparation import look_at
     from krony.preparation import prepare as write

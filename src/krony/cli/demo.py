@@ -29,7 +29,7 @@ def run(
     json_to: Json = None,
 ) -> None:
     """Compress, heal, measure and save the small GPT-2 that comes with krony: offline, in under two minutes."""
-    to = Output(json_to)
+    to = Output(json_to, out)
     from krony.card import healed_card
     from krony.demo import run_demo
     from krony.files import check_writable, fresh_folder

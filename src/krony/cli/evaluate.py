@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from krony.cli.options import DataDir, Device, Dtype, Json, Model
-from krony.cli.output import Output, check_file, quiet_libraries
+from krony.cli.output import Output, quiet_libraries
 from krony.errors import KronyError
 
 
@@ -46,6 +46,8 @@ def run(
 ) -> None:
     """Measure MODEL on standard data: perplexity, and the accuracy of the last word on LAMBADA."""
     to = Output(json_to)
+    from krony.files import check_file, write_text
+
     if report is not None:
         check_file(report, ".html")
     if count not in ("tied", "untied"):
@@ -53,7 +55,6 @@ def run(
     if limit is not None and tasks is None:
         raise KronyError("--limit is of --tasks, and there are none: for text take --max-tokens")
     from krony.evaluation import evaluate
-    from krony.files import write_text
     from krony.harness import run_tasks
     from krony.models import load_model, load_tokenizer
     from krony.report import Table, page, paragraphs

@@ -92,7 +92,7 @@ def run(
 
     Runs unchanged under torchrun and accelerate launch. Checkpoints and TensorBoard's log are in OUT.work meanwhile.
     """
-    to = Output(json_to)
+    to = Output(json_to, out)
     from krony import ranks
     from krony.card import healed_card, healed_rows
     from krony.checkpoints import find_last, keep_logs, last_checkpoint, room_needed

@@ -25,7 +25,7 @@ def run(
     json_to: Json = None,
 ) -> None:
     """Read a checkpoint in the published code's layout (padas-lab-de/krony-PT), and write it as a model to OUT."""
-    to = Output(json_to)
+    to = Output(json_to, out)
     from krony.files import check_writable, fresh_folder
     from krony.models import load_config, save
     from krony.reference import from_reference, read_reference

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from krony.cli.options import Json, Model
-from krony.cli.output import Output, check_file, quiet_libraries
+from krony.cli.output import Output, quiet_libraries
 
 if TYPE_CHECKING:
     from krony.inspection import LayerView
@@ -32,9 +32,10 @@ def run(
 ) -> None:
     """Look into MODEL: norms as in the paper's Table 4, singular values, scalars, and what is left of --base."""
     to = Output(json_to)
+    from krony.files import check_file, write_text
+
     if plot is not None:
         check_file(plot, ".svg")
-    from krony.files import write_text
     from krony.inspection import inspect
     from krony.models import load_model
     from krony.report import bars

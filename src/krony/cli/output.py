@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from krony.errors import KronyError, KronyWarning
+from krony.errors import KronyWarning
 from krony.progress import Progress
 
 
@@ -42,24 +42,17 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
         complain(str(message), kind="warning", style="yellow")
 
 
-def check_file(file: Path, kind: str = "") -> None:
-    """Raises KronyError where ``file`` can't be written for want of a folder, or isn't named as its kind is."""
-    if kind and file.suffix != kind:
-        raise KronyError(f"{file}: it is written as {kind[1:].upper()}, so the name ends in {kind}")
-    if file.is_dir():
-        raise KronyError(f"{file} is a folder: name a file to write")
-    if not file.parent.is_dir():
-        raise KronyError(f"{file} can't be written: there is no folder {file.parent}")
-
-
 class Output:
     """Where a verb's words go: to stdout, or to stderr when stdout is for JSON alone."""
 
-    def __init__(self, json_to: str | None) -> None:
+    def __init__(self, json_to: str | None, out: Path | None = None) -> None:
+        """``out``: what the verb writes; figures may go into it."""
         from rich.console import Console
 
-        if json_to not in (None, "-"):
-            check_file(Path(json_to))  # not after hours of work
+        from krony.files import check_file
+
+        if json_to is not None and json_to != "-":
+            check_file(Path(json_to), inside=out)  # not after hours of work
         self.json_to = json_to
         first = os.environ.get("RANK", "0") == "0"  # of many processes one speaks
         self.console = Console(stderr=json_to == "-", highlight=False, soft_wrap=True, quiet=not first)

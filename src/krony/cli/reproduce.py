@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from krony.cli.options import DataDir, Device, Json, Seed
-from krony.cli.output import Output, check_file, quiet_libraries
+from krony.cli.output import Output, quiet_libraries
 from krony.errors import KronyError
 
 
@@ -38,11 +38,12 @@ def run(
 ) -> None:
     """Run what a table of the paper needs, and print the paper's figure, ours and the difference."""
     to = Output(json_to)
+    from krony.files import check_file, write_text
+
     if plot is not None:
         check_file(plot, ".svg")
         if target != "figure1":
             raise KronyError(f"--plot {plot}: it draws figure1, and this is {target}")
-    from krony.files import write_text
     from krony.report import lines
     from krony.reproduce import Options, reproduce
 
