@@ -31,7 +31,7 @@ from krony.surgery import put_in
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 150  # of reconstruction, an MLP
-TUNING = 960  # steps of 128 tokens
+TUNING = 240  # steps, a sequence each
 WAYS: dict[str, dict] = {
     "neurons": {},
     "neurons, global": {"allocation": "global"},

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import BloomConfig, BloomForCausalLM
 
 from krony import KronyConfig, KronyError, compress, compression, tuning
 from krony.export import slim
@@ -31,7 +30,7 @@ def sharp(build):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "mlp" in name or "lm_head" in name:
-                parameter.mul_(60 if "mlp" in name else 10)
+                parameter.mul_(30 if "mlp" in name else 10)
     return model
 
 
@@ -117,25 +116,6 @@ def test_half_precision_with_biases_and_mixed_outputs(ids):
 
 def test_a_lone_sequence_is_enough(ids):
     report = compress(sharp(llama), KronyConfig("keep=0.5", init="van-loan", tune=5), calibration=ids[:1])
-    assert report.tuned.after < report.tuned.before
-
-
-def test_pieces_of_a_sequence_keep_their_places(ids, monkeypatch):
-    """So that GPT-2's learned places are all met in training; 32 tokens are cut into 12, 12 and 8."""
-    monkeypatch.setattr(tuning, "ROW", 12)
-    model, seen = sharp(gpt2), set()
-    model.transformer.wpe.register_forward_pre_hook(
-        lambda _, args: seen.add((args[0].min().item(), args[0].shape[-1])) if args[0].shape[-1] <= 12 else None
-    )
-    compress(model, KronyConfig("keep=0.5", init="van-loan", tune=12), calibration=ids)
-    assert seen == {(0, 12), (12, 12), (24, 8)}
-
-
-def test_models_without_places_are_tuned_too(ids, monkeypatch):
-    monkeypatch.setattr(tuning, "ROW", 12)
-    config = BloomConfig(vocab_size=257, n_layer=2, hidden_size=48, n_head=4)
-    torch.manual_seed(0)
-    report = compress(BloomForCausalLM(config), KronyConfig("keep=0.5", init="van-loan", tune=40), calibration=ids)
     assert report.tuned.after < report.tuned.before
 
 

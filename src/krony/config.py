@@ -36,8 +36,8 @@ class KronyConfig:
         max_width: with ``global``, the most hidden neurons that a layer may keep.
         multiple_of: with ``global``, the neurons that a layer keeps are a multiple of it.
         reconstruct: steps of training each MLP by itself on the calibration text; 0 for none.
-        tune: steps, of 128 tokens, of then training all new layers together towards the original's predictions on that
-            text; 0 for none.
+        tune: steps, of a sequence each, of then training all new layers together towards the original's predictions on
+            that text; 0 for none.
         embedding: columns of the right factor of the input embedding (KnGPT2: 2); None leaves it whole. A tied head
             then becomes a matrix of its own.
     """

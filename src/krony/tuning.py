@@ -10,7 +10,6 @@ dropped.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,7 +23,6 @@ from krony.progress import Progress, silent
 from krony.surgery import kronecker_layers
 from krony.training import relative_adamw
 
-ROW = 128  # tokens a step: of a text that is read once, many small steps teach more than few large ones
 RATE = 1e-3  # the highest, relative to the root mean square of what is trained
 WARM_UP = 0.2  # of the steps
 HELD_OUT = 8  # sequences at most that it is judged by, and an eighth of all at most
@@ -49,7 +47,7 @@ def tune(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Tuned:
-    """Trains the compressed layers of ``model`` in place, ``ROW`` tokens a step; the layers keep their dtype.
+    """Trains the compressed layers of ``model`` in place, a sequence a step; the layers keep their dtype.
 
     If that did not bring the model nearer to the original on the held-out sequences it is left as it was.
 
@@ -67,7 +65,7 @@ def tune(
         wanted = [_logits(original, row[None]) for row in held]
         before = _mean(model, held, wanted)
         with torch.enable_grad():
-            _descend(model, original, parameters, _pieces(trained, seed), steps, progress)
+            _descend(model, original, parameters, trained, steps, progress)
         after = _mean(model, held, wanted)
         if not after < before:
             for parameter, value in zip(parameters, first, strict=True):
@@ -98,28 +96,17 @@ def _training(model: PreTrainedModel, layers: list) -> Iterator[list[nn.Paramete
         model.train(mode)
 
 
-def _pieces(ids: Tensor, seed: int) -> list[tuple[Tensor, int]]:
-    """Pieces ``(1, ROW)`` of the sequences ``(n, length)`` in random order, and where in its sequence each begins."""
-    pieces = [(row[None], start) for start in range(0, ids.shape[1], ROW) for row in ids[:, start : start + ROW]]
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [pieces[index] for index in order]
-
-
 def _descend(
-    model: PreTrainedModel,
-    original: PreTrainedModel,
-    parameters: list[nn.Parameter],
-    pieces: list[tuple[Tensor, int]],
-    steps: int,
+    model: PreTrainedModel, original: PreTrainedModel, parameters: list[nn.Parameter], ids: Tensor, steps: int,
     progress: Progress,
-) -> None:
-    """A piece a step, in turn."""
+) -> None:  # fmt: skip
+    """A sequence a step, in turn."""
     optimizer, schedule = relative_adamw(parameters, rate=RATE, warm_up=WARM_UP, steps=steps)
     for step in range(steps):
-        row, start = pieces[step % len(pieces)]
+        row = ids[step % len(ids)][None]  # (1, length)
         with torch.no_grad():
-            wanted = _logits(original, row, start)
-        loss = divergence(_logits(model, row, start), wanted)
+            wanted = _logits(original, row)
+        loss = divergence(_logits(model, row), wanted)
         progress(step, steps, f"all layers together, {loss.item():.2f} nats from the original")
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -128,21 +115,12 @@ def _descend(
         schedule.step()
 
 
-def _logits(model: PreTrainedModel, ids: Tensor, start: int = 0) -> Tensor:
-    """``(1, length) -> (1, length, vocabulary)``; products in the model's dtype, or in bfloat16 where that is fast.
-
-    The first token stands at place ``start``, where the model can be told: all of its learned places are to be trained.
-    """
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """``(1, length) -> (1, length, vocabulary)``; products in the model's dtype, or in bfloat16 where that is fast."""
     low = fast_dtype(model.device) if model.dtype == torch.float32 else model.dtype
     halved = low in (torch.bfloat16, torch.float16)
     with torch.autocast(model.device.type, low if halved else None, enabled=halved):
-        return model(input_ids=ids.to(model.device), use_cache=False, **_places(model, ids, start)).logits
-
-
-def _places(model: PreTrainedModel, ids: Tensor, start: int) -> dict[str, Tensor]:
-    if not start or "position_ids" not in inspect.signature(model.forward).parameters:
-        return {}
-    return {"position_ids": torch.arange(start, start + ids.shape[1], device=model.device)[None]}  # (1, length)
+        return model(input_ids=ids.to(model.device), use_cache=False).logits
 
 
 def _mean(model: PreTrainedModel, rows: Tensor, wanted: list[Tensor]) -> float:

@@ -55,7 +55,7 @@ def run(
     tune: Annotated[
         int,
         typer.Option(
-            metavar="STEPS", help="Then train all together to predict as MODEL does on it, 128 tokens a step."
+            metavar="STEPS", help="Then train all together to predict as MODEL does on it, a sequence a step."
         ),
     ] = 0,
     layers: Annotated[str, typer.Option(help="all, odd, even, or a zero-based inclusive range such as 2-28.")] = "all",
