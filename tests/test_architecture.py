@@ -18,7 +18,7 @@ ORDER = [
     ["mlp"],
     ["join"],
     ["surgery"],
-    ["hf"],
+    ["hf", "budget"],
     ["models", "data"],
     [
         "calibration",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony import hf, schemes
 from krony.allocation import spend
+from krony.budget import check_global, check_share, portion, uniform_shapes
 from krony.calibration import Calibration, pack
 from krony.config import KronyConfig
 from krony.embedding import KroneckerEmbedding, embedding_of, embedding_shape, factorised, is_tied, untie
 from krony.errors import KronyError
 from krony.init import Factors, Moments, Target, get_init, neurons, permuted
-from krony.init.svd import low_rank
 from krony.kron import KronShape
 from krony.linear import KroneckerLinear
 from krony.progress import Progress, silent
@@ -293,9 +292,8 @@ def plan(model: PreTrainedModel, config: KronyConfig) -> list[Group]:
     groups = find_groups(model, config.modules, config.layers)
     schemes.check_name(config.scheme, layout(model, find_groups(model) if config.modules == "mlp" else groups))
     if config.allocation == "global":
-        _check_global(groups, config)
-        if _kept_by_allocation(groups, config) is None:
-            raise KronyError(_too_little_to_share(groups, config))
+        check_global(groups, config)
+        check_share(groups, config)
     if config.embedding is not None:
         embedding_shape(model, config.embedding)
     shapes = uniform_shapes(groups, config)
@@ -312,74 +310,6 @@ def plan(model: PreTrainedModel, config: KronyConfig) -> list[Group]:
     return groups
 
 
-def uniform_shapes(groups: list[Group], config: KronyConfig) -> dict[str, KronShape]:
-    """The split of every matrix when each layer gets the same scheme. Raises KronyError if it fits one of them not."""
-    shapes = {site.name: site.shape(config.scheme) for group in groups for site in group.sites}
-    return {name: low_rank(shape) for name, shape in shapes.items()} if config.init == "svd" else shapes
-
-
-def parameters_after(model: PreTrainedModel, groups: list[Group], config: KronyConfig) -> int:
-    """Unique parameters that ``compress`` leaves at most, scalars and embedding counted; for a model on meta too.
-
-    With ``allocation="global"`` a layer that stays whole has no factors, so it can be a little less.
-    """
-    count = count_parameters(model)
-    for shape in uniform_shapes(groups, config).values():
-        count += _parameters(shape, config) - shape.rows * shape.columns
-    if config.allocation == "global":
-        count += _more_by_allocation(groups, config)
-    if config.embedding is not None:
-        _, shape = embedding_shape(model, config.embedding)
-        count += shape.parameters - (0 if is_tied(model) else shape.rows * shape.columns)  # a tied head stays
-    return count
-
-
-def within(model: PreTrainedModel, config: KronyConfig, parameters: int) -> KronyConfig:
-    """``config`` with the scheme that makes the largest model of at most so many parameters. Raises KronyError."""
-    groups = find_groups(model, config.modules, config.layers)
-    if config.allocation == "global":
-        _check_global(groups, config)
-    scheme = schemes.for_budget(
-        layout(model, groups),
-        parameters,
-        neurons=config.init == "neurons",
-        size=lambda scheme: _size(model, groups, replace(config, scheme=scheme)),
-    )
-    return replace(config, scheme=scheme)
-
-
-def _size(model: PreTrainedModel, groups: list[Group], config: KronyConfig) -> int | None:
-    """``parameters_after``, or None where the scheme can't be had."""
-    if config.allocation == "global" and _kept_by_allocation(groups, config) is None:
-        return None
-    return parameters_after(model, groups, config)
-
-
-def _parameters(shape: KronShape, config: KronyConfig) -> int:
-    return shape.parameters + shape.factors * config.has_scalars(shape.factors)
-
-
-def _more_by_allocation(groups: list[Group], config: KronyConfig) -> int:
-    """What right factors and scalars take more, and ``max_width`` less, when neurons are given to the layers."""
-    kept, more = _kept_by_allocation(groups, config) or 0.0, 0.0
-    for site in (site for group in groups for site in group.sites):
-        shape = site.shape(config.scheme)
-        shape = shape.transposed if site.is_turned else shape  # (groups, width) ⊗ (r, 1), k factors
-        unit = portion(shape.rows, config.multiple_of)
-        each = shape.rows // unit + config.has_scalars(2)  # of a portion: its right factor, and its scalar
-        more += kept * shape.columns + kept / unit * each - _parameters(shape, config)
-    return math.ceil(more)
-
-
-def _kept_by_allocation(groups: list[Group], config: KronyConfig) -> float | None:
-    """How many neurons a layer keeps in the mean; None where that is less than one portion each."""
-    shape = groups[0].sites[0].shape(config.scheme)
-    unit = portion(shape.rows, config.multiple_of)
-    total = shape.m1 * shape.factors * len(groups) // unit * unit
-    ceiling = min(shape.rows, config.max_width or shape.rows) // unit * unit
-    return min(total / len(groups), ceiling) if total >= unit * len(groups) and ceiling else None
-
-
 def _check_reachable(model: PreTrainedModel) -> None:
     """Raises KronyError where weights aren't there to be read, or the device lacks float64."""
     if model.device.type == "mps":
@@ -390,30 +320,6 @@ def _check_reachable(model: PreTrainedModel) -> None:
             f"{away} is not in memory but offloaded, as device_map='auto' does where there is too little: load the "
             "model on one device, or go layer by layer with krony compress --stream"
         )
-
-
-def _check_global(groups: list[Group], config: KronyConfig) -> None:
-    if config.init != "neurons":
-        raise KronyError(f"allocation global follows the costs of init neurons, and the init is {config.init}")
-    widths = {group.sites[0].out_features for group in groups}
-    if len(widths) != 1:
-        raise KronyError(f"allocation global needs layers of one hidden width, and these have {sorted(widths)}")
-    first = groups[0].sites[0]
-    unit = portion(first.out_features, config.multiple_of)
-    if first.out_features // unit - 1 > unit * first.in_features:  # portions are factors of unit x in_features
-        raise KronyError(
-            f"multiple_of {unit} makes more portions of {first.out_features} neurons than a layer can have factors: "
-            "take a larger one"
-        )
-
-
-def _too_little_to_share(groups: list[Group], config: KronyConfig) -> str:
-    shape = groups[0].sites[0].shape(config.scheme)
-    unit = portion(shape.rows, config.multiple_of)
-    if config.max_width is not None and config.max_width < unit:
-        return f"max_width {config.max_width} is less than the {unit} neurons that a layer keeps at least"
-    kept = shape.m1 * shape.factors
-    return f"scheme {config.scheme} keeps {kept} neurons a layer, and allocation global gives each at least {unit}"
 
 
 def _allocate(
@@ -437,16 +343,6 @@ def _allocate(
         for site in group.sites if count < width else ():
             made[site.name] = site.shape(f"{unit}x{first.columns}:{count // unit}")
     return made
-
-
-@cache
-def portion(width: int, multiple_of: int | None) -> int:
-    """How many neurons allocation gives at a time: ``multiple_of``, or about a 24th of the width."""
-    if multiple_of is None:
-        return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: abs(d - width / 24))
-    if width % multiple_of:
-        raise KronyError(f"multiple_of {multiple_of} does not divide the hidden width {width}")
-    return multiple_of
 
 
 def _targets(model: nn.Module, group: Group, shapes: dict[str, KronShape]) -> list[Target]:

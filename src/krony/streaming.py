@@ -28,8 +28,9 @@ from transformers.core_model_loading import WeightRenaming, revert_weight_conver
 from krony import hf, models, ranks
 from krony._version import __version__
 from krony.blockwise import Blocks, fill, release, stack_name
+from krony.budget import uniform_shapes
 from krony.calibration import check_ids
-from krony.compression import LayerReport, Report, plan, replacements, uniform_shapes
+from krony.compression import LayerReport, Report, plan, replacements
 from krony.config import CALIBRATED, KronyConfig
 from krony.errors import KronyError
 from krony.hardware import memory

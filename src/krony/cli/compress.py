@@ -100,8 +100,9 @@ def run(
     if (scheme is None) == (params is None):
         raise KronyError("compress needs a size: either --scheme (krony schemes MODEL lists them) or --params")
     from krony import ranks
+    from krony.budget import within
     from krony.calibration import LENGTH, calibration_set
-    from krony.compression import compress, plan, within
+    from krony.compression import compress, plan
     from krony.config import CALIBRATED, RESCALED, KronyConfig
     from krony.files import cache_folder, check_writable, fresh_folder
     from krony.models import context_length, load_model, load_tokenizer, skeleton

@@ -26,7 +26,7 @@ def preview(
     dtype: str,
 ) -> None:
     """Prints the layers, the bytes and the memory; ``tokens`` is how much text is read, 0 for none."""
-    from krony.compression import parameters_after, uniform_shapes
+    from krony.budget import parameters_after, uniform_shapes
     from krony.embedding import embedding_shape
     from krony.surgery import count_parameters
 
