@@ -58,7 +58,6 @@ The error of a layer is the Frobenius norm of what was lost, relative to the ori
 def healed_card(source: str, figures: dict) -> str:
     """Markdown for the folder of a model that was trained on: how, and its validation perplexity before and after."""
     teacher = f", taught by `{figures['teacher']}`" if figures["teacher"] else ""
-    table = Table(["", "validation perplexity", "of the original"], healed_rows(figures))
     return f"""---
 library_name: transformers
 base_model: {source}
@@ -69,7 +68,7 @@ tags: [krony, kronecker, compression]
 
 `{source}` trained on for {figures["tokens"]:,} tokens (recipe `{figures["recipe"]}`{teacher}, krony {__version__}).
 
-{table.markdown()}
+{healed_table(figures).markdown()}
 
 ```python
 import krony  # registers the layers with transformers
@@ -80,7 +79,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 """
 
 
-def healed_rows(figures: dict) -> list[list[str]]:
+def healed_table(figures: dict) -> Table:
     """Before and after, and beside them the original and its control where they are known; with ratios if so."""
     rows = [("before", figures["perplexity_before"]), ("after", figures["perplexity_after"])]
     base = figures.get("perplexity_original")
@@ -88,4 +87,9 @@ def healed_rows(figures: dict) -> list[list[str]]:
         rows.append(("the original", base))
     if "control" in figures:
         rows.append(("the original, trained alike", figures["control"]["perplexity_after"]))
-    return [[name, f"{value:,.2f}", "" if base is None else f"{value / base:,.3f}"] for name, value in rows]
+    columns = ["", "validation perplexity"]
+    if base is None:
+        return Table(columns, [[name, f"{value:,.2f}"] for name, value in rows])
+    return Table(
+        [*columns, "of the original"], [[name, f"{value:,.2f}", f"{value / base:,.3f}"] for name, value in rows]
+    )

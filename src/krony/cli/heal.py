@@ -94,7 +94,7 @@ def run(
     """
     to = Output(json_to, out)
     from krony import ranks
-    from krony.card import healed_card, healed_rows
+    from krony.card import healed_card, healed_table
     from krony.checkpoints import find_last, keep_logs, last_checkpoint, room_needed
     from krony.files import check_writable, fresh_folder
     from krony.healing import check, heal, perplexity, training_device, validation_loss
@@ -171,7 +171,8 @@ def run(
         if control is not None:
             keep_logs(work / "control", folder / "control")
     shutil.rmtree(work)
-    to.table(["", "validation perplexity", "of the original"], healed_rows(figures))
+    table = healed_table(figures)
+    to.table(table.columns, table.rows)
     to.say(f"{report.tokens:,} tokens in {report.seconds:,.0f} s -> {out}")
     to.json(figures)
 
