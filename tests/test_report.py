@@ -43,3 +43,10 @@ def test_a_page_stands_alone_and_escapes():
     made = page("a & b", [("Part", paragraphs("x < y")), ("Picture", bars({"a": {"b": 1.0}}, "y"))])
     assert "<h1>a &amp; b</h1>" in made and "<p>x &lt; y</p>" in made and "<svg" in made
     assert not re.search(r'(src|href)="http', made)
+
+
+def test_many_names_stand_below_the_lines():
+    """Inside they would lie on them: the picture grows by what they need."""
+    few, many = (lines({f"way {n}": [(1, 2), (2, 1)] for n in range(count)}, "x", "y") for count in (7, 8))
+    heights = [float(re.search(r'height="([\d.]+)pt"', picture)[1]) for picture in (few, many)]
+    assert heights[0] < heights[1] and all(f"way {n}" in many for n in range(8))

@@ -12,6 +12,7 @@ Pairs = Sequence[tuple[float, float]]
 
 # Okabe and Ito's colours: told apart by the colour-blind; markers and hatches tell them apart in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+CROWD = 7  # names that a legend inside a picture holds
 MARKERS, HATCHES = "osD^vPX", ("", "//", "..", "\\\\", "xx", "++", "oo")
 
 
@@ -47,7 +48,12 @@ def lines(
             axes.axhline(level[1], color="black", linestyle=":", label=level[0])
         axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
         _plain_numbers(axes.xaxis, axes.yaxis)
-        axes.legend()
+        names = len(series) + (level is not None)
+        if names <= CROWD:
+            axes.legend()
+        else:  # it would lie on the lines
+            axes.figure.set_figheight(axes.figure.get_figheight() + 0.11 * names)
+            axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
 
     return _svg(draw)
 
