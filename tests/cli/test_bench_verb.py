@@ -44,6 +44,7 @@ def test_random_and_a_forced_path(krony, gpt2_folder, tmp_path):
         (("--dtype", "int3"), "dtype 'int3' is unknown"),
         (("--device", "cuda:9"), "device 'cuda:9' can't be used"),
         (("--random", "--device", "cuda:9"), "device 'cuda:9' can't be used"),
+        (("--device", "auto"), "--device auto spreads a model over devices, and bench measures on one"),
     ],
 )
 def test_mistakes(refused, gpt2_folder, options, words):
