@@ -66,7 +66,7 @@ def _improved(scaled: list[Tensor], shapes: Sequence[KronShape], order: Tensor) 
     """Assignment and Van Loan in turns from ``order``: the error that is left, and the order."""
     error, gain = _products(scaled, shapes, order)
     for _ in range(ROUNDS):
-        new = _assign(gain)
+        new = assign(gain)
         new_error, gain = _products(scaled, shapes, new)
         if new_error > error * (1 - ENOUGH):
             return min((error, order), (new_error, new), key=lambda pair: pair[0])
@@ -84,7 +84,7 @@ def _products(scaled: list[Tensor], shapes: Sequence[KronShape], order: Tensor) 
     return error, gain
 
 
-def _assign(gain: Tensor) -> Tensor:
+def assign(gain: Tensor) -> Tensor:
     """Which neuron goes to each place so that the gains add up to the most."""
     from scipy.optimize import linear_sum_assignment  # heavy
 
