@@ -96,12 +96,20 @@ def test_a_resumed_run_keeps_to_its_plan(tmp_path):
         ({"recipe": replace(TINY, learning_rate=1e-3)}, "with learning_rate 0.003, and now it is 0.001: resume with"),
         ({"freeze": "none"}, "with freeze right, and now it is none"),
         ({"seed": 1}, "with seed 0, and now it is 1"),
+        ({"recipe": replace(TINY, text=0.75)}, "with text 0.0, and now it is 0.75"),
+        ({"teacher": gpt2()}, "of a run with another teacher: resume with the same"),
     ]:
         with pytest.raises(KronyError, match=words):
             heal(small(), *rows(), work=tmp_path, resume=True, device="cpu", **({"recipe": TINY} | changes))
     other = Rows(np.zeros(44 * 32, dtype=np.uint16), 32).split(4)
-    with pytest.raises(KronyError, match="with text"):
+    with pytest.raises(KronyError, match="with another training text"):
         heal(small(), *other, work=tmp_path, resume=True, recipe=TINY, device="cpu")
+    others = gpt2(), small()  # of other shapes, and of other values alone
+    with torch.no_grad():
+        others[1].transformer.h[1].mlp.c_fc.weight.mul_(1.01)
+    for model in others:
+        with pytest.raises(KronyError, match="with another model"):
+            heal(model, *rows(), work=tmp_path, resume=True, recipe=TINY, device="cpu")
     heal(small(), *rows(), work=tmp_path, resume=True, recipe=replace(TINY, batch=4), device="cpu")  # another machine
 
 

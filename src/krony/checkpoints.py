@@ -19,6 +19,7 @@ from krony import ranks
 from krony.errors import KronyError
 from krony.files import write_json
 
+PRINTS = "fingerprints"  # in a plan: of what is too large to be kept there
 LOGS = ("runs", "wandb")  # folders in the work folder: TensorBoard's log, and Weights & Biases'
 
 
@@ -51,6 +52,9 @@ def keep_plan(work: Path, plan: dict[str, Any], *, resume: bool) -> None:
             write_json(file, plan)
         return
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else plan
+    for key, value in plan[PRINTS].items():
+        if before.get(PRINTS, {}).get(key) != value:
+            raise KronyError(f"{work} is of a run with another {key}: resume with the same")
     for key, value in plan.items():
         if before.get(key) != value:
             raise KronyError(

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from krony import ranks
-from krony.checkpoints import find_last, keep_plan, last_checkpoint, loggers, room_needed
+from krony.checkpoints import PRINTS, find_last, keep_plan, last_checkpoint, loggers, room_needed
 from krony.distillation import check_teacher, distil
 from krony.errors import KronyError, KronyWarning
 from krony.hardware import fast_dtype
@@ -113,7 +113,7 @@ def heal(
     train, _ = train.split(len(train) % recipe.sequences)  # whole steps only
     with full_precision(model), trainable(model, freeze, checkpointing=gradient_checkpointing), room_needed(work):
         last = last_checkpoint(work) if resume else None
-        keep_plan(work, _plan(recipe, train, freeze, teacher, seed), resume=resume)
+        keep_plan(work, _plan(model, recipe, train, freeze, teacher, seed), resume=resume)
         with loggers(work) as logs:
             trainer = HealingTrainer(
                 recipe,
@@ -274,11 +274,26 @@ def training_device(device: str | None) -> str:
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _plan(recipe: Recipe, train: Rows, freeze: str, teacher: PreTrainedModel | None, seed: int) -> dict[str, Any]:
+def _plan(
+    model: PreTrainedModel, recipe: Recipe, train: Rows, freeze: str, teacher: PreTrainedModel | None, seed: int
+) -> dict[str, Any]:
     """What a resumed run has to share with the one that it goes on with; how rows are spread over devices is free."""
     plan = {name: value for name, value in asdict(recipe).items() if name != "batch"}
-    text = zlib.crc32(np.ascontiguousarray(train.tokens[: 1 << 20]).tobytes())
-    return plan | {"freeze": freeze, "teacher": teacher is not None, "seed": seed, "rows": len(train), "text": text}
+    prints = {
+        "model": _fingerprint(model),
+        "teacher": None if teacher is None else _fingerprint(teacher),
+        "training text": zlib.crc32(np.ascontiguousarray(train.tokens[: 1 << 20]).tobytes()),
+    }
+    return plan | {"freeze": freeze, "seed": seed, "rows": len(train), PRINTS: prints}
+
+
+def _fingerprint(model: PreTrainedModel) -> int:
+    """Of the names, shapes and first values of all parameters."""
+    made = 0
+    for name, parameter in model.named_parameters():
+        made = zlib.crc32(f"{name} {tuple(parameter.shape)}".encode(), made)
+        made = zlib.crc32(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes(), made)
+    return made
 
 
 def check(
