@@ -120,6 +120,8 @@ def compress(
         KronyError: the scheme does not fit, nothing matches, calibration is missing, or a weight is not finite.
     """
     start = time.perf_counter()
+    if not isinstance(config, KronyConfig):
+        raise KronyError(f"compress takes a KronyConfig, such as KronyConfig('keep=0.5'), not {config!r}")
     groups = plan(model, config)
     _check_reachable(model)
     before = count_parameters(model)
@@ -233,6 +235,10 @@ def _token_ids(
         return None
     if isinstance(calibration, Tensor):
         return calibration
+    if isinstance(calibration, str):  # which would be read a character at a time
+        raise KronyError(
+            "calibration is one string: give a list of texts, or krony.calibration_set's ids of a file or python-docs"
+        )
     if tokenizer is None:
         raise KronyError("calibration is texts, so tokenizer= is needed; or give token ids")
     return pack(list(calibration), tokenizer, seed=config.seed)

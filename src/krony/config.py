@@ -61,6 +61,8 @@ class KronyConfig:
     embedding: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.scheme, str):
+            raise KronyError(f"scheme {self.scheme!r} is no text: write '81M', '1536x768' or 'keep=0.5'")
         _one_of("init", self.init, INITS)
         _one_of("allocation", self.allocation, ALLOCATIONS)
         _one_of("reinit", self.reinit, (None, "all"))

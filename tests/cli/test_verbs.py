@@ -312,7 +312,8 @@ def test_heal_resumed_while_the_control_had_no_checkpoint(krony, compressed, gpt
         return train(*arguments, **named)
 
     monkeypatch.setattr(healing, "heal", stop_in_the_control)
-    assert krony("heal", compressed, tmp_path / "out", *options).code != 0
+    stopped = krony("heal", compressed, tmp_path / "out", *options)
+    assert stopped.code != 0 and "the same command goes on from there with --resume" in stopped.err
     assert list((tmp_path / "out.work").glob("checkpoint-*")) and (tmp_path / "out.work/control").exists()
     monkeypatch.setattr(healing, "heal", train)
     done = krony("heal", compressed, tmp_path / "out", *options, "--resume", "--json", tmp_path / "h.json")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from krony.cli.options import Dtype, Json, Model, Out, Seed
-from krony.cli.output import Output, quiet_libraries
+from krony.cli.output import Output, complain, quiet_libraries
 from krony.errors import KronyError
 
 if TYPE_CHECKING:
@@ -153,7 +155,7 @@ def run(
         "device": device,
         "seed": seed,
     }
-    with to.progress() as progress:
+    with to.progress() as progress, _resumable(work):
         options["progress"] = progress
         report = heal(loaded, train, validation, work=work, teacher=original, freeze=frozen, resume=resume, **options)
         figures = {"model": model, "teacher": teacher, "recipe": recipe, "freeze": frozen} | report.to_json()
@@ -175,6 +177,23 @@ def run(
     to.table(table.columns, table.rows)
     to.say(f"{report.tokens:,} tokens in {report.seconds:,.0f} s -> {out}")
     to.json(figures)
+
+
+@contextmanager
+def _resumable(work: Path) -> Iterator[None]:
+    """Says after Ctrl-C how to go on."""
+    from krony.checkpoints import find_last
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if find_last(work) is not None:
+            complain(
+                f"{work} holds the last checkpoint: the same command goes on from there with --resume", kind="stopped"
+            )
+        elif work.exists():
+            complain(f"{work} holds no checkpoint yet: remove it, or start over with --resume", kind="stopped")
+        raise
 
 
 def _plan(name: str, changes: dict[str, Any]) -> Recipe:
