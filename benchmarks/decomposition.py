@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from krony.bench import peak_of
-from krony.files import write_json, write_text
-from krony.hardware import machine
-from krony.kron import KronShape, dense, nearest, rearrange
-from krony.report import Table, lines
-from krony.schemes import NAMED, resolve
+from krony.evaluation.speed import peak_of
+from krony.kronecker.algebra import KronShape, dense, nearest, rearrange
+from krony.kronecker.schemes import NAMED, resolve
+from krony.pages import Table, lines
+from krony.runtime.hardware import machine
+from krony.storage.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED, WIDTHS = 0, (768, 1024, 1600, 2048, 3072, 4096)

@@ -13,9 +13,9 @@ from pages import fill
 
 from krony.cli.demo import table
 from krony.demo import Demo, run_demo
-from krony.files import write_json
-from krony.hardware import machine
-from krony.report import bars
+from krony.pages import bars
+from krony.runtime.hardware import machine
+from krony.storage.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -28,16 +28,16 @@ from statistics import mean
 from typing import Any
 
 import krony
-from krony.calibration import pack
 from krony.cli.output import quiet_libraries
-from krony.data import join_documents, read_file
-from krony.files import cache_folder, write_json
-from krony.hardware import machine
-from krony.healing import heal, perplexity, validation_loss
-from krony.python_docs import topics
-from krony.recipes import RECIPES
-from krony.report import Table, lines
-from krony.rows import Rows
+from krony.data.calibration_set import pack
+from krony.data.python_docs import topics
+from krony.data.rows import Rows
+from krony.data.sets import join_documents, read_file
+from krony.healing.heal import heal, perplexity, validation_loss
+from krony.healing.recipes import RECIPES
+from krony.pages import Table, lines
+from krony.runtime.hardware import machine
+from krony.storage.files import cache_folder, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMES = {"512x256": "half of the MLPs' parameters", "256x256": "a quarter of the MLPs' parameters"}

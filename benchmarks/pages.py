@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from krony.files import write_text
+from krony.storage.files import write_text
 
 END = "<!-- end -->"
 

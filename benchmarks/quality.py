@@ -24,10 +24,10 @@ from pages import fill
 from transformers.pytorch_utils import Conv1D
 
 import krony
-from krony.files import cache_folder, write_json
-from krony.hardware import machine
-from krony.report import Table, lines
-from krony.surgery import put_in
+from krony.models.surgery import put_in
+from krony.pages import Table, lines
+from krony.runtime.hardware import machine
+from krony.storage.files import cache_folder, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 150  # of reconstruction, an MLP

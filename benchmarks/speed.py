@@ -29,16 +29,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from krony.bench import Row, Settings, bench, store, to_json
 from krony.cli.bench import caption, table
 from krony.cli.output import quiet_libraries
-from krony.compression import compress
+from krony.compression.compress import compress
 from krony.config import KronyConfig
-from krony.files import write_json, write_text
-from krony.join import part
-from krony.linear import KroneckerLinear
-from krony.report import Table, bars
-from krony.surgery import find_groups, kronecker_layers, put_in, take_out
+from krony.evaluation.speed import Row, Settings, bench, store, to_json
+from krony.kronecker.linear import KroneckerLinear
+from krony.models.fusion import part
+from krony.models.surgery import find_groups, kronecker_layers, put_in, take_out
+from krony.pages import Table, bars
+from krony.storage.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 ORIGINAL, SVD_RANK = "GPT-2 124M", 153  # 153 * (3072 + 768) = 587,520 numbers a matrix; 81M has 589,828

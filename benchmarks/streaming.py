@@ -27,11 +27,11 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from krony.files import write_json
-from krony.hardware import machine
-from krony.models import empty_model
-from krony.report import Table
-from krony.shards import Shards, total
+from krony.models.loading import empty_model
+from krony.pages import Table
+from krony.runtime.hardware import machine
+from krony.storage.files import write_json
+from krony.storage.shards import Shards, total
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {"van-loan": 2.5, "neurons": 6.0}  # GB that each must stay under

@@ -27,10 +27,10 @@ from transformers import (
     set_seed,
 )
 
-from krony import python_docs
-from krony.data import join_documents, read_file
-from krony.evaluation import measure_perplexity
-from krony.files import fresh_folder
+from krony.data import python_docs
+from krony.data.sets import join_documents, read_file
+from krony.evaluation.perplexity import measure_perplexity
+from krony.storage.files import fresh_folder
 
 TEXTS = ("openwebtext", "webtext", "c4", "wikipedia")
 EVERY = 25  # steps between progress lines; a checkpoint every tenth
@@ -208,7 +208,8 @@ precision.
 ## Data
 
 Samples of OpenWebText (CC0 packaging), OpenAI's WebText release (MIT), C4 (ODC-BY) and Wikipedia (CC BY-SA 3.0), and
-the topics of Python's `help()` (PSF licence), {DOCS_REPEATS} times, without the held-out part of `krony.python_docs`.
+the topics of Python's `help()` (PSF licence), {DOCS_REPEATS} times, without the held-out
+part of `krony.data.python_docs`.
 
 ## Held-out perplexity
 

@@ -1,4 +1,4 @@
-"""Imports run one way, and ``import krony`` stays light."""
+"""Imports between packages run one way, and ``import krony`` stays light."""
 
 import ast
 import subprocess
@@ -9,70 +9,86 @@ import krony
 
 ROOT = Path(krony.__file__).parent
 
-# From the bottom up: a module imports from earlier lines only (and, in a package, from its own files).
-ORDER = [
-    ["errors", "_version", "progress", "python_docs", "hardware", "report"],
-    ["kron", "config", "files", "allocation", "ranks", "tensor_files", "recipes"],
-    ["schemes", "init", "shards", "journal", "planner", "trust"],
-    ["linear", "embedding"],
-    ["mlp"],
-    ["join"],
-    ["surgery"],
-    ["hf", "budget"],
-    ["models", "data"],
-    [
-        "calibration",
-        "evaluation",
-        "export",
-        "harness",
-        "inspection",
-        "reference",
-        "rows",
-        "distillation",
-        "training",
-        "checkpoints",
-    ],
-    ["reconstruction", "tuning", "healing", "preparation", "blockwise"],
-    ["compression"],
-    ["card", "bench", "reproduce", "streaming"],
-    ["demo"],
+# From the bottom up: a package imports from earlier floors and from its own files, never from its neighbours or above.
+FLOORS = [
+    ["errors", "options", "pages", "_version"],
+    ["kronecker", "storage", "runtime"],
+    ["init", "models", "data"],
+    ["config"],
+    ["compression", "evaluation", "healing"],
+    ["demo", "reproduce", "streaming"],
     ["cli"],
-    ["__main__"],
 ]
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+# Not on a floor: they only start what the floors hold, by name.
+ENTRANCES = {"__init__", "__main__", "_register"}
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def place(path: Path) -> str:
+    """The package or top-level module that a file belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
 def imported(path: Path) -> set[str]:
-    """The krony modules that a file imports, wherever in it."""
+    """The packages of krony that a file imports, wherever in it; ``krony`` for the whole."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "krony":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("krony."):
-            found.add(node.module.split(".")[1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("krony.")}
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        for name in names:
+            top, _, rest = name.partition(".")
+            if top == "krony":
+                found.add(rest.split(".")[0] or "krony")
     return found
 
 
 def test_imports_run_one_way():
-    for path in ROOT.rglob("*.py"):
-        own = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if own == "__init__":
+    for path in modules():
+        own = place(path)
+        if own in ENTRANCES:
             continue
-        wrong = {other for other in imported(path) - {own} if RANK[other] >= RANK[own]}
-        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+        for other in imported(path) - {own}:
+            assert FLOOR.get(other, len(FLOORS)) < FLOOR[own], f"{path.relative_to(ROOT)} imports {other}"
 
 
-def test_every_module_is_in_the_order():
-    modules = {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in ROOT.rglob("*.py")} - {"__init__"}
-    assert modules == set(RANK)
+def test_every_package_has_a_floor():
+    assert {place(path) for path in modules()} - ENTRANCES == set(FLOOR)
 
 
-def test_the_architecture_page_shows_this_order():
-    page = (ROOT.parents[1] / "docs/architecture.md").read_text()
-    for line in ORDER:
-        assert " ".join(f"`{name}`" for name in line) in page
+def test_the_architecture_page_names_every_package():
+    page = (ROOT.parents[1] / "docs/architecture.md").read_text(encoding="utf-8")
+    for floor in FLOORS:
+        for name in floor:
+            assert f"`{name}" in page, name
+
+
+def test_tests_mirror_the_packages():
+    tests = ROOT.parents[1] / "tests"
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert {path.name for path in tests.iterdir() if path.is_dir() and any(path.glob("test_*.py"))} == packages
+
+
+def test_only_init_knows_the_names_of_initialisations():
+    """No other package compares an initialisation's name to a string: the record says what there is to know."""
+    from krony.init.registry import INITIALISATIONS
+
+    for path in modules():
+        if place(path) == "init":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                words = {leaf.value for part in (node.left, *node.comparators) for leaf in ast.walk(part)
+                         if isinstance(leaf, ast.Constant)}  # fmt: skip
+                assert not words & set(INITIALISATIONS), f"{path.relative_to(ROOT)}, line {node.lineno}"
 
 
 def test_import_is_light():

@@ -7,10 +7,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from krony import KronyConfig, KronyError, compress, streaming
-from krony.export import slim
-from krony.models import load_model
-from krony.surgery import find_groups, kronecker_layers, layer_index, plain_config
+from krony import KronyConfig, KronyError, compress
+from krony.models.export import slim
+from krony.models.loading import load_model
+from krony.models.surgery import find_groups, kronecker_layers, layer_index, plain_config
+from krony.streaming import stream as streaming
 
 PAGE = Path(__file__).parents[1] / "docs/architectures.md"
 LLAMA_LIKE = {

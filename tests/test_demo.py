@@ -12,7 +12,7 @@ import pytest
 
 import krony
 from krony.cli import main
-from krony.surgery import count_parameters, kronecker_layers
+from krony.models.surgery import count_parameters, kronecker_layers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import krony
-import krony.card
+import krony.compression.model_card
 from krony import KronyConfig, KronyError
 from krony.cli import main
-from krony.files import Lock, fresh_folder
-from krony.models import load_config, load_model
+from krony.models.loading import load_config, load_model
+from krony.storage.files import Lock, fresh_folder
 from small_models import gpt2
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -314,13 +314,13 @@ def test_a_line_of_100_mb_is_read_in_pieces(place, monkeypatch, capsys):
 
 
 def test_long_text_gives_the_tokens_it_always_gave(tokenizer, monkeypatch):
-    from krony import data
+    from krony.data import sets
 
     text = "well, all is\nwell that  ends well " * 300
-    whole = data.join_documents([text], tokenizer)
-    monkeypatch.setattr(data._pieces, "__defaults__", (1000,))
-    assert torch.equal(data.join_documents([text], tokenizer), whole)
-    assert len(list(data._pieces("a" * 2500))) == 3
+    whole = sets.join_documents([text], tokenizer)
+    monkeypatch.setattr(sets._pieces, "__defaults__", (1000,))
+    assert torch.equal(sets.join_documents([text], tokenizer), whole)
+    assert len(list(sets._pieces("a" * 2500))) == 3
 
 
 def test_a_prompt_that_is_no_text(place, monkeypatch, capsys):
@@ -346,7 +346,7 @@ def test_a_full_disk(verb, place, monkeypatch, capsys):
 
 
 def test_ctrl_c_leaves_nothing_of_a_model_that_is_being_saved(place, monkeypatch):
-    monkeypatch.setattr(krony.card, "model_card", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(krony.compression.model_card, "model_card", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     before = sorted(place.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["krony", *verbs(place)["compress"]])
     with pytest.raises(SystemExit) as stopped:
@@ -356,7 +356,7 @@ def test_ctrl_c_leaves_nothing_of_a_model_that_is_being_saved(place, monkeypatch
 
 def test_what_a_killed_process_left_is_cleared_away_by_the_next(place, monkeypatch):
     """A half-written folder that no living process holds."""
-    code = "import os, signal, sys; from pathlib import Path; from krony.files import fresh_folder\n"
+    code = "import os, signal, sys; from pathlib import Path; from krony.storage.files import fresh_folder\n"
     code += "with fresh_folder(Path(sys.argv[1])) as f: (f / 'a').write_text('b'); os.kill(os.getpid(), signal.SIGKILL)"
     subprocess.run([sys.executable, "-c", code, str(place / "out")], check=False)
     assert len(list(place.glob(".out.partial-*"))) == 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from krony import KronyConfig, compress
-from krony.surgery import kronecker_layers
+from krony.models.surgery import kronecker_layers
 from small_models import gpt2, llama
 
 INITS = ["van-loan", "prune", "neurons", "als", "svd"]

@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from krony import KronyConfig, compress
-from krony.models import load_model
-from krony.surgery import kronecker_layers
+from krony.models.loading import load_model
+from krony.models.surgery import kronecker_layers
 from small_models import BUILDERS
 
 ATTENTION = {"gpt2": "c_attn", "llama": "q_proj"}

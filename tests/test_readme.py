@@ -20,7 +20,7 @@ def workplace(tmp_path, monkeypatch, tokenizer):
     import torch
     from transformers import GPT2LMHeadModel
 
-    from krony import schemes
+    from krony.kronecker import schemes
 
     monkeypatch.chdir(tmp_path)
     config = GPT2Config(
@@ -29,10 +29,10 @@ def workplace(tmp_path, monkeypatch, tokenizer):
     torch.manual_seed(0)
     GPT2LMHeadModel(config).save_pretrained("gpt2")
     tokenizer.save_pretrained("gpt2")
-    monkeypatch.setitem(schemes.NAMED, "81M", "48x48")
-    monkeypatch.setattr(schemes.Layout, "is_gpt2", property(lambda layout: layout.matrices == ((192, 48),) * 4))
-    for name in [n for n in schemes.NAMED if n != "81M"]:
-        monkeypatch.delitem(schemes.NAMED, name)
+    monkeypatch.setitem(schemes.PAPER_NAMES, "81M", "48x48")
+    monkeypatch.setattr(schemes.ModelShape, "is_gpt2", property(lambda layout: layout.matrices == ((192, 48),) * 4))
+    for name in [n for n in schemes.PAPER_NAMES if n != "81M"]:
+        monkeypatch.delitem(schemes.PAPER_NAMES, name)
     for name, file in [("wikitext-2", "wiki.test.tokens"), ("lambada", "lambada_test_plain_text.txt")]:
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / file).write_text("some words and a last one\n" * 4)
@@ -57,17 +57,17 @@ def test_every_command_runs(workplace, monkeypatch, capsys):
 
 
 def test_the_python_runs(workplace, monkeypatch):
-    from krony import data
+    from krony.data import sets
 
-    monkeypatch.setattr(data, "_from_hub", lambda name, *_: ["some words"] * 9)
+    monkeypatch.setattr(sets, "_from_hub", lambda name, *_: ["some words"] * 9)
     for code in PYTHON:
         exec(compile(code, "README.md", "exec"), {})
 
 
 def test_the_table_of_gpt2_is_what_schemes_prints():
-    from krony import schemes
+    from krony.kronecker import schemes
 
-    layout = schemes.Layout(124_439_808, ((3072, 768),) * 24)
+    layout = schemes.ModelShape(124_439_808, ((3072, 768),) * 24)
     for name in ("96M", "92M", "81M", "80M", "67M"):
         shape = schemes.resolve(name, 3072, 768)
         total = layout.parameters_with(name)

@@ -8,8 +8,8 @@ import torch
 
 import krony
 from data_folder import DATA, needs_data
-from krony.models import DEMO
-from krony.surgery import count_parameters
+from krony.models.loading import DEMO
+from krony.models.surgery import count_parameters
 
 CARD = (DEMO / "README.md").read_text()
 

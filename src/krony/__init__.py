@@ -8,46 +8,39 @@ are imported.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.util
-import sys
 from typing import TYPE_CHECKING
 
+from krony._register import register
 from krony._version import __version__
 from krony.errors import KronyError
 
 if TYPE_CHECKING:
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
-
-    from krony.calibration import calibration_set as calibration_set
-    from krony.compression import Report as Report
-    from krony.compression import compress as compress
+    from krony.compression.compress import CompressionReport as CompressionReport
+    from krony.compression.compress import compress as compress
     from krony.config import KronyConfig as KronyConfig
-    from krony.evaluation import evaluate as evaluate
-    from krony.export import export_model as export_model
-    from krony.linear import KroneckerLinear as KroneckerLinear
-    from krony.models import demo_model as demo_model
-    from krony.models import load_model as load_model
-    from krony.models import load_tokenizer as load_tokenizer
+    from krony.data.calibration_set import calibration_set as calibration_set
+    from krony.evaluation.perplexity import evaluate as evaluate
+    from krony.kronecker.linear import KroneckerLinear as KroneckerLinear
+    from krony.models.export import export_model as export_model
+    from krony.models.loading import demo_model as demo_model
+    from krony.models.loading import load_model as load_model
+    from krony.models.loading import load_tokenizer as load_tokenizer
 
 # Where each public name lives; it is imported when it is first used.
 _HOMES = {
-    "KroneckerLinear": "krony.linear",
+    "KroneckerLinear": "krony.kronecker.linear",
     "KronyConfig": "krony.config",
-    "Report": "krony.compression",
-    "calibration_set": "krony.calibration",
-    "compress": "krony.compression",
-    "demo_model": "krony.models",
-    "evaluate": "krony.evaluation",
-    "export_model": "krony.export",
-    "load_model": "krony.models",
-    "load_tokenizer": "krony.models",
+    "CompressionReport": "krony.compression.compress",
+    "calibration_set": "krony.data.calibration_set",
+    "compress": "krony.compression.compress",
+    "demo_model": "krony.models.loading",
+    "evaluate": "krony.evaluation.perplexity",
+    "export_model": "krony.models.export",
+    "load_model": "krony.models.loading",
+    "load_tokenizer": "krony.models.loading",
 }
 
 __all__ = ["KronyError", "__version__", *_HOMES]
-
-_QUANTIZERS = "transformers.quantizers.auto"
 
 
 def __getattr__(name: str) -> object:
@@ -60,26 +53,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-class _RegisterWhenLoaded(importlib.abc.MetaPathFinder):
-    """Imports krony.hf, which registers the quantizer, right after transformers' own quantizers."""
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name != _QUANTIZERS:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                load(module)
-                importlib.import_module("krony.hf")
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-if _QUANTIZERS in sys.modules:
-    importlib.import_module("krony.hf")
-else:
-    sys.meta_path.insert(0, _RegisterWhenLoaded())
+register()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import InitVar, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from krony.errors import KronyError
+from krony.options import option
 
-INITS = ("neurons", "als", "van-loan", "permuted", "prune", "svd", "random")
-RESCALED = ("van-loan", "permuted")  # those with adaptive normalisation
-CALIBRATED = ("neurons", "als", "svd")  # those that need calibration text
-PRUNING = ("neurons", "prune", "als")  # those that drop neurons, als at its start: epsilon is of these
+if TYPE_CHECKING:
+    from krony.init.base import Initialisation
+
 ALLOCATIONS = ("uniform", "global")
 
 
@@ -19,84 +19,140 @@ ALLOCATIONS = ("uniform", "global")
 class KronyConfig:
     """What to replace, by what, and how the factors start.
 
+    Every attribute is an option of ``krony compress``; ``krony compress --help`` explains each in one sentence.
+
     Attributes:
-        scheme: ``81M``, ``1536x768``, ``1024x256:4``, ``keep=0.5`` (see ``krony.schemes``).
-        init: how the factors get their first values, one of ``INITS``.
-        allocation: ``uniform`` treats every layer alike (the paper), ``global`` spends one budget where it tells.
+        scheme: the size: ``81M``, ``1536x768``, ``1024x256:4``, ``keep=0.5`` (see ``krony.kronecker.schemes``).
+        init: how the factors get their first values, one of ``krony.init.registry.INITIALISATIONS``.
+        allocation: ``uniform`` treats all layers the same (the paper); ``global`` shares one budget among the layers
+            by what the loss needs.
         layers: ``all``, ``odd``, ``even``, or a zero-based inclusive range such as ``2-28``.
         modules: ``mlp``, or a regular expression searched in the names of linear layers.
-        rescale: adaptive normalisation (paper, 3.3.2), of ``van-loan`` and ``permuted``.
-        scalars: a trainable scalar a factor; None gives them where there is more than one factor.
-        scalar_init: value the scalars start at, with the left factors divided so that the matrix stays the same.
-        epsilon: entry of the right factor for what was dropped; None is the init's own (0.1 ``prune`` and the start of
-            ``als``, 0 ``neurons``).
+        rescale: adaptive normalisation (paper, 3.3.2) for ``van-loan`` and ``permuted``.
+        scalars: a trainable scalar per factor; None adds them where there is more than one factor.
+        scalar_init: value the scalars start at; the left factors are divided by it, so that the matrix stays the same.
+        epsilon: entry of the right factor for dropped neurons; None is the initialisation's own value.
         token_weighting: weight calibration tokens by 1/‖hidden state after the layer‖².
-        reinit: ``all`` draws every other weight anew too (paper, Appendix C).
-        seed: of everything random.
+        reinit: ``all`` draws every other weight at random too (paper, Appendix C).
+        seed: seed of everything random.
         max_width: with ``global``, the most hidden neurons that a layer may keep.
-        multiple_of: with ``global``, the neurons that a layer keeps are a multiple of it.
-        reconstruct: steps of training each MLP by itself on the calibration text; 0 for none.
-        tune: steps, of a sequence each, of then training all new layers together towards the original's predictions on
-            that text; 0 for none.
-        embedding: columns of the right factor of the input embedding (KnGPT2: 2); None leaves it whole. A tied head
+        multiple_of: with ``global``, the number of neurons that a layer keeps is a multiple of it.
+        reconstruct: steps of training each MLP separately on the calibration text; 0 for none.
+        tune: steps, one sequence per step, of then training all new layers together towards the original's predictions
+            on that text; 0 for none.
+        embedding: columns of the right factor of the input embedding (KnGPT2: 2); None leaves it dense. A tied head
             then becomes a matrix of its own.
+
+    Args:
+        keep: the fraction of hidden neurons to keep, instead of a scheme: ``keep=0.5`` is ``scheme="keep=0.5"``.
+
+    Raises:
+        KronyError: an unknown value, or options that exclude each other.
+
+    Example:
+        >>> KronyConfig(keep=0.5).scheme
+        'keep=0.5'
+        >>> KronyConfig("1536x768", init="van-loan").has_scalars(factors=1)
+        False
     """
 
-    scheme: str
-    init: str = "neurons"
-    allocation: str = "uniform"
-    layers: str = "all"
-    modules: str = "mlp"
-    rescale: bool = True
-    scalars: bool | None = None
-    scalar_init: float | None = None
-    epsilon: float | None = None
-    token_weighting: bool = True
-    reinit: str | None = None
-    seed: int = 0
-    max_width: int | None = None
-    multiple_of: int | None = None
-    reconstruct: int = 0
-    tune: int = 0
-    embedding: int | None = None
+    scheme: str = option(
+        "", "Size: 81M, 96M (GPT-2 124M only), 1536x768, 1024x256:4 or keep=0.5. krony schemes MODEL lists them."
+    )
+    init: str = option("neurons", "How factors start: neurons, als, van-loan, permuted, prune, svd or random.")
+    allocation: str = option(
+        "uniform", "uniform: the same size for every layer. global: one budget, shared by what the loss needs."
+    )
+    layers: str = option("all", "all, odd, even, or a zero-based inclusive range such as 2-28.")
+    modules: str = option("mlp", "mlp, or a regular expression that matches names of linear layers.")
+    rescale: bool = option(True, "Adaptive normalisation; for van-loan and permuted.")
+    scalars: bool | None = option(None, "One trainable scalar per factor.", show_default="if more than one factor")
+    scalar_init: float | None = option(None, "Value the scalars start at; the matrix stays the same.")
+    epsilon: float | None = option(
+        None, "Entry of the right factor for dropped neurons.", show_default="0.1 for prune and als, 0 for neurons"
+    )
+    token_weighting: bool = option(True, "Weight tokens by 1/|hidden state|², so that a few huge ones don't dominate.")
+    reinit: str | None = option(None, "all: draw every other weight at random too.")
+    seed: int = option(0, "Seed of everything random.")
+    max_width: int | None = option(None, "With --allocation global: a layer keeps at most N neurons.", metavar="N")
+    multiple_of: int | None = option(
+        None, "With --allocation global: a layer keeps a multiple of N neurons, such as 64.", metavar="N"
+    )
+    reconstruct: int = option(
+        0, "After the start, train each MLP separately on the calibration text for N steps.", metavar="N"
+    )
+    tune: int = option(
+        0,
+        "Then train all new layers together for N steps, one sequence per step, to predict as MODEL does.",
+        metavar="N",
+    )
+    embedding: int | None = option(
+        None, "Factorise the input embedding too, with a 1xN right factor (KnGPT2: 2).", metavar="N"
+    )
+    keep: InitVar[float | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, keep: float | None) -> None:
+        if keep is not None:
+            if self.scheme:
+                raise KronyError(f"scheme {self.scheme!r} and keep={keep} both set the size: give one of them")
+            object.__setattr__(self, "scheme", f"keep={keep:g}")
         if not isinstance(self.scheme, str):
-            raise KronyError(f"scheme {self.scheme!r} is no text: write '81M', '1536x768' or 'keep=0.5'")
-        _one_of("init", self.init, INITS)
-        _one_of("allocation", self.allocation, ALLOCATIONS)
-        _one_of("reinit", self.reinit, (None, "all"))
-        if self.scalar_init is not None and self.scalars is False:
-            raise KronyError("scalar_init sets the scalars, and scalars=False leaves them out: drop one of the two")
-        for name in ("scalar_init", "epsilon"):
-            value = getattr(self, name)
-            if value is not None and not math.isfinite(value):
-                raise KronyError(f"{name} is {value}: it takes a finite number")
-        if self.epsilon is not None and self.init not in PRUNING:
-            raise KronyError(f"epsilon is of init {', '.join(PRUNING)}, and the init is {self.init}: leave it out")
-        for name in ("max_width", "multiple_of"):
-            value = getattr(self, name)
-            if value is not None and self.allocation != "global":
-                raise KronyError(f"{name} is of allocation global, and the allocation is {self.allocation}")
-            if value is not None and value < 1:
-                raise KronyError(f"{name} is {value}: it takes a number of neurons from 1")
+            raise KronyError(f"scheme is {self.scheme!r}, not text: write '81M', '1536x768' or 'keep=0.5'")
+        if not self.scheme:
+            raise KronyError("a size is missing: KronyConfig(keep=0.5) keeps half of the neurons of every MLP")
+        _check_choice("allocation", self.allocation, ALLOCATIONS)
+        _check_choice("reinit", self.reinit, (None, "all"))
+        self._check_scalars()
+        self._check_epsilon()
+        self._check_widths()
         for name in ("reconstruct", "tune"):
             if getattr(self, name) < 0:
                 raise KronyError(f"{name} is {getattr(self, name)}: it takes a number of steps, 0 for none")
         if self.tune and self.reinit:
-            raise KronyError("tune leads back to the original, which reinit leaves: drop one of the two")
+            raise KronyError("tune trains towards the original, and reinit draws its weights at random: drop one")
+
+    def _check_scalars(self) -> None:
+        if self.scalar_init is not None and self.scalars is False:
+            raise KronyError("scalar_init sets the scalars, and scalars=False leaves them out: drop one of the two")
+        if self.scalar_init is not None and not math.isfinite(self.scalar_init):
+            raise KronyError(f"scalar_init is {self.scalar_init}: it takes a finite number")
         if self.scalar_init == 0:
             raise KronyError("scalar_init is 0: the left factors are divided by it, so it takes another number")
 
+    def _check_epsilon(self) -> None:
+        own = self.initialisation.default_epsilon  # looks the init up, which may be unknown
+        if self.epsilon is not None and not math.isfinite(self.epsilon):
+            raise KronyError(f"epsilon is {self.epsilon}: it takes a finite number")
+        if self.epsilon is not None and own is None:
+            from krony.init.registry import INITIALISATIONS
+
+            takers = ", ".join(name for name, init in INITIALISATIONS.items() if init.default_epsilon is not None)
+            raise KronyError(f"epsilon works with init {takers}, and the init is {self.init}: leave it out")
+
+    def _check_widths(self) -> None:
+        for name in ("max_width", "multiple_of"):
+            value = getattr(self, name)
+            if value is not None and self.allocation != "global":
+                raise KronyError(f"{name} works with allocation global, and the allocation is {self.allocation}")
+            if value is not None and value < 1:
+                raise KronyError(f"{name} is {value}: it takes a number of neurons from 1")
+
     @property
-    def reader(self) -> str | None:
-        """What of this needs calibration text, in words; None if nothing does."""
-        if self.init in CALIBRATED:
+    def initialisation(self) -> Initialisation:
+        """The record of ``init``. Raises KronyError for an unknown name."""
+        from krony.init.registry import find_initialisation  # torch is heavy, and ``krony --help`` needs none
+
+        return find_initialisation(self.init)
+
+    @property
+    def needs_text_for(self) -> str | None:
+        """Which option needs calibration text, in words; None if none does."""
+        if self.initialisation.needs_text:
             return f"init {self.init}"
         return next((name for name in ("reconstruct", "tune") if getattr(self, name)), None)
 
-    def given(self) -> dict[str, Any]:
-        """Scheme, init, seed, and every option that has not its default: what it takes to do it again."""
+    def non_default_options(self) -> dict[str, Any]:
+        """Scheme, init, seed, and every option that differs from its default: what it takes to repeat the work."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         always = ("scheme", "init", "seed")
         return {name: value for name, (value, default) in values.items() if name in always or value != default}
@@ -108,6 +164,6 @@ class KronyConfig:
         return factors > 1 if self.scalar_init is None else True
 
 
-def _one_of(option: str, value: str | None, known: tuple) -> None:
+def _check_choice(name: str, value: str | None, known: tuple) -> None:
     if value not in known:
-        raise KronyError(f"{option} {value!r} is unknown: it is one of {', '.join(str(k) for k in known)}")
+        raise KronyError(f"{name} {value!r} is unknown: it is one of {', '.join(str(k) for k in known)}")

@@ -13,20 +13,20 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from krony import bench
-from krony.bench import Settings, Work, alternate
-from krony.calibration import pack
-from krony.compression import Report, compress
+from krony.compression.compress import CompressionReport, compress
 from krony.config import KronyConfig
+from krony.data.calibration_set import pack
+from krony.data.python_docs import topics
+from krony.data.rows import load_rows
 from krony.errors import KronyWarning
-from krony.evaluation import evaluate
-from krony.export import slim
-from krony.healing import RECIPES, HealReport, heal
-from krony.models import demo_model, load_tokenizer
-from krony.progress import Progress, silent
-from krony.python_docs import topics
-from krony.rows import load_rows
-from krony.surgery import count_parameters
+from krony.evaluation import speed
+from krony.evaluation.perplexity import evaluate
+from krony.evaluation.speed import Settings, Work, alternate
+from krony.healing.heal import RECIPES, HealReport, heal
+from krony.models.export import slim
+from krony.models.loading import demo_model, load_tokenizer
+from krony.models.surgery import count_parameters
+from krony.runtime.progress import Progress, silent
 
 SCHEME, INITS = "keep=0.5", ("neurons", "van-loan", "prune")
 PROMPT = "The function returns"
@@ -36,7 +36,7 @@ ROUNDS = 9  # of each timing
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """One model of the table. ``ratio``s are to the original; healed figures are None where nothing was trained."""
 
     init: str
@@ -59,8 +59,8 @@ class Row:
 class Demo:
     """What the demo found, and the healed model."""
 
-    rows: list[Row]
-    reports: dict[str, Report]
+    rows: list[DemoRow]
+    reports: dict[str, CompressionReport]
     healing: dict[str, HealReport]  # of the compressed model and of the original, its control
     model: PreTrainedModel
     seconds: float
@@ -84,7 +84,7 @@ def run_demo(
     tokenizer, original = load_tokenizer("demo"), demo_model()
     text = pack(topics("calibration"), tokenizer, seed=seed)
     models: dict[str, PreTrainedModel] = {"original": original}
-    reports: dict[str, Report] = {}
+    reports: dict[str, CompressionReport] = {}
     with tempfile.TemporaryDirectory() as cache:  # the text is read once
         for number, init in enumerate(INITS):
             progress(number, 8, f"compressing by {init}")
@@ -103,9 +103,9 @@ def run_demo(
     progress(7, 8, "timing")
     fast = {name: slim(copy.deepcopy(model)).model if name == "neurons" else model for name, model in models.items()}
     settings = Settings(new_tokens=16, rounds=ROUNDS)
-    prefill, decode = (_medians(fast, work(settings)) for work in (bench.prefill, bench.decode))
+    prefill, decode = (_medians(fast, work(settings)) for work in (speed.prefill, speed.decode))
     rows = [
-        Row(
+        DemoRow(
             init=name,
             params=count_parameters(model),
             bytes=sum(p.numel() * p.element_size() for p in model.parameters()),

@@ -186,24 +186,24 @@ def test_figures_pictures_and_pages_that_cannot_be_written(refused, gpt2_folder,
 )
 def test_out_of_memory(refused, gpt2_folder, tmp_path, monkeypatch, error):
     """torch raises it as a RuntimeError; another RuntimeError is a defect, and shows where it is."""
-    import krony.compression
-    import krony.models
+    import krony.compression.compress
+    import krony.models.loading
 
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(krony.compression, "compress", fail)
+    monkeypatch.setattr(krony.compression.compress, "compress", fail)
     arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5", *VAN_LOAN, "--no-stream")
     assert "there is not enough memory" in refused(*arguments)
     with monkeypatch.context() as while_loading:
-        while_loading.setattr(krony.models.AutoModelForCausalLM, "from_pretrained", fail)
+        while_loading.setattr(krony.models.loading.AutoModelForCausalLM, "from_pretrained", fail)
         assert refused(*arguments).startswith("error: there is not enough memory")
     with monkeypatch.context() as at_the_first_tokens:
         at_the_first_tokens.setattr(transformers.GPT2LMHeadModel, "forward", fail)
         assert refused(*arguments).startswith("error: there is not enough memory")
     assert not list(tmp_path.iterdir())
     error = RuntimeError("another defect")
-    monkeypatch.setattr(krony.compression, "compress", fail)
+    monkeypatch.setattr(krony.compression.compress, "compress", fail)
     with pytest.raises(RuntimeError, match="another defect"):
         refused(*arguments)
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import krony as library
-from krony.surgery import kronecker_layers
+from krony.models.surgery import kronecker_layers
 
 
 def test_schemes_gives_table_1_as_json(krony):
@@ -299,7 +299,7 @@ def test_heal_resumed_before_the_first_checkpoint(krony, compressed, tmp_path):
 
 def test_heal_resumed_while_the_control_had_no_checkpoint(krony, compressed, gpt2_folder, tmp_path, monkeypatch):
     """The model itself is trained to its end by then: it goes on from its last checkpoint, and the control begins."""
-    import krony.healing as healing
+    import krony.healing.heal as healing
 
     (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten. " * 40)
     options = ("--data", tmp_path / "text.txt", "--length", 32, "--control", gpt2_folder)

@@ -6,14 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krony import KronyConfig
-from krony.init import Moments, Second, Target, als, get_init
-from krony.kron import KronShape, dense
+from krony.init import als
+from krony.init.base import Moments, SecondMoment, Target
+from krony.init.registry import find_initialisation
+from krony.kronecker.algebra import KronShape, dense
 
 
-def second(width: int, seed: int) -> Second:
+def second(width: int, seed: int) -> SecondMoment:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(300, width, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, width)
-    return Second(x.T @ x / 300, x.mean(0))
+    return SecondMoment(x.T @ x / 300, x.mean(0))
 
 
 def cost(weight, factors, c) -> float:
@@ -32,8 +34,8 @@ def test_never_worse_than_its_start_and_never_climbs(sizes, seed):
     shape = KronShape(*sizes)
     weight = torch.randn(shape.rows, shape.columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     target, moments = Target("fc", "other", weight, None, shape), Moments(second(shape.columns, seed), None, 300)
-    (made,) = get_init("als")([target], KronyConfig("1x1", init="als"), moments)
-    (start,) = get_init("van-loan")([target], KronyConfig("1x1", init="van-loan", rescale=False))
+    (made,) = find_initialisation("als").initialise([target], KronyConfig("1x1", init="als"), moments)
+    (start,) = find_initialisation("van-loan").initialise([target], KronyConfig("1x1", init="van-loan", rescale=False))
     assert cost(weight, made, moments.inputs.matrix) <= cost(weight, start, moments.inputs.matrix) * (1 + 1e-2) + 1e-12
     assert list(made.curve) == sorted(made.curve, reverse=True)
 
@@ -43,8 +45,8 @@ def test_a_sum_of_products_is_found_again():
     left, right = (torch.randn(2, 6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     weight, c = dense(left, right), second(16, 1)
     shape = KronShape(6, 4, 6, 4, 2)
-    (made,) = get_init("als")([Target("fc", "other", weight, None, shape)], KronyConfig("6x4:2", init="als"),
-                              Moments(c, None, 300))  # fmt: skip
+    target, config = Target("fc", "other", weight, None, shape), KronyConfig("6x4:2", init="als")
+    (made,) = find_initialisation("als").initialise([target], config, Moments(c, None, 300))
     torch.testing.assert_close(dense(made.left, made.right), weight, rtol=1e-6, atol=1e-6)
 
 
@@ -73,5 +75,7 @@ def test_half_steps_solve_their_least_squares():
 @pytest.mark.parametrize("weight", [torch.zeros(6, 4), torch.ones(6, 4)])
 def test_matrices_of_rank_zero_and_one(weight):
     target = Target("fc", "other", weight, None, KronShape(3, 2, 2, 2, 2))
-    (made,) = get_init("als")([target], KronyConfig("3x2:2", init="als"), Moments(second(4, 0), None, 300))
+    (made,) = find_initialisation("als").initialise(
+        [target], KronyConfig("3x2:2", init="als"), Moments(second(4, 0), None, 300)
+    )
     torch.testing.assert_close(dense(made.left, made.right), weight.double(), atol=1e-6, rtol=1e-6)

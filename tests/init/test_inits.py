@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from krony import KronyConfig, KronyError
-from krony.init import Target, get_init
+from krony.init.base import Target
+from krony.init.registry import find_initialisation
 from krony.init.van_loan import lost_norm
-from krony.kron import KronShape, dense, rearrange
+from krony.kronecker.algebra import KronShape, dense, rearrange
 
 
 def target(shape: KronShape, seed=0, weight=None) -> Target:
@@ -17,7 +18,7 @@ def target(shape: KronShape, seed=0, weight=None) -> Target:
 
 
 def start(name: str, one: Target, **options):
-    return get_init(name)([one], KronyConfig("-", init=name, **options))[0]
+    return find_initialisation(name).initialise([one], KronyConfig("-", init=name, **options))[0]
 
 
 @pytest.mark.parametrize("factors", [1, 2, 4])

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 
 from krony import KronyConfig, KronyError, compress
 from krony.errors import KronyWarning
-from krony.init import Moments, Second, Target, get_init, neurons
-from krony.init.base import regularised
-from krony.kron import KronShape
-from krony.surgery import find_groups, kronecker_layers, take_out
+from krony.init import neurons
+from krony.init.base import Moments, SecondMoment, Target, regularised
+from krony.init.registry import find_initialisation
+from krony.kronecker.algebra import KronShape
+from krony.models.surgery import find_groups, kronecker_layers, take_out
 from small_models import BUILDERS, gpt2, llama
 
 
@@ -71,7 +72,7 @@ def test_a_neuron_that_repeats_others_goes_first_and_costs_nothing():
 def test_selection_of_a_whole_layer_uses_the_bias_for_the_mean():
     x = activations(500, 8) + 5.0
     weight = torch.randn(3, 8, dtype=torch.float64)
-    second = Second(x.T @ x / 500, x.mean(0))
+    second = SecondMoment(x.T @ x / 500, x.mean(0))
     moments = Moments(second, second, 500)
     with_bias = neurons.select(weight, torch.zeros(3), moments, 4)
     without = neurons.select(weight, None, moments, 4)
@@ -88,7 +89,7 @@ def test_sensitivity_decides_what_goes_and_prices_it():
     x, weight, c = problem(5, 6, 16)
     root = torch.randn(6, 2, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     sensitivity = root @ root.T
-    second = Second(c, x.mean(0))
+    second = SecondMoment(c, x.mean(0))
     moments = Moments(second, second, 400, sensitivity)
     curve = neurons.cost_curve(weight, None, moments, 8)
     chosen = neurons.select(weight, None, moments, 8)
@@ -219,7 +220,7 @@ def test_the_init_alone_needs_moments():
     down = Target("proj", "down", torch.ones(3, 8), None, shape.transposed)
     for init in ("neurons", "als", "svd"):
         with pytest.raises(KronyError, match="needs calibration text"):
-            get_init(init)([target, down], KronyConfig("4x3", init=init))
-    second = Second(torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+            find_initialisation(init).initialise([target, down], KronyConfig("4x3", init=init))
+    second = SecondMoment(torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
     with pytest.raises(KronyError, match="needs calibration text"):
-        get_init("neurons")([target, down], KronyConfig("4x3"), Moments(second, None, 9))
+        find_initialisation("neurons").initialise([target, down], KronyConfig("4x3"), Moments(second, None, 9))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import krony
 from krony.init import permuted
-from krony.kron import KronShape, dense, nearest
+from krony.kronecker.algebra import KronShape, dense, nearest
 from small_models import BUILDERS
 
 

@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krony import KronyConfig
-from krony.init import Moments, Second, Target, get_init
-from krony.init.base import regularised
+from krony.init.base import Moments, SecondMoment, Target, regularised
+from krony.init.registry import find_initialisation
 from krony.init.svd import low_rank
-from krony.kron import KronShape, dense
+from krony.kronecker.algebra import KronShape, dense
 
 
 @given(st.integers(2, 9), st.integers(2, 9), st.integers(0, 99), st.data())
@@ -21,8 +21,8 @@ def test_the_cost_is_the_tail_of_the_whitened_singular_values(out, into, seed, d
     x = torch.randn(50, into, generator=generator, dtype=torch.float64)
     c = regularised(x.T @ x)
     target = Target("fc", "other", weight, None, KronShape(out, 1, 1, into, k))
-    moments = Moments(Second(x.T @ x, x.mean(0)), None, 50)
-    (made,) = get_init("svd")([target], KronyConfig("1x1", init="svd"), moments)
+    moments = Moments(SecondMoment(x.T @ x, x.mean(0)), None, 50)
+    (made,) = find_initialisation("svd").initialise([target], KronyConfig("1x1", init="svd"), moments)
     lost = weight - dense(made.left, made.right)
     tail = torch.linalg.svdvals(weight @ torch.linalg.cholesky(c))[k:].square().sum()
     torch.testing.assert_close(((lost @ c) * lost).sum(), tail, rtol=1e-6, atol=1e-9)

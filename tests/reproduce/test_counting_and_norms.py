@@ -7,10 +7,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import krony
+from krony.kronecker.schemes import resolve
 from krony.reproduce import TARGETS, Options, reproduce
-from krony.reproduce.alike import alike
 from krony.reproduce.norms import gaussian_control, table4
-from krony.schemes import resolve
 
 
 @pytest.mark.parametrize("model", ["gpt2", "demo"])
@@ -102,8 +101,8 @@ def test_the_papers_layers_are_found_by_their_norms(monkeypatch):
         ("768x384:4", 1024, 256, "256x128:4"),
     ],
 )
-def test_schemes_that_are_alike(scheme, rows, columns, expected):
-    assert alike(scheme, rows, columns) == expected
+def test_analogous_schemes(scheme, rows, columns, expected):
+    assert analogous_scheme(scheme, rows, columns) == expected
     assert resolve(expected, rows, columns).factors == resolve(scheme, 3072, 768).factors
 
 
@@ -113,7 +112,7 @@ def test_mistakes():
     with pytest.raises(krony.KronyError, match="budget 'big' is unknown: it is quick or full"):
         Options(budget="big")
     with pytest.raises(krony.KronyError, match="no scheme of a 3x2 matrix"):
-        alike("1024x256:4", 3, 2)
+        analogous_scheme("1024x256:4", 3, 2)
     assert list(TARGETS) == [f"table{n}" for n in range(1, 10)] + ["figure1"]
 
 

@@ -11,11 +11,11 @@ import pytest
 import krony
 from data_folder import DATA, needs_data
 from krony.cli import main
-from krony.evaluation import evaluate
+from krony.evaluation.perplexity import evaluate
+from krony.models.surgery import count_parameters
 from krony.reproduce import Options, reproduce
 from krony.reproduce.figures import GPT2, SETS, TABLE5_81M
-from krony.reproduce.studio import BUDGETS
-from krony.surgery import count_parameters
+from krony.reproduce.table_trainer import BUDGETS
 
 TRAINED = ("table5", "table6", "table7", "table8", "table9", "figure1")
 REAL = BUDGETS["quick"]

@@ -68,7 +68,7 @@ def main() -> None:
     except OSError as error:  # a full disk, a file that may not be read
         complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (MemoryError, RuntimeError) as error:
-        from krony.hardware import is_out_of_memory
+        from krony.runtime.hardware import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

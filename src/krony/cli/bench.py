@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from krony.bench import Row, Subject
-    from krony.progress import Progress
-    from krony.report import Table
+    from krony.evaluation.speed import ModelSpeed, Subject
+    from krony.pages import Table
+    from krony.runtime.progress import Progress
 
 
 def run(
@@ -65,7 +65,7 @@ def run(
     forward, backward and AdamW.
     """
     to = Output(json_to)
-    from krony.files import check_file, write_text
+    from krony.storage.files import check_file, write_text
 
     for file, end in ((plot, ".svg"), (report, ".html")):
         if file is not None:
@@ -74,8 +74,8 @@ def run(
         raise KronyError("--device auto spreads a model over devices, and bench measures on one: name it, such as cuda")
     import torch
 
-    from krony.bench import Settings, bench, to_json
-    from krony.planner import check_path
+    from krony.evaluation.speed import Settings, bench, to_json
+    from krony.kronecker.forward_path import check_path
 
     quiet_libraries()
     check_path(None if path == "auto" else path)
@@ -110,11 +110,11 @@ def _subjects(
 
     import torch
 
-    from krony.bench import random_model, store
-    from krony.compression import compress
+    from krony.compression.compress import compress
     from krony.config import KronyConfig
-    from krony.models import load_model
-    from krony.surgery import kronecker_layers
+    from krony.evaluation.speed import random_model, store
+    from krony.models.loading import load_model
+    from krony.models.surgery import kronecker_layers
 
     made: list[tuple[str, PreTrainedModel, Path | None]] = []
     total = len(models) + len(schemes)
@@ -160,10 +160,10 @@ def caption(figures: dict) -> str:
     )
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[ModelSpeed]) -> Table:
     """A row a model: speeds in tokens a second, and times the first model's."""
-    from krony.bench import WORKS
-    from krony.report import Table
+    from krony.evaluation.speed import WORKS
+    from krony.pages import Table
 
     works = [work for work in WORKS if work in rows[0].tokens_per_s]
     columns = ["model", "parameters", "MB"]
@@ -180,18 +180,18 @@ def table(rows: Sequence[Row]) -> Table:
     return Table(columns, shown)
 
 
-def picture(rows: Sequence[Row]) -> str:
+def picture(rows: Sequence[ModelSpeed]) -> str:
     """Speed of each model against the first one's, as SVG."""
-    from krony.bench import WORKS
-    from krony.report import bars
+    from krony.evaluation.speed import WORKS
+    from krony.pages import bars
 
     works = [work for work in WORKS if work in rows[0].tokens_per_s]
     heights = {work: {row.name: row.ratio[work] for row in rows} for work in works}
     return bars(heights, "times the first model's speed", level=1.0)
 
 
-def _page(rows: Sequence[Row], figures: dict) -> str:
-    from krony.report import bars, lines, page, paragraphs
+def _page(rows: Sequence[ModelSpeed], figures: dict) -> str:
+    from krony.pages import bars, lines, page, paragraphs
 
     sizes = {
         "bytes on disk": {row.name: row.bytes / 1e6 for row in rows},

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from krony.compression import Report
-    from krony.streaming import Stream
+    from krony.compression.compress import CompressionReport
+    from krony.streaming.stream import Stream
 
 
 def run(
@@ -99,17 +99,18 @@ def run(
     to = Output(json_to, out)
     if (scheme is None) == (params is None):
         raise KronyError("compress needs a size: either --scheme (krony schemes MODEL lists them) or --params")
-    from krony import ranks
-    from krony.budget import within
-    from krony.calibration import LENGTH, calibration_set
-    from krony.compression import compress, plan
-    from krony.config import CALIBRATED, RESCALED, KronyConfig
-    from krony.files import cache_folder, check_writable, fresh_folder
-    from krony.models import context_length, load_model, load_tokenizer, skeleton
-    from krony.schemes import parse_parameters
-    from krony.streaming import choose
+    from krony.compression.compress import compress, plan
+    from krony.compression.plan import within
+    from krony.config import KronyConfig
+    from krony.data.calibration_set import LENGTH, calibration_set
+    from krony.init.registry import find_initialisation
+    from krony.kronecker.schemes import parse_parameters
+    from krony.models.loading import context_length, load_model, load_tokenizer, skeleton
+    from krony.runtime import distributed
+    from krony.storage.files import cache_folder, check_writable, fresh_folder
+    from krony.streaming.stream import choose
 
-    if rescale is not None and init not in RESCALED:
+    if rescale is not None and not find_initialisation(init).rescales:
         raise KronyError(f"--rescale is of init van-loan and permuted, and the init is {init}: leave it out")
     quiet_libraries()
     empty = skeleton(model)
@@ -135,25 +136,25 @@ def run(
     if params is not None:
         config = within(empty, config, parse_parameters(params))
     groups = plan(empty, config)
-    reads = calibration is not None or config.reader is not None
+    reads = calibration is not None or config.needs_text_for is not None
     way = choose(model, config, wanted=stream, dtype=dtype, device=device, reads=reads)
     if dry_run:
         tokens = calibration_tokens if reads else 0
         preview(to, model, empty, groups, config, way, tokens=tokens, dtype=dtype)
         return
-    if calibration is None and config.reader:
-        reader = config.reader if init in CALIBRATED else f"--{config.reader}"
+    if calibration is None and config.needs_text_for:
+        reader = config.needs_text_for if config.initialisation.needs_text else f"--{config.needs_text_for}"
         raise KronyError(
             f"{reader} needs text like that the model is for: --calibration FILE (.txt or .jsonl), or python-docs"
         )
     check_writable(out)
-    device = ranks.join(device)
+    device = distributed.init(device)
     ids: Tensor | None = None
     text = ""  # in words
     if calibration is not None:
         length = min(LENGTH, context_length(empty))
         ids = calibration_set(calibration, load_tokenizer(model), tokens=calibration_tokens, length=length, seed=seed)
-        text = "calibrated on" if config.reader else "errors of outputs measured on"
+        text = "calibrated on" if config.needs_text_for else "errors of outputs measured on"
         text += f" {ids.numel():,} tokens of {calibration}"
         to.say(text)
     if way is not None:
@@ -165,7 +166,7 @@ def run(
     with to.progress() as progress:
         kept = cache_folder() if cache else None
         report = compress(original, config, calibration=ids, cache=kept, progress=progress)
-    if not ranks.is_first():
+    if not distributed.is_first():
         return
     if report.calibration is not None:
         to.say(report.calibration)
@@ -175,13 +176,15 @@ def run(
     to.json(report.to_json())
 
 
-def _stream(to: Output, way: Stream, model: str, out: Path, ids: Tensor | None, text: str, device: str) -> Report:
-    from krony.journal import work_folder
-    from krony.streaming import run
+def _stream(
+    to: Output, way: Stream, model: str, out: Path, ids: Tensor | None, text: str, device: str
+) -> CompressionReport:
+    from krony.storage.journal import work_folder
+    from krony.streaming.stream import run
 
-    def finish(folder: Path, report: Report) -> None:
-        from krony.card import model_card
-        from krony.models import save_tokenizer
+    def finish(folder: Path, report: CompressionReport) -> None:
+        from krony.compression.model_card import model_card
+        from krony.models.loading import save_tokenizer
 
         save_tokenizer(folder, source=model)
         (folder / "README.md").write_text(model_card(model, report, text), encoding="utf-8")
@@ -197,15 +200,15 @@ def _stream(to: Output, way: Stream, model: str, out: Path, ids: Tensor | None, 
             raise
 
 
-def _save(model: PreTrainedModel, source: str, folder: Path, report: Report, text: str) -> None:
-    from krony.card import model_card
-    from krony.models import save
+def _save(model: PreTrainedModel, source: str, folder: Path, report: CompressionReport, text: str) -> None:
+    from krony.compression.model_card import model_card
+    from krony.models.loading import save
 
     save(model, folder, source=source)
     (folder / "README.md").write_text(model_card(source, report, text), encoding="utf-8")
 
 
-def _print(to: Output, report: Report, out: Path) -> None:
+def _print(to: Output, report: CompressionReport, out: Path) -> None:
     columns = ["layer", "left", "right", "factors", "error"]
     rows = [
         [layer.name, f"{layer.shape.m1}x{layer.shape.n1}", f"{layer.shape.m2}x{layer.shape.n2}"]

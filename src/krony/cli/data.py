@@ -29,9 +29,9 @@ def prepare(
     The split and its seed are nanoGPT's for OpenWebText. Stopped, the same command goes on where it was.
     """
     to = Output(json_to, out)
-    from krony.models import load_tokenizer
-    from krony.preparation import look_at
-    from krony.preparation import prepare as write
+    from krony.data.prepare import look_at
+    from krony.data.prepare import prepare as write
+    from krony.models.loading import load_tokenizer
 
     quiet_libraries()
     look_at(data)  # before a tokenizer is fetched

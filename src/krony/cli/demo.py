@@ -12,7 +12,7 @@ from krony.cli.output import Output, quiet_libraries
 
 if TYPE_CHECKING:
     from krony.demo import Demo
-    from krony.report import Table
+    from krony.pages import Table
 
 ORIGINAL = "original"
 
@@ -30,10 +30,10 @@ def run(
 ) -> None:
     """Compress, heal, measure and save the small GPT-2 that comes with krony: offline, in under two minutes."""
     to = Output(json_to, out)
-    from krony.card import healed_card
+    from krony.compression.model_card import healed_card
     from krony.demo import run_demo
-    from krony.files import check_writable, fresh_folder
-    from krony.models import save
+    from krony.models.loading import save
+    from krony.storage.files import check_writable, fresh_folder
 
     quiet_libraries()
     check_writable(out)
@@ -56,7 +56,7 @@ def run(
 
 def table(demo: Demo) -> Table:
     """The demo's table: a row a model."""
-    from krony.report import Table
+    from krony.pages import Table
 
     columns = ["", "parameters", "MB", "perplexity", "of original", "healed", "of original", "prefill", "decode"]
     rows = []
@@ -74,7 +74,7 @@ def _page(demo: Demo) -> str:
     """The report: the table, five pictures, and what each model writes."""
     import html
 
-    from krony.report import bars, lines, page, paragraphs
+    from krony.pages import bars, lines, page, paragraphs
 
     compressed = [row for row in demo.rows if row.init != ORIGINAL]
     tokens = demo.healing["neurons"].tokens

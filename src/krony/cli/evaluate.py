@@ -46,7 +46,7 @@ def run(
 ) -> None:
     """Measure MODEL on standard data: perplexity, and the accuracy of the last word on LAMBADA."""
     to = Output(json_to)
-    from krony.files import check_file, write_text
+    from krony.storage.files import check_file, write_text
 
     if report is not None:
         check_file(report, ".html")
@@ -54,11 +54,11 @@ def run(
         raise KronyError(f"--count {count}: it is tied or untied")
     if limit is not None and tasks is None:
         raise KronyError("--limit is of --tasks, and there are none: for text take --max-tokens")
-    from krony.evaluation import evaluate
-    from krony.harness import run_tasks
-    from krony.models import load_model, load_tokenizer
-    from krony.report import Table, page, paragraphs
-    from krony.surgery import count_parameters, count_untied
+    from krony.evaluation.harness import run_tasks
+    from krony.evaluation.perplexity import evaluate
+    from krony.models.loading import load_model, load_tokenizer
+    from krony.models.surgery import count_parameters, count_untied
+    from krony.pages import Table, page, paragraphs
 
     quiet_libraries()
     loaded, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)

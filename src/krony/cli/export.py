@@ -35,10 +35,10 @@ def run(
     if to == "reference":
         _reference(words, model, out)
         return
-    from krony.export import export_model, slim
-    from krony.files import check_writable, fresh_folder
-    from krony.models import load_model, save
-    from krony.surgery import count_parameters
+    from krony.models.export import export_model, slim
+    from krony.models.loading import load_model, save
+    from krony.models.surgery import count_parameters
+    from krony.storage.files import check_writable, fresh_folder
 
     quiet_libraries()
     check_writable(out)
@@ -67,9 +67,9 @@ def _reference(words: Output, model: str, out: Path) -> None:
         raise KronyError(f"{out}: --to reference writes one file, so OUT ends in .pt")
     if out.exists():
         raise KronyError(f"{out} is there already: name a new file")
-    from krony.models import load_model
-    from krony.reference import to_reference, write_reference
-    from krony.surgery import count_parameters
+    from krony.models.loading import load_model
+    from krony.models.published_code import to_reference, write_reference
+    from krony.models.surgery import count_parameters
 
     quiet_libraries()
     loaded = load_model(model)

@@ -26,8 +26,8 @@ def run(
     to = Output(json_to)
     import torch
 
-    from krony.data import is_text
-    from krony.models import context_length, load_model, load_tokenizer
+    from krony.data.sets import is_text
+    from krony.models.loading import context_length, load_model, load_tokenizer
 
     quiet_libraries()
     if not is_text(prompt):

@@ -16,8 +16,8 @@ from krony.cli.output import Output, complain, quiet_libraries
 from krony.errors import KronyError
 
 if TYPE_CHECKING:
-    from krony.recipes import Recipe
-    from krony.rows import Rows
+    from krony.data.rows import Rows
+    from krony.healing.recipes import Recipe
 
 VALIDATION_ROWS = 16  # of the text itself, at most, where --val names none
 HOW, TAUGHT, MACHINE = "The recipe, changed", "With a teacher", "Memory and speed"
@@ -95,13 +95,13 @@ def run(
     Runs unchanged under torchrun and accelerate launch. Checkpoints and TensorBoard's log are in OUT.work meanwhile.
     """
     to = Output(json_to, out)
-    from krony import ranks
-    from krony.card import healed_card, healed_table
-    from krony.checkpoints import find_last, keep_logs, last_checkpoint, room_needed
-    from krony.files import check_writable, fresh_folder
-    from krony.healing import check, heal, perplexity, training_device, validation_loss
-    from krony.models import context_length, load_model, load_tokenizer, save
-    from krony.rows import load_rows
+    from krony.compression.model_card import healed_card, healed_table
+    from krony.data.rows import load_rows
+    from krony.healing.checkpoints import find_last, keep_logs, last_checkpoint, room_needed
+    from krony.healing.heal import check, heal, perplexity, training_device, validation_loss
+    from krony.models.loading import context_length, load_model, load_tokenizer, save
+    from krony.runtime import distributed
+    from krony.storage.files import check_writable, fresh_folder
 
     quiet_libraries()
     changes = {
@@ -121,9 +121,9 @@ def run(
     plan = _plan(recipe, changes)
     if teacher is None and (temperature is not None or text is not None or hidden is not None):
         raise KronyError("--temperature, --text and --hidden are of learning from a teacher: name it with --teacher")
-    ranks.join(training_device(device))
+    distributed.init(training_device(device))
     work = out.with_name(f"{out.name}.work")
-    if ranks.is_first():
+    if distributed.is_first():
         check_writable(out)
         if work.exists() and not resume:
             raise KronyError(f"{work} is of a run that did not end: --resume goes on from it, or remove it")
@@ -164,7 +164,7 @@ def run(
             figures |= {"perplexity_original": alike["perplexity_before"], "control": {"model": control} | alike}
         elif original is not None:
             figures["perplexity_original"] = perplexity(validation_loss(original, validation))
-    if not ranks.is_first():
+    if not distributed.is_first():
         return
     with room_needed(out), fresh_folder(out) as folder:
         save(loaded, folder, source=model)
@@ -182,7 +182,7 @@ def run(
 @contextmanager
 def _resumable(work: Path) -> Iterator[None]:
     """Says after Ctrl-C how to go on."""
-    from krony.checkpoints import find_last
+    from krony.healing.checkpoints import find_last
 
     try:
         yield
@@ -198,7 +198,7 @@ def _resumable(work: Path) -> Iterator[None]:
 
 def _plan(name: str, changes: dict[str, Any]) -> Recipe:
     """The recipe of this name with the changes that are not None; the final rate follows the highest."""
-    from krony.recipes import RECIPES
+    from krony.healing.recipes import RECIPES
 
     if name not in RECIPES:
         raise KronyError(f"recipe {name!r} is unknown: it is one of {', '.join(RECIPES)}")
@@ -214,9 +214,9 @@ def _control(
     name: str, train: Rows, validation: Rows, work: Path, frozen: str, dtype: str, resume: bool, options: dict[str, Any]
 ) -> dict:
     """The figures of the dense original, trained alike on the text itself: it has nothing to learn from itself."""
-    from krony.checkpoints import find_last
-    from krony.healing import heal
-    from krony.models import load_model
+    from krony.healing.checkpoints import find_last
+    from krony.healing.heal import heal
+    from krony.models.loading import load_model
 
     freeze = "embeddings" if "embeddings" in frozen.split(",") else "none"
     model = load_model(name, dtype=dtype)

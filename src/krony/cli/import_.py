@@ -26,10 +26,10 @@ def run(
 ) -> None:
     """Read a checkpoint in the published code's layout (padas-lab-de/krony-PT), and write it as a model to OUT."""
     to = Output(json_to, out)
-    from krony.files import check_writable, fresh_folder
-    from krony.models import load_config, save
-    from krony.reference import from_reference, read_reference
-    from krony.surgery import count_parameters, kronecker_layers
+    from krony.models.loading import load_config, save
+    from krony.models.published_code import from_reference, read_reference
+    from krony.models.surgery import count_parameters, kronecker_layers
+    from krony.storage.files import check_writable, fresh_folder
 
     quiet_libraries()
     check_writable(out)

@@ -11,7 +11,7 @@ from krony.cli.options import Json, Model
 from krony.cli.output import Output, quiet_libraries
 
 if TYPE_CHECKING:
-    from krony.inspection import LayerView
+    from krony.evaluation.inspection import LayerView
 
 
 def _path(view: LayerView) -> str:
@@ -19,7 +19,7 @@ def _path(view: LayerView) -> str:
     if view.path is None:
         return ""
     decode = "" if view.decode_path == view.path else f", decode {view.decode_path}"
-    return f"{view.path}{decode}{', joined' if view.joined else ''}"
+    return f"{view.path}{decode}{', fused' if view.fused else ''}"
 
 
 def run(
@@ -32,13 +32,13 @@ def run(
 ) -> None:
     """Look into MODEL: norms as in the paper's Table 4, singular values, scalars, and what is left of --base."""
     to = Output(json_to)
-    from krony.files import check_file, write_text
+    from krony.storage.files import check_file, write_text
 
     if plot is not None:
         check_file(plot, ".svg")
-    from krony.inspection import inspect
-    from krony.models import load_model
-    from krony.report import bars
+    from krony.evaluation.inspection import inspect
+    from krony.models.loading import load_model
+    from krony.pages import bars
 
     quiet_libraries()
     views = inspect(load_model(model), load_model(base) if base else None)
@@ -58,8 +58,8 @@ def run(
     to.table(columns, rows)
     for path, why in dict.fromkeys((_path(v), v.why) for v in views if v.why is not None):
         to.say(f"{path}: {why}")
-    if any(v.joined for v in views):
+    if any(v.fused for v in views):
         to.say(
-            "joined: up, activation and down of an MLP run as one step, and the hidden features are not turned around"
+            "fused: up, activation and down of an MLP run as one step, and the hidden features are not turned around"
         )
     to.json({"model": model, "base": base, "layers": [v.to_json() for v in views]})

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from krony.errors import KronyWarning
-from krony.progress import Progress
+from krony.runtime.progress import Progress
 
 
 def quiet_libraries() -> None:
@@ -49,7 +49,7 @@ class Output:
         """``out``: what the verb writes; figures may go into it."""
         from rich.console import Console
 
-        from krony.files import check_file
+        from krony.storage.files import check_file
 
         if json_to is not None and json_to != "-":
             check_file(Path(json_to), inside=out)  # not after hours of work
@@ -77,7 +77,7 @@ class Output:
 
     def json(self, payload: Any) -> None:
         """Writes the figures where ``--json`` said."""
-        from krony.files import write_json
+        from krony.storage.files import write_json
 
         if self.json_to == "-":
             print(json.dumps(payload, indent=2))

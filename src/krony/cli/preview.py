@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from krony.config import KronyConfig
-    from krony.streaming import Stream
-    from krony.surgery import Group
+    from krony.models.surgery import Group
+    from krony.streaming.stream import Stream
 
 
 def preview(
@@ -26,9 +26,8 @@ def preview(
     dtype: str,
 ) -> None:
     """Prints the layers, the bytes and the memory; ``tokens`` is how much text is read, 0 for none."""
-    from krony.budget import parameters_after, uniform_shapes
-    from krony.embedding import embedding_shape
-    from krony.surgery import count_parameters
+    from krony.compression.plan import parameters_after, uniform_shapes
+    from krony.models.surgery import count_parameters, embedding_shape
 
     before, after = count_parameters(skeleton), parameters_after(skeleton, groups, config)
     shapes = uniform_shapes(groups, config)
@@ -61,8 +60,8 @@ def _costs(
     after: int, tokens: int, dtype: str,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes that would be read, written, kept meanwhile, and held in memory."""
-    from krony.models import DTYPES, wanted_dtype
-    from krony.streaming import working_memory
+    from krony.models.loading import DTYPES, wanted_dtype
+    from krony.streaming.stream import working_memory
 
     if way is not None:
         read, write = way.read_bytes, way.write_bytes

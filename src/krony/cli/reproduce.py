@@ -38,13 +38,13 @@ def run(
 ) -> None:
     """Run what a table of the paper needs, and print the paper's figure, ours and the difference."""
     to = Output(json_to)
-    from krony.files import check_file, write_text
+    from krony.storage.files import check_file, write_text
 
     if plot is not None:
         check_file(plot, ".svg")
         if target != "figure1":
             raise KronyError(f"--plot {plot}: it draws figure1, and this is {target}")
-    from krony.report import lines
+    from krony.pages import lines
     from krony.reproduce import Options, reproduce
 
     quiet_libraries()

@@ -25,11 +25,12 @@ def run(
 ) -> None:
     """List the schemes of a model: shapes, factors, rank, parameters, size. Reads the config only, no weights."""
     out = Output(json_to)
-    from krony import models, schemes, surgery
     from krony.cli.output import quiet_libraries
+    from krony.kronecker import schemes
+    from krony.models import loading, surgery
 
     quiet_libraries()
-    empty = models.empty_model(models.load_config(model))
+    empty = loading.empty_model(loading.load_config(model))
     layout = surgery.layout(empty, surgery.find_groups(empty, modules, layers))
     rows = schemes.table(layout, everything=everything, factors=_counts(factors))
     table = [

@@ -13,22 +13,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from krony.config import KronyConfig
 from krony.errors import KronyError
 from krony.init import prune, van_loan
-from krony.init.base import Factors, Moments, Target, regularised
-from krony.kron import dense
+from krony.init.base import Factors, Initialisation, Moments, Options, Target, regularised
+from krony.kronecker.algebra import dense
 
 ROUNDS = 30
 ENOUGH = 1e-4  # relative gain of a round below which it stops
 RIDGE = 1e-8  # of the small systems, relative to their mean diagonal
 
 
-def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None) -> list[Factors]:
+def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
     """Factors of least calibrated error, with the error after every round in ``Factors.curve``."""
     if moments is None:
         raise KronyError("init als needs calibration text")
-    starts = (van_loan.initialise(targets, config), prune.initialise(targets, config))
+    starts = (van_loan.initialise(targets, options), prune.initialise(targets, options))
     return [
         descend(target, moments.of(target.role).matrix, options)
         for target, *options in zip(targets, *starts, strict=True)
@@ -95,3 +94,6 @@ def _balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cost(lost: Tensor, c: Tensor) -> float:
     return ((lost @ c) * lost).sum().item()
+
+
+ALS = Initialisation(name="als", initialise=initialise, needs_text=True, default_epsilon=prune.EPSILON)

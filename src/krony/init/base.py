@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from krony.config import KronyConfig
-from krony.kron import KronShape
+from krony.kronecker.algebra import KronShape
 
 RIDGE = 1e-3  # added to C's diagonal, relative to it
 
 
 @dataclass(frozen=True)
-class Second:
+class SecondMoment:
     """A weighted mean of ``x xᵀ``, ``(n, n)``, and of ``x``, ``(n,)``; float64 holding float32 values."""
 
     matrix: Tensor
@@ -35,12 +34,12 @@ class Moments:
             comes out of the group; None unless it was asked for.
     """
 
-    inputs: Second
-    hidden: Second | None
+    inputs: SecondMoment
+    hidden: SecondMoment | None
     tokens: int
     sensitivity: Tensor | None = None
 
-    def of(self, role: str) -> Second:
+    def of(self, role: str) -> SecondMoment:
         """The moments of the inputs of a matrix with this role."""
         return self.hidden if role == "down" and self.hidden is not None else self.inputs
 
@@ -102,9 +101,85 @@ def regularised(c: Tensor, ridge: float = RIDGE) -> Tensor:
         ridge, floor = 10 * ridge, 10 * floor
 
 
-class Init(Protocol):
+class Options(Protocol):
+    """What an initialisation reads of ``KronyConfig``."""
+
+    @property
+    def rescale(self) -> bool: ...
+    @property
+    def epsilon(self) -> float | None: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class Initialise(Protocol):
     """First values for the matrices of one group (an MLP, or a single layer), in the order of ``targets``."""
 
     def __call__(
-        self, targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None
+        self, targets: Sequence[Target], options: Options, moments: Moments | None = None
     ) -> list[Factors]: ...
+
+
+class CostCurve(Protocol):
+    """The cost of dropping the n cheapest hidden neurons, for n from 0 to ``count``: ``(count + 1,)``, rising.
+
+    ``weight: (out, n)`` and ``bias: (out,)`` are the down matrix's.
+    """
+
+    def __call__(self, weight: Tensor, bias: Tensor | None, moments: Moments, count: int) -> Tensor: ...
+
+
+class Check(Protocol):
+    """Raises KronyError unless the method can initialise layers of these names and shapes.
+
+    ``is_mlp`` says whether they are all the matrices of one MLP, the down matrix last.
+    """
+
+    def __call__(self, names: Sequence[str], shapes: Sequence[KronShape], *, is_mlp: bool) -> None: ...
+
+
+def accept_all(names: Sequence[str], shapes: Sequence[KronShape], *, is_mlp: bool) -> None:
+    """The check of a method that takes every layer."""
+
+
+def same_shape(shape: KronShape) -> KronShape:
+    """The shape that a method gives a matrix where it follows the scheme."""
+    return shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Initialisation:
+    """All that the rest of krony knows about a method.
+
+    To add a method, write a file with a record and list the record in ``krony.init.registry``.
+
+    Attributes:
+        name: what ``--init`` calls it.
+        initialise: computes the factors.
+        needs_text: reads the moments of calibration text.
+        per_matrix: looks at one matrix at a time, so streaming holds no more than one.
+        reorders_neurons: gives hidden neurons other places; ``Factors.order`` says which.
+        rescales: follows ``KronyConfig.rescale``.
+        default_epsilon: entry of the right factor for dropped neurons; None for a method without such an entry.
+        whole_neurons: takes only schemes that keep hidden neurons whole.
+        cost_curve: costs by which ``allocation="global"`` compares layers; None for a method without.
+        shape: the shape that a matrix gets where the scheme says another.
+        check: refuses layers that the method can't initialise.
+    """
+
+    name: str
+    initialise: Initialise
+    needs_text: bool = False
+    per_matrix: bool = False
+    reorders_neurons: bool = False
+    rescales: bool = False
+    default_epsilon: float | None = None
+    whole_neurons: bool = False
+    cost_curve: CostCurve | None = None
+    shape: Callable[[KronShape], KronShape] = same_shape
+    check: Check = accept_all
+
+    @property
+    def takes_allocation(self) -> bool:
+        """Whether ``allocation="global"`` works with it."""
+        return self.cost_curve is not None

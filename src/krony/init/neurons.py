@@ -25,11 +25,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from krony.config import KronyConfig
 from krony.errors import KronyError, KronyWarning
-from krony.init.base import Factors, Moments, Second, Target, regularised
-from krony.kron import KronShape
+from krony.init.base import Factors, Initialisation, Moments, Options, SecondMoment, Target, regularised
+from krony.kronecker.algebra import KronShape
 
+EPSILON = 0.0  # dropped neurons leave nothing behind: the model has the narrower model's outputs
 BLOCK = 32  # neurons dropped between two updates, at least,
 BLOCKS = 96  # and about how many updates it takes to drop all: each goes through the whole inverse
 
@@ -43,7 +43,7 @@ class Selection:
     bias: Tensor | None  # (out,)
 
 
-def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None) -> list[Factors]:
+def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
     """Factors whose A hold the chosen neurons and whose B are ``e_f``, with ε for the neurons that were dropped."""
     *ups, down = targets
     is_mlp = len(targets) > 1 and down.role == "down"
@@ -52,7 +52,7 @@ def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments 
         raise KronyError("init neurons needs calibration text")
     shape = ups[0].shape
     selection = select(down.weight, down.bias, moments, shape.factors * shape.m1)
-    epsilon = config.epsilon or 0.0
+    epsilon = EPSILON if options.epsilon is None else options.epsilon
     order = hidden_order(selection.kept, shape)
     made = [_up(target, selection.kept, order, epsilon) for target in ups]
     left = selection.down.view(down.shape.m1, shape.m1, shape.factors).permute(2, 0, 1)  # (k, out, groups)
@@ -86,10 +86,10 @@ def select(weight: Tensor, bias: Tensor | None, moments: Moments, keep: int) -> 
             KronyWarning,
             stacklevel=2,
         )
-    w, c = weight.double(), _spread(moments.hidden, bias, weight.device)
+    w, c = weight.double(), _centred_covariance(moments.hidden, bias, weight.device)
     diagonal = c.diagonal().clone()
-    dropped, _ = drop(_felt(w, moments), c, neurons - keep, consume=True)
-    c = _about(moments.hidden, bias, weight.device).clone()  # the same again: it is large, and was not needed
+    dropped, _ = drop(_sensitivity_scaled(w, moments), c, neurons - keep, consume=True)
+    c = _centred(moments.hidden, bias, weight.device).clone()  # the same again: it is large, and was not needed
     c.diagonal().copy_(diagonal)
     stays = torch.ones(neurons, dtype=torch.bool, device=weight.device)
     stays[dropped] = False
@@ -102,23 +102,25 @@ def select(weight: Tensor, bias: Tensor | None, moments: Moments, keep: int) -> 
 def cost_curve(weight: Tensor, bias: Tensor | None, moments: Moments, count: int) -> Tensor:
     """The cost of dropping the n cheapest neurons, for n from 0 to ``count``: ``(count + 1,)``."""
     assert moments.hidden is not None
-    _, costs = drop(_felt(weight.double(), moments), _spread(moments.hidden, bias, weight.device), count)
+    _, costs = drop(
+        _sensitivity_scaled(weight.double(), moments), _centred_covariance(moments.hidden, bias, weight.device), count
+    )
     return torch.cat([costs.new_zeros(1), costs])
 
 
-def _felt(weight: Tensor, moments: Moments) -> Tensor:
-    """The rows of ``weight`` turned and scaled to what the loss feels of them: ``‖felt w‖² = wᵀ · sensitivity · w``."""
+def _sensitivity_scaled(weight: Tensor, moments: Moments) -> Tensor:
+    """``weight`` in a basis in which ``‖w‖²`` of a column is ``wᵀ · sensitivity · w``."""
     if moments.sensitivity is None:
         return weight
     return torch.linalg.cholesky(regularised(moments.sensitivity.to(weight.device))).T @ weight
 
 
-def _spread(second: Second, bias: Tensor | None, device: torch.device) -> Tensor:
+def _centred_covariance(second: SecondMoment, bias: Tensor | None, device: torch.device) -> Tensor:
     """C with its ridge: about zero, or about the mean where a bias takes the mean up."""
-    return regularised(_about(second, bias, device))
+    return regularised(_centred(second, bias, device))
 
 
-def _about(second: Second, bias: Tensor | None, device: torch.device) -> Tensor:
+def _centred(second: SecondMoment, bias: Tensor | None, device: torch.device) -> Tensor:
     matrix, mean = second.matrix.to(device), second.mean.to(device)
     return matrix if bias is None else matrix - mean.outer(mean)
 
@@ -209,3 +211,15 @@ def _selectors(shape: KronShape, epsilon: float) -> Tensor:
     right[:, k:] = epsilon
     right[range(k), range(k)] = 1.0
     return right.view(k, *shape.right)
+
+
+NEURONS = Initialisation(
+    name="neurons",
+    initialise=initialise,
+    needs_text=True,
+    reorders_neurons=True,
+    default_epsilon=EPSILON,
+    whole_neurons=True,
+    cost_curve=cost_curve,
+    check=check_shapes,
+)

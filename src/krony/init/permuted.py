@@ -19,32 +19,32 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from krony.config import KronyConfig
 from krony.errors import KronyError
 from krony.init import van_loan
-from krony.init.base import Factors, Moments, Target
-from krony.kron import KronShape, dense, nearest
+from krony.init.base import Factors, Initialisation, Moments, Options, Target
+from krony.kronecker.algebra import KronShape, dense, nearest
+from krony.kronecker.assignment import assign
 
 ROUNDS = 20
 ENOUGH = 1e-4  # relative gain of a round below which it stops
 
 
-def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None) -> list[Factors]:
+def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
     """Van Loan's factors of the permuted matrices; ``Factors.order`` says which neuron stands where.
 
     Raises KronyError unless the targets are an MLP's matrices.
     """
     *ups, down = targets
-    check_mlp([t.name for t in targets], is_mlp=bool(ups) and down.role == "down")
+    check_mlp([t.name for t in targets], [t.shape for t in targets], is_mlp=bool(ups) and down.role == "down")
     tall = [(t.weight.double(), t.shape) for t in ups] + [(down.weight.double().T, down.shape.transposed)]
     order = best_order([w for w, _ in tall], [s for _, s in tall])
     moved = [replace(t, weight=t.weight[order]) for t in ups] + [replace(down, weight=down.weight[:, order])]
-    made = van_loan.initialise(moved, config)
+    made = van_loan.initialise(moved, options)
     biases = [None if t.bias is None else t.bias.double()[order] for t in ups] + [None]
     return [replace(f, bias=bias, order=order) for f, bias in zip(made, biases, strict=True)]
 
 
-def check_mlp(names: Sequence[str], *, is_mlp: bool) -> None:
+def check_mlp(names: Sequence[str], shapes: Sequence[KronShape], *, is_mlp: bool) -> None:
     """Raises KronyError unless these are an MLP's matrices, the one that leads back last."""
     if not is_mlp:
         raise KronyError(f"{names[-1]}: init permuted needs whole MLPs; for single layers take van-loan")
@@ -84,14 +84,6 @@ def _products(scaled: list[Tensor], shapes: Sequence[KronShape], order: Tensor) 
     return error, gain
 
 
-def assign(gain: Tensor) -> Tensor:
-    """Which neuron goes to each place so that the gains add up to the most."""
-    from scipy.optimize import linear_sum_assignment  # heavy
-
-    _, columns = linear_sum_assignment(gain.cpu().numpy(), maximize=True)
-    return torch.from_numpy(columns).to(gain.device)
-
-
 def _along_first_direction(scaled: list[Tensor]) -> Tensor:
     gram = torch.cat(scaled, dim=1)  # (n, widths)
     _, vectors = torch.linalg.eigh(gram.T @ gram)
@@ -114,3 +106,6 @@ def _grouped(scaled: list[Tensor], size: int) -> Tensor:
         free[followers] = False
         order += [lead, *followers.tolist()]
     return torch.tensor(order, device=rows.device)
+
+
+PERMUTED = Initialisation(name="permuted", initialise=initialise, reorders_neurons=True, rescales=True, check=check_mlp)

@@ -10,15 +10,14 @@ from collections.abc import Sequence
 
 import torch
 
-from krony.config import KronyConfig
-from krony.init.base import Factors, Moments, Target
+from krony.init.base import Factors, Initialisation, Moments, Options, Target
 
 EPSILON = 0.1  # "to ensure effective learning and avoid the zero initialization issue"
 
 
-def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None) -> list[Factors]:
+def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
     """``A_f`` holds the f-th row and column of every block of W; ``B_f`` is 1 there and ε elsewhere."""
-    epsilon = EPSILON if config.epsilon is None else config.epsilon
+    epsilon = EPSILON if options.epsilon is None else options.epsilon
     return [_one(target, epsilon) for target in targets]
 
 
@@ -30,3 +29,6 @@ def _one(target: Target, epsilon: float) -> Factors:
     right = torch.full((s.factors, s.m2 * s.n2), epsilon, dtype=torch.float64, device=left.device)
     right[cells, cells] = 1.0
     return Factors(left, right.view(s.factors, s.m2, s.n2))
+
+
+PRUNE = Initialisation(name="prune", initialise=initialise, per_matrix=True, default_epsilon=EPSILON)

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 
 import torch
 
-from krony.config import KronyConfig
-from krony.init.base import Factors, Moments, Target
+from krony.init.base import Factors, Initialisation, Moments, Options, Target
 
 STD = 0.02  # of every entry of the sum: what GPT-2 and Llama draw their matrices with
 
 
-def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None) -> list[Factors]:
+def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
     """Normal factors whose sum has entries of standard deviation 0.02; each layer's draw depends on seed and name."""
-    return [_one(target, config.seed) for target in targets]
+    return [_one(target, options.seed) for target in targets]
 
 
 def _one(target: Target, seed: int) -> Factors:
@@ -25,3 +24,6 @@ def _one(target: Target, seed: int) -> Factors:
     left = torch.randn(s.factors, *s.left, generator=generator, dtype=torch.float64) * std
     right = torch.randn(s.factors, *s.right, generator=generator, dtype=torch.float64) * std
     return Factors(left.to(target.weight.device), right.to(target.weight.device))
+
+
+RANDOM = Initialisation(name="random", initialise=initialise, per_matrix=True)

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from krony.config import KronyConfig
 from krony.errors import KronyError
-from krony.init.base import Factors, Moments, Target, regularised
-from krony.kron import KronShape
+from krony.init.base import Factors, Initialisation, Moments, Options, Target, regularised
+from krony.kronecker.algebra import KronShape
 
 
 def low_rank(shape: KronShape) -> KronShape:
@@ -23,7 +22,7 @@ def low_rank(shape: KronShape) -> KronShape:
     return KronShape(rows, 1, 1, columns, factors)
 
 
-def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None) -> list[Factors]:
+def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
     """The low-rank matrices whose outputs on the calibration text are nearest."""
     if moments is None:
         raise KronyError("init svd needs calibration text")
@@ -38,3 +37,6 @@ def _one(target: Target, moments: Moments) -> Factors:
     left = (u[:, :k] * root).T[:, :, None]  # (k, out, 1)
     rows = torch.linalg.solve_triangular(whitening.T, vt[:k].T, upper=True).T  # vt L⁻¹: (k, in)
     return Factors(left, (root[:, None] * rows)[:, None, :])  # right: (k, 1, in)
+
+
+SVD = Initialisation(name="svd", initialise=initialise, needs_text=True, shape=low_rank)

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from krony.config import KronyConfig
-from krony.init.base import Factors, Moments, Target
-from krony.kron import dense, nearest
+from krony.init.base import Factors, Initialisation, Moments, Options, Target
+from krony.kronecker.algebra import dense, nearest
 
 
-def initialise(targets: Sequence[Target], config: KronyConfig, moments: Moments | None = None) -> list[Factors]:
-    """The factors nearest to each matrix in Frobenius norm; ``config.rescale`` gives the sum the matrix's norm."""
-    return [_one(target, config.rescale) for target in targets]
+def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
+    """The factors nearest to each matrix in Frobenius norm; ``options.rescale`` gives the sum the matrix's norm."""
+    return [_one(target, options.rescale) for target in targets]
 
 
 def _one(target: Target, rescale: bool) -> Factors:
@@ -26,3 +25,6 @@ def lost_norm(weight: Tensor, approximation: Tensor) -> float:
     """α = ‖W‖ / ‖Ŵ‖, the factor that gives the approximation the norm of the original; 1 where Ŵ is zero."""
     norm = approximation.norm().item()
     return weight.norm().item() / norm if norm > 0 else 1.0
+
+
+VAN_LOAN = Initialisation(name="van-loan", initialise=initialise, per_matrix=True, rescales=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from krony.kronecker.schemes import GPT2_PARAMETERS, ModelShape, resolve
 from krony.reproduce.figures import TABLE1, TABLE2, TABLE3
 from krony.reproduce.lines import Line, Options, Outcome
-from krony.schemes import GPT2_PARAMETERS, Layout, resolve
 
-GPT2 = Layout(GPT2_PARAMETERS, ((3072, 768),) * 24)
+GPT2 = ModelShape(GPT2_PARAMETERS, ((3072, 768),) * 24)
 
 
 def table1(options: Options) -> Outcome:

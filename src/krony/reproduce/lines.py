@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from krony.errors import KronyError
-from krony.models import GPT2_NAMES
-from krony.progress import Progress, silent
-from krony.report import Table
+from krony.models.loading import GPT2_NAMES
+from krony.pages import Table
+from krony.runtime.progress import Progress, silent
 
 BUDGETS = ("quick", "full")
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from krony.kron import dense, nearest
-from krony.reproduce.alike import alike, load_base, model_sentences, tall_size
+from krony.kronecker.algebra import dense, nearest
+from krony.kronecker.schemes import resolve
+from krony.models.surgery import find_groups, take_out
+from krony.reproduce.analogous_scheme import analogous_scheme, load_base, model_sentences, tall_size
 from krony.reproduce.figures import TABLE4, Norms
 from krony.reproduce.lines import Line, Options, Outcome
-from krony.schemes import resolve
-from krony.surgery import find_groups, take_out
 
 SCHEMES = {"96M": "1536x768", "92M": "1024x256:4"}
 CONTROL = {"96M": 70.75, "92M": 66.9}  # of a Gaussian 3072x768 matrix, ± 0.05; sqrt(1/2), sqrt(4/9) and a little
@@ -22,7 +22,7 @@ def table4(options: Options) -> Outcome:
     """Frobenius and l1 norms of the original, 96M and 92M, in the paper's layers, and the Gaussian control."""
     model = load_base(options, "table4")
     rows, columns = tall_size(model)
-    schemes = {name: alike(scheme, rows, columns) for name, scheme in SCHEMES.items()}
+    schemes = {name: analogous_scheme(scheme, rows, columns) for name, scheme in SCHEMES.items()}
     groups = find_groups(model)
     found: list[tuple[list[Tensor], list[Tensor]]] = []  # a layer: norms of p1 and of p2
     for done, group in enumerate(groups):

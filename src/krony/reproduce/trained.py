@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from krony.config import KronyConfig
 from krony.errors import KronyError
-from krony.models import load_model
+from krony.models.loading import load_model
 from krony.reproduce import figures
-from krony.reproduce.alike import alike, load_base, model_sentences, tall_size
+from krony.reproduce.analogous_scheme import analogous_scheme, load_base, model_sentences, tall_size
 from krony.reproduce.figures import SETS, Perplexities
 from krony.reproduce.lines import Line, Options, Outcome
-from krony.reproduce.studio import MARKS, Run, Studio, Trained
+from krony.reproduce.trainer import MARKS, Run, TableTrainer, Trained
 
 DISTILGPT2 = "distilbert/distilgpt2"
 QUOTED = "the paper's figure, not run"
@@ -25,7 +25,7 @@ SCHEMES = {"81M": "768x768", "80M": "1024x256:2", "96M": "3072x384", "92M": "102
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row of a table that is run: the paper's name and figures, the run, and the stage they are of."""
 
     name: str
@@ -36,7 +36,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Bench:
+class TableSetup:
     """What a table works with."""
 
     options: Options
@@ -77,73 +77,73 @@ class Bench:
 
 def table5(options: Options) -> Outcome:
     """The 81M class against DistilGPT2."""
-    bench = _bench(options, "table5", "81M", "80M")
+    setup = _bench(options, "table5", "81M", "80M")
     rows = [
-        Row("KronyPT-81M", figures.TABLE5_81M, bench.krony_81m, "full"),
-        Row("KronyPT-80M-2-factors", figures.TABLE5_80M, bench.run("KronyPT-80M-2-factors", "80M"), "full"),
+        TableRow("KronyPT-81M", figures.TABLE5_81M, setup.krony_81m, "full"),
+        TableRow("KronyPT-80M-2-factors", figures.TABLE5_80M, setup.run("KronyPT-80M-2-factors", "80M"), "full"),
     ]
-    return _perplexities(bench, "Perplexity of Krony-PT and DistilGPT2", rows, peers=("GPT2", "DistilGPT2"))
+    return _perplexities(setup, "Perplexity of Krony-PT and DistilGPT2", rows, peers=("GPT2", "DistilGPT2"))
 
 
 def table6(options: Options) -> Outcome:
     """81M against the other Kronecker models: quoted, and their ways run on the same model and text."""
-    bench = _bench(options, "table6", "81M", "TQ")
+    setup = _bench(options, "table6", "81M", "TQ")
     rows = [
-        Row("KronyPT-81M", figures.TABLE6_81M, bench.krony_81m, "full"),
-        Row("TQCompressedGPT2", figures.TQCOMPRESSED, bench.tqcompressor, "full", WAY),
-        Row("KnGPT-2", figures.KNGPT2, bench.kngpt2, "full", WAY),
+        TableRow("KronyPT-81M", figures.TABLE6_81M, setup.krony_81m, "full"),
+        TableRow("TQCompressedGPT2", figures.TQCOMPRESSED, setup.tqcompressor, "full", WAY),
+        TableRow("KnGPT-2", figures.KNGPT2, setup.kngpt2, "full", WAY),
     ]
     peers = ("GPT2", "DistilGPT2", "TQCompressedGPT2", "KnGPT-2")
-    return _perplexities(bench, "Perplexity against other Kronecker models", rows, peers=peers, counts=True)
+    return _perplexities(setup, "Perplexity against other Kronecker models", rows, peers=peers, counts=True)
 
 
 def table7(options: Options) -> Outcome:
     """The paper's pruning start against Van Loan, both of section 3.1's shape."""
-    bench = _bench(options, "table7", "96M")
+    setup = _bench(options, "table7", "96M")
     rows = [
-        Row("KronyPT-96M-prune", figures.PRUNE, bench.run("KronyPT-96M-prune", "96M", init="prune"), "full"),
-        Row("KronyPT-96M-VL", figures.VAN_LOAN, bench.classic_96m, "full"),
+        TableRow("KronyPT-96M-prune", figures.PRUNE, setup.run("KronyPT-96M-prune", "96M", init="prune"), "full"),
+        TableRow("KronyPT-96M-VL", figures.VAN_LOAN, setup.classic_96m, "full"),
     ]
-    return _perplexities(bench, "Pruning start and Van Loan start", rows, peers=("GPT2", "TQCompressedGPT2", "KnGPT-2"))
+    return _perplexities(setup, "Pruning start and Van Loan start", rows, peers=("GPT2", "TQCompressedGPT2", "KnGPT-2"))
 
 
 def table8(options: Options) -> Outcome:
     """One factor by classic Van Loan against four by the rescaled one."""
-    bench = _bench(options, "table8", "96M", "92M")
+    setup = _bench(options, "table8", "96M", "92M")
     swapped = "wikitext columns swapped in the paper"
     rows = [
-        Row("96M classic VL, 1 epoch", figures.TABLE8_96M_EPOCH, bench.classic_96m, "epoch", swapped),
-        Row("92M adaptive VL, 1 epoch", figures.TABLE8_92M_EPOCH, bench.scaled_92m, "epoch"),
-        Row("96M classic VL, full training", figures.VAN_LOAN, bench.classic_96m, "full"),
-        Row("92M adaptive VL, full training", figures.TABLE8_92M, bench.scaled_92m, "full"),
+        TableRow("96M classic VL, 1 epoch", figures.TABLE8_96M_EPOCH, setup.classic_96m, "epoch", swapped),
+        TableRow("92M adaptive VL, 1 epoch", figures.TABLE8_92M_EPOCH, setup.scaled_92m, "epoch"),
+        TableRow("96M classic VL, full training", figures.VAN_LOAN, setup.classic_96m, "full"),
+        TableRow("92M adaptive VL, full training", figures.TABLE8_92M, setup.scaled_92m, "full"),
     ]
-    return _perplexities(bench, "Multiple factors with normalised scalars", rows, peers=("GPT2",))
+    return _perplexities(setup, "Multiple factors with normalised scalars", rows, peers=("GPT2",))
 
 
 def table9(options: Options) -> Outcome:
     """92M after 30 % of the first epoch against 96M after all of it."""
-    bench = _bench(options, "table9", "96M", "92M")
+    setup = _bench(options, "table9", "96M", "92M")
     rows = [
-        Row("96M, 100 % of an epoch", figures.TABLE9_96M, bench.classic_96m, "epoch"),
-        Row("92M, 30 % of an epoch", figures.TABLE9_92M, bench.scaled_92m, "0.3"),
+        TableRow("96M, 100 % of an epoch", figures.TABLE9_96M, setup.classic_96m, "epoch"),
+        TableRow("92M, 30 % of an epoch", figures.TABLE9_92M, setup.scaled_92m, "0.3"),
     ]
-    return _perplexities(bench, "Perplexity during the first epoch", rows, peers=("GPT2",))
+    return _perplexities(setup, "Perplexity during the first epoch", rows, peers=("GPT2",))
 
 
 def figure1(options: Options) -> Outcome:
     """Validation loss over the first 40 % of an epoch; the paper prints a picture and no figures."""
-    bench = _bench(options, "figure1", "96M", "92M")
-    studio = Studio(options, bench.base, "figure1")
-    runs = {bench.classic_96m: {"0.4"}, bench.scaled_92m: {"0.4"}}
+    setup = _bench(options, "figure1", "96M", "92M")
+    trainer = TableTrainer(options, setup.base, "figure1")
+    runs = {setup.classic_96m: {"0.4"}, setup.scaled_92m: {"0.4"}}
     title = "Negative log-likelihood on validation text, first 40 % of an epoch"
-    header = model_sentences(options, bench.schemes) + studio.plan(runs)
+    header = model_sentences(options, setup.schemes) + trainer.plan(runs)
     _announce(options, header)
     if options.dry_run:
         return Outcome("figure1", title, options.model, header)
-    names = {"96M, Van Loan": bench.classic_96m, "92M, rescaled": bench.scaled_92m}
+    names = {"96M, Van Loan": setup.classic_96m, "92M, rescaled": setup.scaled_92m}
     curves, lines = {}, []
     for name, run in names.items():
-        done = studio.run(run, {"0.4"})
+        done = trainer.run(run, {"0.4"})
         curves[name] = [(share, done.curve[f"{share:g}"]) for share in (0.0, *MARKS)]
         lines += [Line(name, f"{share:.0%} of an epoch, nats", None, loss, digits=3) for share, loss in curves[name]]
     slow, fast = curves.values()
@@ -155,28 +155,28 @@ def figure1(options: Options) -> Outcome:
     return Outcome("figure1", title, options.model, header, lines, footer, curves)
 
 
-def _bench(options: Options, target: str, *schemes: str) -> Bench:
+def _bench(options: Options, target: str, *schemes: str) -> TableSetup:
     base = load_base(options, target)
     rows, columns = tall_size(base)
-    return Bench(options, base, {SCHEMES[s]: alike(SCHEMES[s], rows, columns) for s in schemes}, target)
+    return TableSetup(options, base, {SCHEMES[s]: analogous_scheme(SCHEMES[s], rows, columns) for s in schemes}, target)
 
 
 def _perplexities(
-    bench: Bench, title: str, rows: Sequence[Row], *, peers: Sequence[str], counts: bool = False
+    setup: TableSetup, title: str, rows: Sequence[TableRow], *, peers: Sequence[str], counts: bool = False
 ) -> Outcome:
     """Trains the rows' runs as far as the table needs, and sets them beside the paper's figures."""
-    options = bench.options
-    studio = Studio(options, bench.base, bench.target)
+    options = setup.options
+    trainer = TableTrainer(options, setup.base, setup.target)
     wanted: dict[Run, set[str]] = {}
     for row in rows:
         wanted.setdefault(row.run, {"start"}).add(row.stage)
-    header = model_sentences(options, bench.schemes) + studio.plan(wanted)
+    header = model_sentences(options, setup.schemes) + trainer.plan(wanted)
     _announce(options, header)
     if options.dry_run:
-        return Outcome(bench.target, title, options.model, header)
-    ours_base = studio.base_perplexities()
-    lines = [line for peer in peers for line in _peer(options, studio, peer, ours_base)]
-    results: dict[Run, Trained] = {run: studio.run(run, stages) for run, stages in wanted.items()}
+        return Outcome(setup.target, title, options.model, header)
+    ours_base = trainer.base_perplexities()
+    lines = [line for peer in peers for line in _peer(options, trainer, peer, ours_base)]
+    results: dict[Run, Trained] = {run: trainer.run(run, stages) for run, stages in wanted.items()}
     for row in rows:
         lines += _lines(row.name, row.paper, results[row.run].stages[row.stage], ours_base, options, row.note)
     footer = ["Perplexity by the paper's protocol; of base: divided by the original's own on the same text."]
@@ -188,7 +188,7 @@ def _perplexities(
     for run, done in results.items():
         start = ", ".join(f"{name} {value:,.2f}" for name, value in zip(SETS, done.stages["start"], strict=True))
         footer.append(f"{run.name} before training: {start}")
-    return Outcome(bench.target, title, options.model, header, lines, footer)
+    return Outcome(setup.target, title, options.model, header, lines, footer)
 
 
 def _lines(
@@ -205,7 +205,7 @@ def _lines(
     return lines
 
 
-def _peer(options: Options, studio: Studio, name: str, base: Sequence[float]) -> list[Line]:
+def _peer(options: Options, trainer: TableTrainer, name: str, base: Sequence[float]) -> list[Line]:
     """A row that nobody trains here: the original, or another's model, run where a hub has it and quoted where not."""
     paper = {
         "GPT2": figures.GPT2,
@@ -218,7 +218,7 @@ def _peer(options: Options, studio: Studio, name: str, base: Sequence[float]) ->
     if name == "DistilGPT2" and options.is_gpt2:
         try:
             return _lines(
-                name, paper, studio.perplexities(load_model(DISTILGPT2, device=options.device)), base, options, ""
+                name, paper, trainer.perplexities(load_model(DISTILGPT2, device=options.device)), base, options, ""
             )
         except KronyError:
             pass  # no hub: it is quoted

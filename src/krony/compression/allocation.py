@@ -1,0 +1,63 @@
+"""One budget for all layers: give hidden neurons to the layers where they tell.
+
+Neuron selection knows what dropping the next neurons of a layer costs. With tokens weighted by the residual stream's
+size the costs of different layers are in one unit, the share of the stream that is lost. Each layer's curve is replaced
+by its lower convex hull; then taking away units in the order of rising marginal cost is optimal.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from krony.errors import KronyError
+
+
+def allocate_widths(costs: Sequence[Tensor], unit: int, budget: int, max_width: int | None = None) -> list[int]:
+    """How many hidden neurons each layer keeps, multiples of ``unit``, that sum to at most ``budget``.
+
+    Args:
+        costs: a layer's cost when its n cheapest neurons are dropped, for n from 0 to its width less one unit,
+            ``(width - unit + 1,)``, rising.
+        unit: neurons are given in such portions; divides every width.
+        budget: neurons of all layers together.
+        max_width: the most that a layer may keep.
+
+    Raises:
+        KronyError: even one unit a layer is over the budget.
+    """
+    widths = [len(cost) - 1 + unit for cost in costs]
+    ceiling = [min(width, (max_width or width) // unit * unit) for width in widths]
+    if len(costs) * unit > budget or min(ceiling) < unit:
+        raise KronyError(f"a budget of {budget} neurons for {len(costs)} layers: at least {unit} a layer are needed")
+    slopes = [_slopes(cost[::unit].tolist()) for cost in costs]  # marginal cost of each portion, rising
+    kept = list(ceiling)
+    heap = [(slopes[i][(widths[i] - kept[i]) // unit], i) for i in range(len(kept)) if kept[i] > unit]
+    heapq.heapify(heap)
+    total = sum(kept)
+    while total > budget:
+        _, layer = heapq.heappop(heap)
+        kept[layer] -= unit
+        total -= unit
+        if kept[layer] > unit:
+            heapq.heappush(heap, (slopes[layer][(widths[layer] - kept[layer]) // unit], layer))
+    return kept
+
+
+def _slopes(cost: list[float]) -> list[float]:
+    """The slopes of the lower convex hull of the points ``(n, cost[n])``, one for each step from n to n + 1."""
+    hull: list[int] = []
+    for n in range(len(cost)):
+        while len(hull) >= 2:
+            a, b = hull[-2:]
+            if (cost[b] - cost[a]) * (n - b) < (cost[n] - cost[b]) * (b - a):
+                break
+            hull.pop()
+        hull.append(n)
+    slopes: list[float] = []
+    for a, b in itertools.pairwise(hull):
+        slopes += [(cost[b] - cost[a]) / (b - a)] * (b - a)
+    return slopes

@@ -1,0 +1,315 @@
+"""Second moments of activations from text: what the calibrated initialisations know of the model's use.
+
+For every group of layers, over the calibration tokens t with weights w_t that sum to one:
+
+- ``inputs``: ``Σ w_t x_t x_tᵀ`` and ``Σ w_t x_t`` of what enters the group (an MLP's up matrices, or a single layer),
+- ``hidden``: the same of what enters an MLP's down matrix.
+
+- ``sensitivity``, if asked for: the mean of ``g_t g_tᵀ``, g the gradient of the loss with respect to what comes out of
+  the group, for next tokens drawn from the model itself. A change E of the group's matrix then costs about
+  ``½ tr(sensitivity · E C Eᵀ)`` nats a token (the Fisher information, factored as K-FAC does), whatever the layer.
+
+With token weighting ``w_t ∝ 1/‖h_t‖²``, h the residual stream after the layer: what counts is how much of it is lost,
+and a few tokens with huge hidden states would otherwise decide everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from krony._version import __version__
+from krony.errors import KronyError
+from krony.init.base import Moments, SecondMoment
+from krony.models.loading import context_length
+from krony.models.surgery import Group, enclosing_layer
+from krony.runtime import distributed
+from krony.runtime.progress import Progress, silent
+
+BATCH_TOKENS = 4096  # tokens a forward pass
+SENSITIVITY_TOKENS = 16_384  # enough for a matrix of the model's width; a backward pass is dear
+ABANDONED = 24 * 3600  # seconds after which a half-written file has nobody to finish it
+MEMORY = 4 * 1024**3  # bytes of sums held at once; a model that needs more is read in several passes
+
+
+class Calibration:
+    """The moments of every group of a model, computed when they are asked for, group after group.
+
+    Iterating gives one ``Moments`` a group, in order; as many are held as fit ``MEMORY``, and the model runs again for
+    the next ones. With ``cache`` they are kept in a folder there, a file a group, keyed by weights, tokens and
+    settings, and found again.
+    Under torch.distributed each rank runs its share of the sequences, and the sums are added up.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        groups: list[Group],
+        ids: Tensor,
+        *,
+        token_weighting: bool = True,
+        sensitivity: bool = False,
+        cache: Path | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        """``ids``: token ids ``(sequences, length)``. Raises KronyError if the model can't take them."""
+        self.model, self.groups, self.ids = model, groups, check_ids(ids, model)
+        self.token_weighting, self.sensitivity = token_weighting, sensitivity
+        self.progress = progress
+        self.kept: list[Moments] | None = None  # those of a model whose sums all fit MEMORY
+        self.folder = None if cache is None else cache / f"moments-{self._key()}"
+        if cache is not None and distributed.is_first():
+            _clear_away(cache)
+        stored = all(self._is_stored(index) for index in range(len(groups)))
+        self.source = "calibration is read" if self.folder is None else f"calibration is read and kept in {self.folder}"
+        if stored:
+            self.source = f"calibration is taken from {self.folder}, where it was kept"
+
+    def __iter__(self) -> Iterator[Moments]:
+        if self.kept is not None:
+            yield from self.kept
+            return
+        chunks = list(self._chunks())
+        for chunk in chunks:
+            if all(map(self._is_stored, chunk)):
+                yield from map(self._load, chunk)
+                continue
+            made = self._run([self.groups[index] for index in chunk])
+            if self.folder is not None and distributed.is_first():
+                for index, moments in zip(chunk, made, strict=True):
+                    self._store(index, moments)
+            if len(chunks) == 1:
+                self.kept = made
+            yield from made
+
+    def _file(self, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{index:05}.safetensors"
+
+    def _is_stored(self, index: int) -> bool:
+        return self.folder is not None and distributed.all_agree(self._file(index).is_file())
+
+    def _load(self, index: int) -> Moments:
+        try:
+            return _unpack(load_file(self._file(index)))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise KronyError(f"{self._file(index)}: this kept calibration is damaged, delete it: {error}") from None
+
+    def _store(self, index: int, moments: Moments) -> None:
+        file = self._file(index)
+        beside = file.with_suffix(f".{os.getpid()}.partial")  # another process may be writing the same
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(_pack(moments), beside)
+            beside.replace(file)
+        except (OSError, SafetensorError) as error:
+            raise KronyError(f"{file.parent}: the calibration can't be kept there: {error}") from None
+        finally:
+            with suppress(OSError):  # where the folder is none, there is no such file either
+                beside.unlink()
+
+    def _chunks(self) -> Iterator[list[int]]:
+        chunk: list[int] = []
+        size = 0
+        for index, group in enumerate(self.groups):
+            need = 8 * sum(n * n for n in {s.in_features for s in group.sites})
+            if chunk and size + need > MEMORY:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(index)
+            size += need
+        yield chunk
+
+    def _run(self, groups: list[Group]) -> list[Moments]:
+        """One pass over the text for these groups."""
+        sums = [MomentAccumulator(self.model, group, self.token_weighting, self.sensitivity) for group in groups]
+        ids = distributed.shard(self.ids)
+        sensitive = (
+            min(len(ids), -(-SENSITIVITY_TOKENS // (ids.shape[1] * distributed.count()))) if self.sensitivity else 0
+        )
+        training = self.model.training
+        self.model.eval()
+        try:
+            for rows in batches(ids[:sensitive], BATCH_TOKENS // 4):  # a backward pass keeps what it needs
+                self.progress(0, len(ids), "calibration, sensitivity")
+                _backward(self.model, rows.to(self.model.device))
+            for done, rows in enumerate(batches(ids[sensitive:], BATCH_TOKENS)):
+                self.progress(sensitive + done * len(rows), len(ids), "calibration")
+                with torch.no_grad():
+                    self.model.base_model(input_ids=rows.to(self.model.device), use_cache=False)  # no logits needed
+        finally:
+            self.model.train(training)
+            for one in sums:
+                one.remove()
+        return [one.moments(self.ids.numel()) for one in sums]
+
+    def _key(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for name, parameter in self.model.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(self.ids.contiguous().numpy().data)
+        settings = __version__, tuple(self.ids.shape), self.token_weighting, self.sensitivity and SENSITIVITY_TOKENS
+        digest.update(repr((settings, [s.name for g in self.groups for s in g.sites])).encode())
+        return digest.hexdigest()
+
+
+def _clear_away(cache: Path) -> None:
+    """Deletes what killed processes left half-written in the cache; what is being written is younger."""
+    with suppress(OSError):  # somebody else's, or gone already
+        for left in cache.glob("moments-*/*.partial"):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                left.unlink()
+
+
+class MomentAccumulator:
+    """Adds up the moments of one group while the model runs."""
+
+    def __init__(self, model: PreTrainedModel, group: Group, token_weighting: bool, sensitivity: bool) -> None:
+        self.total, self.tokens = 0.0, 0
+        self.gradients: Tensor | None = None
+        self.seen: dict[str, Tensor] = {}  # this batch's activations, until the layer is done
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.weighted = token_weighting
+        sites = {"inputs": group.sites[0].name} | ({"hidden": group.sites[-1].name} if group.is_mlp else {})
+        self.handles: list[Any] = []
+        for key, name in sites.items():
+            self.handles.append(model.get_submodule(name).register_forward_pre_hook(self._take(key)))
+        if sensitivity:
+            self.handles.append(model.get_submodule(group.sites[-1].name).register_forward_hook(self._watch))
+        layer = enclosing_layer(model, group)
+        self.handles.append(layer.register_forward_hook(self._add))
+
+    def _take(self, key: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.seen[key] = args[0].detach().flatten(0, -2).float()  # (tokens, n)
+
+        return hook
+
+    def _add(self, _: nn.Module, __: Any, output: Any) -> None:
+        weights = token_weights(output, self.weighted)
+        self.total += weights.sum().item()
+        for key, x in self.seen.items():
+            weighted = x * weights[:, None]
+            second, mean = (weighted.T @ x).double(), weighted.sum(0).double()  # float32 products, float64 sums
+            if key in self.sums:
+                self.sums[key][0].add_(second)
+                self.sums[key][1].add_(mean)
+            else:
+                self.sums[key] = second, mean
+        self.seen.clear()
+
+    def _watch(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(self._add_gradient)
+
+    def _add_gradient(self, gradient: Tensor) -> None:
+        g = gradient.flatten(0, -2).float()  # (tokens, out)
+        self.tokens += len(g)
+        products = (g.T @ g).double()
+        self.gradients = products if self.gradients is None else self.gradients.add_(products)
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def moments(self, tokens: int) -> Moments:
+        total = distributed.all_reduce_sum(torch.tensor([self.total], dtype=torch.float64)).item()
+        made = {}
+        for key, (second, mean) in self.sums.items():
+            matrix, vector = distributed.all_reduce_sum(second) / total, distributed.all_reduce_sum(mean) / total
+            # rounded as the cache stores it, so that a run from the cache gives the same factors
+            made[key] = SecondMoment(matrix.float().double(), vector.float().double())
+            if not torch.isfinite(made[key].matrix).all():
+                raise KronyError("calibration: the model's activations are not finite on this text")
+        sensitivity = None
+        if self.gradients is not None:
+            count = distributed.all_reduce_sum(torch.tensor(self.tokens)).item()
+            sensitivity = (distributed.all_reduce_sum(self.gradients) / count).float().double()
+        return Moments(made["inputs"], made.get("hidden"), tokens, sensitivity)
+
+
+def batches(ids: Tensor, tokens: int) -> tuple[Tensor, ...]:
+    """Sequences of about so many tokens together."""
+    return ids.split(max(1, tokens // ids.shape[1])) if len(ids) else ()
+
+
+def _backward(model: PreTrainedModel, ids: Tensor) -> None:
+    """Runs forward and backward on ``ids: (sequences, length)`` for the hooks' sake; no weight gets a gradient."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    first = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            likelihoods = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)  # (b, length, vocab)
+            likelihoods.gather(-1, _draw(likelihoods, ids)).sum().backward()
+    finally:
+        first.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def _draw(likelihoods: Tensor, ids: Tensor) -> Tensor:
+    """A next token for every place as the model would draw it, ``(b, length, 1)``; a sequence's own, in any batch."""
+    drawn = []
+    for row, one in zip(ids.tolist(), likelihoods, strict=True):
+        generator = torch.Generator().manual_seed(hash(tuple(row)) % 2**63)
+        noise = torch.rand(one.shape[0], 1, generator=generator).to(one.device)
+        drawn.append((one.exp().cumsum(-1) < noise).sum(-1, keepdim=True).clamp_max(one.shape[-1] - 1))
+    return torch.stack(drawn)
+
+
+def check_ids(ids: Tensor, model: PreTrainedModel) -> Tensor:
+    """``ids`` if they are token ids ``(sequences, length)`` that the model takes. Raises KronyError."""
+    if ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
+        raise KronyError(
+            f"calibration takes token ids of shape (sequences, length), not {tuple(ids.shape)} {ids.dtype}"
+        )
+    if ids.shape[1] > context_length(model):
+        raise KronyError(f"calibration has sequences of {ids.shape[1]} tokens, the model takes {context_length(model)}")
+    known = model.get_input_embeddings().weight.shape[0]
+    if int(ids.max()) >= known or int(ids.min()) < 0:
+        raise KronyError(f"calibration has token {int(ids.max())}, the model knows {known}: another model's tokenizer")
+    return ids
+
+
+def token_weights(output: Any, weighted: bool) -> Tensor:
+    """``1/‖h_t‖²`` of what a transformer layer gives, or ones: ``(tokens,)``, float32."""
+    after = (output[0] if isinstance(output, tuple) else output).detach().flatten(0, -2).float()  # (tokens, d)
+    sizes = after.square().sum(-1).clamp_min(1e-12)
+    return sizes.reciprocal() if weighted else torch.ones_like(sizes)
+
+
+def _pack(moments: Moments) -> dict[str, Tensor]:
+    named = {"inputs": moments.inputs, "hidden": moments.hidden}
+    tensors = {"tokens": torch.tensor(moments.tokens)}
+    if moments.sensitivity is not None:
+        tensors["sensitivity"] = moments.sensitivity.float().cpu()
+    for key, second in named.items():
+        if second is not None:
+            tensors[f"{key}.matrix"] = second.matrix.float().cpu()
+            tensors[f"{key}.mean"] = second.mean.float().cpu()
+    return tensors
+
+
+def _unpack(stored: dict[str, Tensor]) -> Moments:
+    seconds = {
+        key: SecondMoment(stored[f"{key}.matrix"].double(), stored[f"{key}.mean"].double())
+        for key in ("inputs", "hidden")
+        if f"{key}.matrix" in stored
+    }
+    sensitivity = stored["sensitivity"].double() if "sensitivity" in stored else None
+    return Moments(seconds["inputs"], seconds.get("hidden"), int(stored["tokens"]), sensitivity)

@@ -1,0 +1,1 @@
+"""Text: named sets, calibration text, and rows to train on."""

@@ -1,0 +1,143 @@
+"""Training text as rows of one length: packed without padding, from files, the hub, or tokens on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from krony.data import python_docs
+from krony.data.sets import PYTHON_DOCS, TEST_SETS, join_documents, read_file
+from krony.errors import KronyError
+
+HUB_NAMES = {"openwebtext": "Skylion007/openwebtext"}  # what nanoGPT and the paper call it, and where it is now
+BIN = np.dtype("<u2")  # nanoGPT's train.bin and val.bin: token ids, two bytes each
+
+
+class Rows(Dataset):
+    """Token ids cut into rows of ``length``, each ``{"input_ids": (length,), "labels": (length,)}``, int64."""
+
+    def __init__(self, tokens: np.ndarray, length: int) -> None:
+        self.tokens, self.length = tokens, length
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = torch.from_numpy(self.tokens[index * self.length : (index + 1) * self.length].astype(np.int64))
+        return {"input_ids": row, "labels": row}
+
+    def split(self, last: int) -> tuple[Rows, Rows]:
+        """All but the last rows, and the last ones."""
+        cut = (len(self) - last) * self.length
+        return Rows(self.tokens[:cut], self.length), Rows(self.tokens[cut:], self.length)
+
+
+def load_rows(
+    data: str, tokenizer: PreTrainedTokenizerBase, *, length: int, vocabulary: int, max_tokens: int | None = None
+) -> Rows:
+    """Rows of training text.
+
+    Args:
+        data: a text or jsonl file, ``python-docs`` (its calibration part), a ``.bin`` of nanoGPT's, or a set on the
+            hub, whose ``train`` split is streamed and whose ``text`` is taken; that one needs ``max_tokens``.
+        length: tokens a row.
+        vocabulary: entries of the model's embedding.
+        max_tokens: take the first so many.
+
+    Raises:
+        KronyError: a test set, a file that can't be read, tokens that the model doesn't know, less text than a row.
+    """
+    tokens = _tokens(data, tokenizer, max_tokens)[:max_tokens]
+    if len(tokens) < length:
+        raise KronyError(f"{data} has {len(tokens)} tokens: at least {length} make one row")
+    highest = int(tokens.max())
+    if highest >= vocabulary:
+        raise KronyError(f"{data} has token {highest}, the model knows {vocabulary}: it is made for another model")
+    return Rows(tokens, length)
+
+
+def _tokens(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> np.ndarray:
+    refuse_test_set(data)
+    if data == PYTHON_DOCS:
+        return join_documents(python_docs.topics("calibration"), tokenizer).numpy()
+    path = Path(data)
+    if path.suffix == ".bin":
+        return read_bin(path)
+    if path.suffix or path.exists():
+        return join_documents(read_file(path), tokenizer).numpy()
+    return _stream(data, tokenizer, max_tokens)
+
+
+def refuse_test_set(data: str) -> None:
+    """Raises KronyError if ``data`` names a set that is only ever measured on."""
+    if data in TEST_SETS:
+        raise KronyError(f"{data} is a test set: train on other text, such as a train file or python-docs")
+
+
+def read_bin(path: Path) -> np.ndarray:
+    """Token ids ``(n,)`` of a ``.bin`` file as a memory map, uint16. Raises KronyError."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise KronyError(f"{path} can't be read: {error.strerror}") from None
+    if size == 0 or size % BIN.itemsize:
+        raise KronyError(f"{path} has {size} bytes: a .bin file holds token ids of two bytes each")
+    tokens = np.memmap(path, dtype=BIN, mode="r")
+    if looks_wider(tokens):
+        raise KronyError(f"{path} holds token ids of four bytes or more: a .bin file holds two bytes each (uint16)")
+    return tokens
+
+
+def looks_wider(tokens: np.ndarray) -> bool:
+    """Whether ids ``(n,)`` read as two bytes each were written as four or eight: every second is then next to zero."""
+    seconds = tokens[1:4096:2]
+    return len(tokens) >= 64 and len(tokens) % 2 == 0 and bool((seconds <= 3).all())
+
+
+def _stream(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> np.ndarray:
+    if max_tokens is None:
+        raise KronyError(f"{data} is no file; of a data set on the hub max_tokens says how much is read")
+    pieces: list[Tensor] = []
+    have = 0
+    with _hub_sentences(data):
+        for row in hub_set(data, streaming=True):
+            pieces.append(join_documents([row["text"], ""], tokenizer))
+            have += len(pieces[-1])
+            if have >= max_tokens:
+                break
+    return torch.cat(pieces).numpy() if pieces else np.empty(0, dtype=np.int64)
+
+
+def hub_set(data: str, *, streaming: bool = False) -> Any:
+    """The ``train`` split of a data set on the hub, which has a ``text``; streamed, or fetched to the cache of
+    datasets. Raises KronyError.
+    """
+    from datasets import load_dataset  # heavy
+
+    with _hub_sentences(data):
+        found = load_dataset(HUB_NAMES.get(data, data), split="train", streaming=streaming)
+    columns = getattr(found, "column_names", None)
+    if columns and "text" not in columns:
+        raise KronyError(f"{data} has no column text: it has {', '.join(columns)}")
+    return found
+
+
+@contextmanager
+def _hub_sentences(data: str) -> Iterator[None]:
+    try:
+        yield
+    except KronyError:
+        raise
+    except Exception as error:  # datasets raises many kinds for "no network" and "no such set"
+        raise KronyError(
+            f"{data}: there is no such file, and no data set of that name can be read from the hub "
+            f"({type(error).__name__})"
+        ) from None

@@ -1,0 +1,149 @@
+"""Text: named sets from a folder or the hub, text and jsonl files, turned into tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from krony.data import python_docs
+from krony.errors import KronyError
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A test set: where it lies under ``--data-dir``, and what it is called on the hub."""
+
+    file: str
+    hub: tuple[str, str | None]  # repository and configuration; the test split
+    last_word: bool = False  # passages whose last word is to be predicted
+
+
+TEST_SETS = {
+    "wikitext-2": TestSet("wikitext-2/wiki.test.tokens", ("Salesforce/wikitext", "wikitext-2-v1")),
+    "wikitext-103": TestSet("wikitext-103/wiki.test.tokens", ("Salesforce/wikitext", "wikitext-103-v1")),
+    "lambada": TestSet("lambada/lambada_test_plain_text.txt", ("cimec/lambada", None), last_word=True),
+}
+PYTHON_DOCS = "python-docs"
+PIECE = 8_000_000  # characters tokenised at once: a tokenizer takes some hundred bytes for each
+
+
+def names() -> list[str]:
+    """The data sets that are known by name."""
+    return [*TEST_SETS, PYTHON_DOCS]
+
+
+def load_texts(data: str, data_dir: Path | None = None) -> list[str]:
+    """The rows of a test set: of a named one as its hub data set has them, of a file its documents.
+
+    WikiText keeps the layout of ``wikitext-*-v1``: a line with its line break is a row, a blank line an empty one.
+    ``python-docs`` is the held-out part of Python's own documentation. Raises KronyError.
+    """
+    if data == PYTHON_DOCS:
+        return python_docs.topics("held-out")
+    if data not in TEST_SETS:
+        return read_file(Path(data))
+    known = TEST_SETS[data]
+    if data_dir is None:
+        return _from_hub(data, *known.hub)
+    text = _read_text(data_dir / known.file)
+    lines = text.splitlines(keepends=True)
+    if known.last_word:
+        return [line.strip() for line in lines if line.strip()]
+    return [line if line.strip() else "" for line in lines]
+
+
+def read_file(path: Path) -> list[str]:
+    """The documents of a file: the ``text`` of each line of a ``.jsonl``, else the whole file. Raises KronyError."""
+    if not path.suffix and not path.exists():
+        raise KronyError(f"{path}: there is no such file, nor a data set of this name ({', '.join(names())})")
+    text = _read_text(path)
+    if path.suffix != ".jsonl":
+        return [text]
+    documents = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            documents.append(json.loads(line)["text"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise KronyError(f'{path}, line {number}: not a JSON object with a "text"') from None
+        if not isinstance(documents[-1], str):
+            raise KronyError(f'{path}, line {number}: "text" is not a string')
+        if not is_text(documents[-1]):
+            raise KronyError(f'{path}, line {number}: "text" has half of a surrogate pair, which is no character')
+    return documents
+
+
+def join_rows(rows: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """``"\\n\\n".join(rows)`` as token ids ``(n,)``: the way of the paper's protocol."""
+    return _ids(tokenizer, "\n\n".join(rows), special=True)
+
+
+def join_documents(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Token ids ``(n,)`` of the documents, each but the last followed by the end-of-text token where there is one."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    separator = torch.tensor(end, dtype=torch.long)
+    pieces = [piece for d in documents for piece in (_ids(tokenizer, d), separator)]
+    return torch.cat(pieces[:-1]) if pieces else torch.empty(0, dtype=torch.long)
+
+
+def is_text(text: str) -> bool:
+    """Whether a string can be encoded: one with half of a surrogate pair can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> Tensor:
+    made: list[int] = []
+    for number, piece in enumerate(_pieces(text)):
+        encoded = tokenizer(piece, add_special_tokens=special and number == 0, verbose=False)  # no warning: it is long
+        made += encoded["input_ids"]
+    return torch.tensor(made, dtype=torch.long)
+
+
+def _pieces(text: str, size: int = PIECE) -> Iterator[str]:
+    """The text in pieces that a tokenizer can hold, cut before a line break or a space where there is one."""
+    start = 0
+    while len(text) - start > size:
+        window = start + size // 2, start + size
+        end = text.rfind("\n", *window)
+        end = text.rfind(" ", *window) if end < 0 else end
+        end = window[1] if end < 0 else end
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise KronyError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    except IsADirectoryError:
+        raise KronyError(f"{path} is a folder: name a text or jsonl file in it") from None
+    except OSError as error:
+        raise KronyError(f"{path} can't be read: {error.strerror}") from None
+    if not text.strip():
+        raise KronyError(f"{path} is empty: there is no text in it")
+    return text
+
+
+def _from_hub(data: str, repository: str, configuration: str | None) -> list[str]:
+    from datasets import load_dataset  # heavy
+
+    try:
+        return list(load_dataset(repository, configuration, split="test")["text"])
+    except Exception as error:  # datasets raises many kinds for "no network"
+        raise KronyError(
+            f"{data} can't be fetched from the hub ({type(error).__name__}): "
+            f"with --data-dir DIR it is read from DIR/{TEST_SETS[data].file}"
+        ) from None

@@ -1,0 +1,1 @@
+"""Measuring a model: perplexity, speed, norms, and tasks of the lm-evaluation-harness."""

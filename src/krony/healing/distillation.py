@@ -1,0 +1,62 @@
+"""Learning from the original: how far the student's words and hidden states are from the teacher's.
+
+Hinton et al. 2015 for the words; the hidden states as in DistilBERT and TinyBERT, but relative to their own size, so
+that neither a layer nor a token of large activations speaks for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from krony.errors import KronyError
+from krony.healing.recipes import Recipe
+from krony.models.divergence import at_least_float32, divergence
+
+
+def distil(outputs: ModelOutput, wanted: ModelOutput, ids: Tensor, recipe: Recipe) -> Tensor:
+    """The loss of a student that is taught, a scalar.
+
+    Args:
+        outputs: what the student's forward pass gave for ``ids``; with ``hidden_states`` if ``recipe.hidden``.
+        wanted: what the teacher's gave.
+        ids: token ids ``(batch, length)``.
+    """
+    loss = (1 - recipe.text) * divergence(outputs.logits, wanted.logits, recipe.temperature)
+    if recipe.text:
+        logits = at_least_float32(outputs.logits[:, :-1].flatten(0, 1))  # (batch*(length-1), vocabulary)
+        loss = loss + recipe.text * F.cross_entropy(logits, ids[:, 1:].flatten())
+    if recipe.hidden:
+        loss = loss + recipe.hidden * distance(outputs.hidden_states[1:], wanted.hidden_states[1:])
+    return loss
+
+
+def distance(states: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Mean over layers and tokens of ‖student − teacher‖²/‖teacher‖²; a layer's states are ``(..., width)``."""
+    layers = []
+    for ours, theirs in zip(states, wanted, strict=True):
+        lost = (at_least_float32(ours) - at_least_float32(theirs)).square().sum(-1)  # (...)
+        layers.append((lost / at_least_float32(theirs).square().sum(-1).clamp_min(1e-12)).mean())
+    return torch.stack(layers).mean()
+
+
+def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, recipe: Recipe) -> None:
+    """Raises KronyError unless ``teacher`` can teach ``model`` by this recipe."""
+    ours, theirs = model.config.get_text_config(), teacher.config.get_text_config()
+    if theirs.vocab_size != ours.vocab_size:
+        raise KronyError(
+            f"the teacher knows {theirs.vocab_size} tokens and the model {ours.vocab_size}: "
+            "it is no model of the same kind"
+        )
+    sizes = [(config.num_hidden_layers, config.hidden_size) for config in (ours, theirs)]
+    if recipe.hidden and sizes[0] != sizes[1]:
+        (layers, width), (their_layers, their_width) = sizes
+        raise KronyError(
+            f"hidden states can't be compared: the teacher has {their_layers} layers of width {their_width} and the "
+            f"model {layers} of {width}; leave hidden at 0"
+        )

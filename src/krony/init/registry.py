@@ -1,0 +1,25 @@
+"""The list of initialisations. Each is one file and one record; this is the only place that names them all."""
+
+from __future__ import annotations
+
+from krony.errors import KronyError
+from krony.init.als import ALS
+from krony.init.base import Initialisation
+from krony.init.neurons import NEURONS
+from krony.init.permuted import PERMUTED
+from krony.init.prune import PRUNE
+from krony.init.random import RANDOM
+from krony.init.svd import SVD
+from krony.init.van_loan import VAN_LOAN
+
+INITIALISATIONS: dict[str, Initialisation] = {
+    init.name: init for init in (NEURONS, ALS, VAN_LOAN, PERMUTED, PRUNE, SVD, RANDOM)
+}
+
+
+def find_initialisation(name: str) -> Initialisation:
+    """The initialisation of this name. Raises KronyError for an unknown one."""
+    try:
+        return INITIALISATIONS[name]
+    except (KeyError, TypeError):
+        raise KronyError(f"init {name!r} is unknown: it is one of {', '.join(INITIALISATIONS)}") from None

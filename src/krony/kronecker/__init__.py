@@ -1,0 +1,1 @@
+"""Sums of Kronecker products: algebra, schemes, and the layers that multiply by them. Knows torch, not transformers."""

@@ -1,0 +1,1 @@
+"""Models of transformers: loading, finding and replacing layers, saving in other layouts."""

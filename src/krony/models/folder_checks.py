@@ -1,0 +1,127 @@
+"""What is checked of a model's folder before transformers opens it: links, config.json, the weights' headers.
+
+transformers follows what config.json says: to a folder of another name, to code on the hub, to a billion layers. A
+folder that comes from elsewhere is therefore read here first, and what is wrong with it is one sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from krony.errors import KronyError
+from krony.storage.tensor_files import Checkpoint, Entry, check_link, read_json
+
+MOST_LAYERS = 1_000  # no model has so many; transformers makes lists and modules of whatever number is there
+LARGEST = 2**31  # no dimension of a model is larger
+SIZES = (  # what configs call the numbers that must be positive
+    *("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head", "num_heads"),
+    *("num_hidden_layers", "n_layer", "num_layers", "n_layers", "intermediate_size", "ffn_dim", "num_key_value_heads"),
+    *("max_position_embeddings", "n_positions", "head_dim"),
+)
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder, if nothing in the folder leads out of it and the config asks for nothing odd.
+
+    Raises KronyError, naming the file.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.is_dir():
+            check_link(folder, path)
+    if (folder / "adapter_config.json").exists():
+        raise KronyError(
+            f"{folder / 'adapter_config.json'}: this is an adapter of another model: merge it into that model first "
+            "(peft's merge_and_unload)"
+        )
+    file = folder / "config.json"
+    config = read_json(file)
+    check_config(config, file)
+    return config
+
+
+def check_config(config: dict[str, Any], file: Path) -> None:
+    """Raises KronyError where ``config`` asks for code from elsewhere, or has sizes that no model has."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise KronyError(f'{file}: "model_type" is missing: it says what kind of model this is, such as gpt2')
+    if config.get("auto_map") is not None and not _is_known(kind):
+        raise KronyError(
+            f"{file} asks for code of its own (auto_map), which krony does not run: if you trust it, load the model "
+            "with transformers and give it to krony.compress"
+        )
+    for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        if isinstance(config.get(name), str) and "/" in config[name]:
+            raise KronyError(f"{file} asks for code from the hub ({name}: {config[name]}), which krony does not run")
+    if config.get("transformers_weights") is not None:
+        raise KronyError(
+            f"{file} names other weights (transformers_weights): krony reads model.safetensors and no other"
+        )
+    for name, value in _numbers(config):
+        last = name.rpartition(".")[2].partition("[")[0]
+        if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
+            raise KronyError(f"{file}: {name} is {value}: no model is so large")
+        if ("layer" in last or last == "attention_types") and isinstance(value, int) and value > MOST_LAYERS:
+            raise KronyError(f"{file}: {name} is {value}: no model has so many layers")
+    for name in SIZES:
+        value = config.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise KronyError(f"{file}: {name} is {value!r}: it takes a whole number from 1")
+
+
+def check_weights(folder: Path, model: nn.Module) -> None:
+    """Raises KronyError unless the weights of ``folder`` are sound and of the shapes and types that ``model`` has.
+
+    ``model`` is on the meta device. Tensors of other names are left to transformers, which renames some.
+    """
+    found = Checkpoint(folder).entries
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for name, value in model.state_dict().items():
+        entry = found.get(name) or found.get(name.removeprefix(prefix))
+        if entry is not None:
+            check_entry(entry, value)
+
+
+def check_entry(entry: Entry, value: Tensor) -> None:
+    """Raises KronyError unless a tensor in a file has the shape and the type of the model's ``value``."""
+    if entry.shape != tuple(value.shape):
+        raise KronyError(
+            f"{entry.file}: {entry.name} is {by(entry.shape)}, and by config.json {by(tuple(value.shape))}"
+        )
+    if value.is_floating_point() and not entry.dtype.is_floating_point:
+        kind = str(entry.dtype).removeprefix("torch.")
+        raise KronyError(f"{entry.file}: {entry.name} is of type {kind}, and weights are floating-point numbers")
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raises KronyError if a parameter of ``model`` has a value that is not finite."""
+    for key, parameter in model.named_parameters():
+        if parameter.device.type != "meta" and not torch.isfinite(parameter).all():
+            raise KronyError(f"{name}: {key} has values that are not finite: fetch or write its weights again")
+
+
+def by(shape: tuple[int, ...]) -> str:
+    """A shape in words."""
+    return "x".join(map(str, shape)) or "a single number"
+
+
+def _is_known(kind: str) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return kind in CONFIG_MAPPING_NAMES
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every number in nested JSON, with the name of where it stands."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _numbers(inner, f"{name}[{index}]")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield name, value

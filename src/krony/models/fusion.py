@@ -1,0 +1,149 @@
+"""MLPs of Kronecker layers that run as one step: found in a model, and given a forward of their own.
+
+Their class changes, their parameters, names and submodules don't. An MLP whose layers are watched by hooks, or were
+replaced by others, runs as its own class says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from krony.kronecker.fused_mlp import fused_forward
+from krony.kronecker.linear import KroneckerLinear
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The names of an MLP's submodules: ``after(down(act(ups[0](x)) * ups[1](x)))``, or with one of ``ups``."""
+
+    ups: tuple[str, ...]
+    act: str
+    down: str
+    after: tuple[str, ...]
+
+
+def fuse(model: nn.Module) -> None:
+    """Makes every MLP of Kronecker layers in ``model`` that can run as one step do so, in place."""
+    for module in list(model.modules()):
+        if isinstance(module, FusedMLP) or not any(isinstance(c, KroneckerLinear) for c in module.children()):
+            continue
+        parts = find_parts(module)
+        if parts is not None and _fits(module, parts):
+            module.krony_parts = parts  # type: ignore[assignment]
+            module.__class__ = _fused_class(type(module))
+
+
+def unfuse(model: nn.Module) -> None:
+    """Gives the fused MLPs of ``model`` their own class again, in place."""
+    for module in model.modules():
+        if isinstance(module, FusedMLP):
+            module.__class__ = type(module).__bases__[1]
+            del module.krony_parts
+
+
+def find_parts(module: nn.Module) -> Parts | None:
+    """What the forward of ``module`` does with its submodules, if that is an MLP and nothing else."""
+    from torch.fx import Graph, Tracer
+
+    class Leaves(Tracer):
+        def is_leaf_module(self, *_: Any) -> bool:
+            return True
+
+    try:
+        graph: Graph = Leaves().trace(module)
+    except Exception:  # whatever a forward that isn't straight raises
+        return None
+    *steps, output = [node for node in graph.nodes if not (node.op == "placeholder" and not node.users)]
+    after: list[str] = []
+    node = output.args[0]
+    while _calls_one(node) and not isinstance(module.get_submodule(node.target), KroneckerLinear):
+        after.insert(0, str(node.target))
+        node = node.args[0]
+    if not _calls_one(node):
+        return None
+    down, hidden = str(node.target), node.args[0]
+    pair = [hidden]
+    if getattr(hidden, "op", "") == "call_function" and hidden.target.__name__ == "mul" and len(hidden.args) == 2:
+        pair = sorted(hidden.args, key=lambda n: _is_up(module, n))  # the activation first
+    if not _calls_one(pair[0]):
+        return None
+    ups = [pair[0].args[0], *pair[1:]]
+    if not all(_is_up(module, up) and up.args[0].op == "placeholder" for up in ups):
+        return None
+    if len({up.args[0] for up in ups}) != 1 or len(steps) != 4 + len(after) + 2 * (len(ups) - 1):
+        return None
+    return Parts(tuple(str(up.target) for up in ups), str(pair[0].target), down, tuple(after))
+
+
+def _calls_one(node: Any) -> bool:
+    """Whether this is a call of a submodule with one argument."""
+    return getattr(node, "op", "") == "call_module" and len(node.args) == 1 and not node.kwargs
+
+
+def _is_up(module: nn.Module, node: Any) -> bool:
+    return _calls_one(node) and isinstance(module.get_submodule(node.target), KroneckerLinear)
+
+
+def _fits(module: nn.Module, parts: Parts) -> bool:
+    """Whether all are Kronecker layers whose hidden features are grouped alike."""
+    ups, down = [module.get_submodule(name) for name in parts.ups], module.get_submodule(parts.down)
+    layers = [*ups, down]
+    if not all(type(layer) is KroneckerLinear for layer in layers):
+        return False
+    return all((up.shape.m1, up.shape.m2) == (down.shape.n1, down.shape.n2) for up in ups)  # type: ignore[union-attr]
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _fused_class(own: type[nn.Module]) -> type[nn.Module]:
+    if own not in _classes:
+        body = {"__module__": own.__module__, "__doc__": own.__doc__}
+        _classes[own] = type(own.__name__, (FusedMLP, own), body)
+    return _classes[own]
+
+
+def _rebuild(own: type[nn.Module]) -> nn.Module:
+    made = _fused_class(own)
+    return made.__new__(made)
+
+
+class FusedMLP(nn.Module):
+    """What ``fuse`` puts before an MLP's own class; ``krony_parts`` says which submodule is what."""
+
+    krony_parts: Parts
+
+    def __reduce_ex__(self, _: Any) -> tuple:
+        return _rebuild, (type(self).__bases__[1],), self.__dict__.copy()  # pickle can't find a class made on the fly
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the MLP's own class computes it."""
+        parts, children = self.krony_parts, self._modules
+        ups, down = [children[name] for name in parts.ups], children[parts.down]
+        act = children[parts.act]
+        if kwargs or len(args) != 1 or not all(map(_is_plain, (*ups, down))) or _is_watched(act):
+            return super().forward(*args, **kwargs)
+        y = fused_forward(args[0], ups, act, down)  # type: ignore[arg-type]
+        for name in parts.after:
+            y = children[name](y)  # type: ignore[misc]
+        return y
+
+
+def _is_plain(module: nn.Module | None) -> bool:
+    return type(module) is KroneckerLinear and not _is_watched(module)
+
+
+def _is_watched(module: nn.Module | None) -> bool:
+    """Whether someone relies on this module being called: hooks, or a forward that was put over its own."""
+    return module is None or bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._has_any_global_hook()
+        or "forward" in module.__dict__
+    )

@@ -1,0 +1,157 @@
+"""transformers and krony: the registered quantizer that lets ``from_pretrained`` build Kronecker layers, and loading.
+
+A compressed model is an ordinary transformers model whose config carries ``quantization_config`` with
+``quant_method: krony`` and a map of module names to shapes. One code path serves every architecture.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from krony._version import __version__
+from krony.config import KronyConfig
+from krony.errors import KronyError
+from krony.kronecker.algebra import KronShape
+from krony.kronecker.embedding import KroneckerEmbedding
+from krony.kronecker.linear import KroneckerLinear
+from krony.models.fusion import fuse
+from krony.models.surgery import is_linear, kronecker_embeddings, kronecker_layers, linear_size, put_in, to_dense
+
+if TYPE_CHECKING:  # this module is imported while transformers is being imported
+    from transformers import PreTrainedModel
+
+METHOD = "krony"
+
+
+@register_quantization_config(METHOD)
+class KronyQuantizationConfig(QuantizationConfigMixin):
+    """What a saved model's ``config.json`` says of its Kronecker layers.
+
+    Attributes:
+        modules: module name -> ``{"left": [m1, n1], "right": [m2, n2], "factors": k, "scalars": bool}``.
+        made_with: how it was compressed, for the record; loading does not read it.
+    """
+
+    def __init__(
+        self, modules: dict[str, dict[str, Any]] | None = None, made_with: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        self.quant_method = METHOD
+        self.modules: Any = modules  # what a file says: checked where it is used
+        self.made_with = made_with or {}
+
+    def shape(self, name: str) -> tuple[KronShape, bool]:
+        """The split of the module of this name, and whether it has scalars. Raises KronyError if it is malformed."""
+        try:
+            entry = self.modules[name]
+            numbers = [*entry["left"], *entry["right"], entry["factors"]]
+            if len(numbers) != 5 or not all(type(n) is int and n > 0 for n in numbers):
+                raise ValueError
+            return KronShape(*numbers), bool(entry["scalars"])
+        except (KeyError, TypeError, ValueError):
+            raise KronyError(
+                f"config.json: quantization_config.modules[{name!r}] is malformed: "
+                "it takes left: [m1, n1], right: [m2, n2], factors: k, scalars: true or false"
+            ) from None
+
+
+@register_quantizer(METHOD)
+class KronyQuantizer(HfQuantizer):
+    """Puts empty Kronecker layers into a model before its weights are loaded, and makes dense ones of them again."""
+
+    requires_calibration = True  # from_pretrained can't compress: krony.compress does
+    is_trainable = True
+    is_qat_trainable = True  # else Trainer takes the model for a frozen, quantised one
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        put_layers_in(model, self.quantization_config)
+        fuse(model)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        model.is_quantized = False  # it is trainable and castable like any other: .half() and .float() must work
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """The plain model, in its own dtype unless one is asked for: transformers' would take what its config says."""
+        model = self._dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        self.remove_quantization_config(model)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return to_dense(model) if dtype is None else to_dense(model).to(dtype)
+
+
+def put_layers_in(model: PreTrainedModel, config: KronyQuantizationConfig | dict[str, Any]) -> None:
+    """Puts empty Kronecker layers where a saved config says; a config of another method changes nothing.
+
+    Raises KronyError for a config that is malformed or does not fit the model.
+    """
+    if isinstance(config, dict):
+        if config.get("quant_method") != METHOD:
+            return
+        config = KronyQuantizationConfig(**config)
+    if not isinstance(config, KronyQuantizationConfig):
+        return
+    if not isinstance(config.modules, dict):
+        raise KronyError("config.json: quantization_config.modules is not a map of module names to shapes")
+    for name in config.modules:
+        shape, scalars = config.shape(name)
+        put_in(model, name, _empty_layer(model, name, shape, scalars))
+
+
+def _empty_layer(
+    model: PreTrainedModel, name: str, shape: KronShape, scalars: bool
+) -> KroneckerLinear | KroneckerEmbedding:
+    original = dict(model.named_modules()).get(name)
+    if type(original) is nn.Embedding and shape.left[0] == original.num_embeddings:
+        return _empty_embedding(original, name, shape)
+    if original is None or not is_linear(original):
+        raise KronyError(f"config.json: {name} is no linear layer of {type(model).__name__}")
+    out, into = linear_size(original)
+    if (shape.rows, shape.columns) != (out, into):
+        raise KronyError(f"config.json: {name} is {out}x{into}, its factors make {shape.rows}x{shape.columns}")
+    weight = original.weight
+    return KroneckerLinear(
+        shape, bias=original.bias is not None, scalars=scalars, device=weight.device, dtype=weight.dtype
+    )
+
+
+def _empty_embedding(original: nn.Embedding, name: str, shape: KronShape) -> KroneckerEmbedding:
+    size, weight = tuple(original.weight.shape), original.weight
+    if (shape.rows, shape.columns) != size or shape.factors != 1:
+        raise KronyError(f"config.json: {name} is {size[0]}x{size[1]}, its factors make {shape.rows}x{shape.columns}")
+    return KroneckerEmbedding(shape, device=weight.device, dtype=weight.dtype)
+
+
+def attach_quantizer(model: PreTrainedModel, config: KronyConfig, calibration_tokens: int | None = None) -> None:
+    """Gives a model compressed in memory what ``save_pretrained`` needs, and its MLPs their one step."""
+    fuse(model)
+    modules = {
+        name: {
+            "left": list(layer.shape.left),
+            "right": list(layer.shape.right),
+            "factors": layer.shape.factors,
+            "scalars": layer.scalars is not None,
+        }
+        for name, layer in kronecker_layers(model).items()
+    }
+    for name, embedding in kronecker_embeddings(model).items():
+        s = embedding.shape
+        modules[name] = {"left": list(s.left), "right": list(s.right), "factors": 1, "scalars": False}
+    made_with = {"krony": __version__} | config.non_default_options()
+    if calibration_tokens is not None:
+        made_with["calibration_tokens"] = calibration_tokens
+    earlier = getattr(model.config, "quantization_config", None)
+    if isinstance(earlier, KronyQuantizationConfig):  # other layers were compressed before
+        made_with["earlier"] = earlier.made_with
+    model.config.quantization_config = KronyQuantizationConfig(modules, made_with)
+    quantizer = KronyQuantizer(model.config.quantization_config, pre_quantized=True)
+    model.hf_quantizer = quantizer  # type: ignore[assignment]

@@ -1,0 +1,321 @@
+"""Find the linear layers of a model that krony replaces, take their matrices out, put KroneckerLinears in.
+
+Everything outside this file is ``(out, in)``. GPT-2's ``Conv1D`` stores ``(in, out)``: it is transposed here, in
+``take_out`` and ``plain_layer``, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from krony.errors import KronyError
+from krony.kronecker.algebra import KronShape
+from krony.kronecker.embedding import KroneckerEmbedding
+from krony.kronecker.linear import KroneckerLinear
+from krony.kronecker.schemes import ModelShape, resolve
+from krony.models.fusion import unfuse
+
+if TYPE_CHECKING:  # this module is imported while transformers is being imported
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Role = Literal["up", "down", "other"]
+
+# The names by which transformers' models call the matrices of an MLP: those to the hidden width, and the one back.
+MLP_NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("c_fc",), "c_proj"),  # GPT-2, GPT-Neo, StarCoder
+    (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma
+    (("up_proj",), "down_proj"),
+    (("fc1",), "fc2"),  # OPT, Phi
+    (("fc_in",), "fc_out"),  # GPT-J
+    (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
+)
+FUSED = "gate_up_proj"  # of Phi-3 and GLM: gate and up matrix in one
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer: its dotted name, its place in an MLP, and its size."""
+
+    name: str
+    role: Role
+    out_features: int
+    in_features: int
+
+    @property
+    def tall(self) -> tuple[int, int]:
+        """Its matrix with the hidden width (outside an MLP: the larger side) as rows."""
+        return (self.in_features, self.out_features) if self.is_turned else (self.out_features, self.in_features)
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether a scheme is transposed for it."""
+        return self.role == "down" or (self.role == "other" and self.in_features > self.out_features)
+
+    def shape(self, scheme: str) -> KronShape:
+        """The split that ``scheme`` means here. Raises KronyError, naming the layer."""
+        try:
+            shape = resolve(scheme, *self.tall)
+        except KronyError as error:
+            raise KronyError(f"{self.name}: {error}") from None
+        return shape.transposed if self.is_turned else shape
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that are compressed together: the matrices of one MLP, the one that leads back last, or a single layer."""
+
+    sites: tuple[Site, ...]
+
+    @property
+    def is_mlp(self) -> bool:
+        return self.sites[-1].role == "down"
+
+    @property
+    def layer(self) -> int | None:
+        return layer_index(self.sites[0].name)
+
+
+def layer_index(name: str) -> int | None:
+    """The zero-based number of the transformer layer that a module belongs to: the first number in its name."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(match[1]) if match else None
+
+
+def find_groups(model: nn.Module, modules: str = "mlp", layers: str = "all") -> list[Group]:
+    """The layers of ``model`` to compress, in the order of the model.
+
+    Args:
+        modules: ``mlp`` for the MLPs of every layer, or a regular expression searched in the names of linear layers.
+        layers: ``all``, ``odd``, ``even`` or a zero-based inclusive range ``2-28``.
+
+    Raises:
+        KronyError: nothing matches, the expression or the range is wrong, or a layer's weight is tied to another's.
+    """
+    mlps = [mlp for name, module in model.named_modules() if (mlp := _mlp(name, module))]
+    if modules == "mlp":
+        groups = mlps
+        if not groups:
+            raise KronyError(_no_mlp(model))
+    else:
+        groups = _matching(model, modules, mlps)
+    kept = [g for g in groups if is_chosen(g.layer, layers)]
+    if not kept:
+        numbers = sorted({g.layer for g in groups if g.layer is not None})
+        there = f"the layers {numbers[0]}-{numbers[-1]} of this model" if numbers else f"{groups[0].sites[0].name}"
+        raise KronyError(f"layers {layers!r} chooses none of {there}")
+    return kept
+
+
+def is_chosen(layer: int | None, layers: str) -> bool:
+    """Whether ``--layers`` chooses the layer of this number; a module outside any layer is chosen by ``all`` only."""
+    if layers == "all":
+        return True
+    if layers in ("odd", "even"):
+        return layer is not None and layer % 2 == (layers == "odd")
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", layers)
+    if match is None or int(match[1]) > int(match[2] or match[1]):
+        raise KronyError(f"layers {layers!r} is not understood: it is all, odd, even, or a range such as 2-28")
+    return layer is not None and int(match[1]) <= layer <= int(match[2] or match[1])
+
+
+def layout(model: nn.Module, groups: list[Group]) -> ModelShape:
+    """What ``krony.kronecker.schemes`` needs to know of the model. Parameters that layers share are counted once."""
+    return ModelShape(count_parameters(model), tuple(site.tall for group in groups for site in group.sites))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Unique parameters: a head tied to the embedding is counted once (paper, Appendix B)."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_untied(model: PreTrainedModel) -> int:
+    """Parameters with a tied head counted apart from the embedding, as other papers run theirs (Appendix B)."""
+    return count_parameters(model) + (model.get_output_embeddings().weight.numel() if is_tied(model) else 0)
+
+
+def take_out(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """The weight ``(out, in)`` and the bias ``(out,)`` or None of a linear layer, detached, not copied."""
+    module: Any = model.get_submodule(name)
+    weight = module.weight.detach()
+    bias = None if module.bias is None else module.bias.detach()
+    return (weight.T if isinstance(module, Conv1D) else weight), bias
+
+
+def put_in(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts ``module`` in the place of the one called ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def plain_layer(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A layer of the kind and mode of ``like``, ``nn.Linear`` or ``Conv1D``, with these values, copied.
+
+    ``weight``: ``(out, in)``; ``bias``: ``(out,)`` or None.
+    """
+    out, into = weight.shape
+    with torch.device("meta"):
+        new = Conv1D(out, into) if isinstance(like, Conv1D) else nn.Linear(into, out, bias=bias is not None)
+    new.weight = nn.Parameter(
+        (weight.T if isinstance(like, Conv1D) else weight).clone(memory_format=torch.contiguous_format)
+    )
+    new.bias = None if bias is None else nn.Parameter(bias.clone())
+    return new.train(like.training)
+
+
+def kronecker_layers(model: nn.Module) -> dict[str, KroneckerLinear]:
+    """The compressed layers of a model by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, KroneckerLinear)}
+
+
+def kronecker_embeddings(model: nn.Module) -> dict[str, KroneckerEmbedding]:
+    """The factorised embeddings of a model by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, KroneckerEmbedding)}
+
+
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
+    """Multiplies every compressed layer out, in place: the kind of layer that the model's own class has there."""
+    whole = original(model)
+    unfuse(model)
+    for name, layer in kronecker_layers(model).items():
+        bias = None if layer.bias is None else layer.bias.detach()
+        plain = plain_layer(whole.get_submodule(name), layer.dense_weight().detach(), bias)
+        put_in(model, name, plain.train(layer.training))
+    for name, embedding in kronecker_embeddings(model).items():
+        weight = embedding.dense_weight().detach()
+        put_in(model, name, nn.Embedding.from_pretrained(weight, freeze=False).train(embedding.training))
+    return model
+
+
+def original(model: PreTrainedModel) -> PreTrainedModel:
+    """The uncompressed model's modules, on the meta device."""
+    with torch.device("meta"):
+        return type(model)(plain_config(model))
+
+
+def plain_config(model: PreTrainedModel) -> PretrainedConfig:
+    """A copy of the model's config without the entry that makes it a compressed one."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def enclosing_layer(model: PreTrainedModel, group: Group) -> nn.Module:
+    """The transformer layer that the group is in; the model itself for what is in none."""
+    parts = group.sites[0].name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return model.get_submodule(".".join(parts[: numbers[0] + 1])) if numbers else model.base_model
+
+
+def embedding_of(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
+    """The name and module of the input embedding. Raises KronyError where it is no plain one."""
+    module = model.get_input_embeddings()
+    if type(module) is not nn.Embedding:
+        raise KronyError(f"the input embedding of this model is a {type(module).__name__}: it can't be factorised")
+    return next(name for name, m in model.named_modules() if m is module), module
+
+
+def embedding_shape(model: PreTrainedModel, size: int) -> tuple[str, KronShape]:
+    """The name of the embedding, and its split with a right factor of ``1 x size``. Raises KronyError."""
+    name, module = embedding_of(model)
+    vocabulary, width = module.weight.shape
+    if size < 2 or width % size:
+        raise KronyError(f"embedding {size}: its right factor takes from 2 columns, and a divisor of the width {width}")
+    return name, KronShape(vocabulary, width // size, 1, size)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head is the embedding."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Lets the head keep a matrix of its own from now on, in memory and when it is saved and loaded."""
+    model.config.get_text_config().tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Whether krony can replace it: ``nn.Linear`` itself (subclasses mean something else by it) or ``Conv1D``."""
+    return isinstance(module, Conv1D) or type(module) is nn.Linear
+
+
+def linear_size(module: nn.Module) -> tuple[int, int]:
+    """``(out, in)`` of an ``nn.Linear`` or a ``Conv1D``."""
+    first, second = tuple(module.weight.shape)  # type: ignore[arg-type]
+    return (second, first) if isinstance(module, Conv1D) else (first, second)
+
+
+def _site(name: str, module: nn.Module, role: Role) -> Site:
+    return Site(name, role, *linear_size(module))
+
+
+def _mlp(name: str, module: nn.Module) -> Group | None:
+    """The MLP whose matrices are children of ``module``, if it has one."""
+    children = dict(module.named_children())
+    for ups, down in MLP_NAMES:
+        if all(is_linear(children.get(child)) for child in (*ups, down)):
+            prefix = f"{name}." if name else ""
+            sites = [_site(prefix + up, children[up], "up") for up in ups]
+            return Group((*sites, _site(prefix + down, children[down], "down")))
+    return None
+
+
+def _matching(model: nn.Module, pattern: str, mlps: list[Group]) -> list[Group]:
+    """Groups of the linear layers whose names match; an MLP that matches as a whole stays one group."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise KronyError(f"modules {pattern!r} is not a regular expression: {error}") from None
+    names = {n: m for n, m in model.named_modules() if is_linear(m)}
+    chosen = {n for n in names if expression.search(n)}
+    if not chosen:
+        raise KronyError(f"modules {pattern!r} matches no linear layer; there are, for example, {_examples(names)}")
+    _refuse_tied(model, sorted(chosen))
+    whole = {s.name: g for g in mlps if all(s.name in chosen for s in g.sites) for s in g.sites}
+    roles = {s.name: s for g in mlps for s in g.sites}
+    groups = [whole.get(n) or Group((roles.get(n) or _site(n, names[n], "other"),)) for n in names if n in chosen]
+    return list(dict.fromkeys(groups))
+
+
+def _refuse_tied(model: nn.Module, chosen: list[str]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name in chosen:
+        shared = owners[id(model.get_submodule(name).weight)]
+        if len(shared) > 1:
+            raise KronyError(f"{name} shares its weight ({' = '.join(shared)}), so it can't be replaced on its own")
+
+
+def _examples(names: dict[str, nn.Module]) -> str:
+    return ", ".join(list(names)[:4]) or "none at all"
+
+
+def _no_mlp(model: nn.Module) -> str:
+    if layers := kronecker_layers(model):
+        return f"this model is compressed already ({len(layers)} layers): compress the original instead"
+    names = {n: m for n, m in model.named_modules() if is_linear(m)}
+    for name, module in model.named_modules():
+        if stacked := [key for key, value in module.named_parameters(recurse=False) if value.ndim == 3]:
+            return (
+                f"{name} keeps the matrices of all its experts in one tensor ({stacked[0]}), and krony replaces linear "
+                f"layers: name others with modules=REGEX, for example {_examples(names)}"
+            )
+        if is_linear(module) and name.endswith(FUSED):
+            return (
+                f"{name} holds the gate and the up matrix in one, so hidden neurons can't be told from it: name the "
+                "matrices one by one, modules='gate_up_proj|down_proj', with init van-loan, als or prune"
+            )
+    return (
+        f"no MLP is known in {type(model).__name__}: name its linear layers with modules=REGEX; "
+        f"there are, for example, {_examples(names)}"
+    )

@@ -1,0 +1,249 @@
+"""Second moments against sums in float64 over the activations of a plain forward pass."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from krony import KronyError, calibration_set
+from krony.compression import moments as module
+from krony.compression.moments import Calibration
+from krony.data.calibration_set import pack
+from krony.models.surgery import find_groups
+from small_models import BUILDERS
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(1))
+
+
+def by_hand(model, ids, group, weighted: bool):
+    """The same moments from one pass in float64."""
+    model = model.double()
+    seen = {}
+    layer = model.get_submodule(".".join(group.sites[0].name.split(".")[:3]))
+    handles = [
+        model.get_submodule(group.sites[0].name).register_forward_pre_hook(
+            lambda _, args: seen.update(inputs=args[0].flatten(0, 1))
+        ),
+        model.get_submodule(group.sites[-1].name).register_forward_pre_hook(
+            lambda _, args: seen.update(hidden=args[0].flatten(0, 1))
+        ),
+        layer.register_forward_hook(
+            lambda *call: seen.update(after=call[2][0] if isinstance(call[2], tuple) else call[2])
+        ),
+    ]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    after = seen.pop("after").flatten(0, 1)
+    weights = 1 / after.square().sum(1) if weighted else torch.ones(len(after), dtype=torch.float64)
+    weights = weights / weights.sum()
+    return {key: ((x * weights[:, None]).T @ x, (x * weights[:, None]).sum(0)) for key, x in seen.items()}
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_moments_are_the_weighted_means(model, ids, weighted):
+    groups = find_groups(model)
+    made = list(Calibration(model, groups, ids, token_weighting=weighted))
+    for group, moments in zip(groups, made, strict=True):
+        expected = by_hand(model, ids, group, weighted)
+        for key in ("inputs", "hidden"):
+            second = getattr(moments, key)
+            scale = float(expected[key][0].abs().max())
+            torch.testing.assert_close(second.matrix, expected[key][0], rtol=1e-4, atol=1e-6 * scale)
+            torch.testing.assert_close(second.mean, expected[key][1], rtol=1e-4, atol=1e-6 * scale**0.5)
+        assert moments.tokens == 120
+
+
+def test_sensitivity_is_of_the_gradients_at_the_output(model, ids):
+    groups = find_groups(model)
+    frozen = next(model.parameters())
+    frozen.requires_grad_(False)
+    made = list(Calibration(model, groups, ids, sensitivity=True))
+    assert not frozen.requires_grad and all(p.grad is None for p in model.parameters())
+    assert sum(p.requires_grad for p in model.parameters()) == len(list(model.parameters())) - 1
+    outputs = {}
+    for group in groups:
+        name = group.sites[-1].name
+        model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: outputs.update({name: out}))
+    logits = model.double()(ids).logits
+    drawn = module._draw(logits.float().log_softmax(-1), ids).squeeze(-1)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="sum")
+    for group, moments in zip(groups, made, strict=True):
+        (gradient,) = torch.autograd.grad(loss, outputs[group.sites[-1].name], retain_graph=True)
+        g = gradient.flatten(0, 1)
+        expected = g.T @ g / len(g)
+        torch.testing.assert_close(moments.sensitivity, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_sensitivity_of_a_part_leaves_the_moments_whole(model, ids, monkeypatch):
+    groups = find_groups(model)
+    whole = list(Calibration(model, groups, ids, sensitivity=True))
+    monkeypatch.setattr(module, "SENSITIVITY_TOKENS", 40)
+    part = list(Calibration(model, groups, ids, sensitivity=True))
+    first = list(Calibration(model, groups, ids[:2], sensitivity=True))
+    for a, b, c in zip(whole, part, first, strict=True):
+        torch.testing.assert_close(a.hidden.matrix, b.hidden.matrix, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(b.sensitivity, c.sensitivity)
+
+
+def test_drawn_tokens_follow_the_model(ids):
+    probabilities = torch.tensor([0.5, 0.2, 0.3, 0.0])
+    rows = torch.arange(400 * 5).view(400, 5)
+    drawn = module._draw(probabilities.log().expand(400, 5, 4), rows)
+    shares = drawn.flatten().bincount(minlength=4) / drawn.numel()
+    torch.testing.assert_close(shares, probabilities, atol=0.04, rtol=0)
+    assert torch.equal(drawn[7:9], module._draw(probabilities.log().expand(2, 5, 4), rows[7:9]))
+
+
+def test_passes_over_a_few_layers_at_a_time_give_the_same(model, ids, monkeypatch):
+    groups = find_groups(model)
+    whole = list(Calibration(model, groups, ids))
+    monkeypatch.setattr(module, "MEMORY", 1)
+    calibration = Calibration(model, groups, ids)
+    assert len(list(calibration._chunks())) == len(groups)
+    for a, b in zip(whole, calibration, strict=True):
+        assert torch.equal(a.hidden.matrix, b.hidden.matrix) and torch.equal(a.inputs.mean, b.inputs.mean)
+
+
+def test_it_is_kept_and_found_again(model, ids, tmp_path, monkeypatch):
+    groups = find_groups(model)
+    first = Calibration(model, groups, ids, cache=tmp_path)
+    assert "is read and kept in" in first.source
+    made = list(first)
+    again = Calibration(model, groups, ids, cache=tmp_path)
+    assert "is taken from" in again.source
+    monkeypatch.setattr(Calibration, "_run", None)  # what is kept needs no run
+    for a, b in zip(made, again, strict=True):
+        assert torch.equal(a.hidden.matrix, b.hidden.matrix) and a.tokens == b.tokens
+    others = [
+        Calibration(model, groups, ids.flip(0), cache=tmp_path),
+        Calibration(model, groups, ids, token_weighting=False, cache=tmp_path),
+        Calibration(model, groups, ids, sensitivity=True, cache=tmp_path),
+        Calibration(model, groups[1:], ids, cache=tmp_path),
+    ]
+    with torch.no_grad():
+        next(model.parameters())[0] += 1
+    others.append(Calibration(model, groups, ids, cache=tmp_path))
+    assert len({first.folder, *(c.folder for c in others)}) == 6
+
+
+def test_the_same_tokens_in_other_sequences_are_another_text(model, ids, tmp_path):
+    groups = find_groups(model)
+    list(Calibration(model, groups, ids, cache=tmp_path))
+    assert "was kept" in Calibration(model, groups, ids, cache=tmp_path).source
+    assert "is read" in Calibration(model, groups, ids.view(12, 10), cache=tmp_path).source
+
+
+def test_an_interrupted_one_goes_on(model, ids, tmp_path):
+    groups = find_groups(model)
+    first = Calibration(model, groups, ids, cache=tmp_path)
+    made = list(first)
+    next(iter(first.folder.glob("00001*"))).unlink()
+    again = list(Calibration(model, groups, ids, cache=tmp_path))
+    assert torch.equal(made[1].hidden.matrix, again[1].hidden.matrix)
+
+
+def test_what_a_killed_process_left_is_cleared_away(model, ids, tmp_path):
+    """After a day; what is younger may still be written."""
+    groups = find_groups(model)
+    list(Calibration(model, groups, ids, cache=tmp_path))
+    folder = next(tmp_path.iterdir())
+    old, young = folder / "00000.123.partial", folder / "00001.124.partial"
+    for file in (old, young):
+        file.write_bytes(b"half")
+    os.utime(old, (time.time() - 25 * 3600,) * 2)
+    Calibration(model, groups, ids, cache=tmp_path)
+    assert not old.exists() and young.exists()
+
+
+def test_one_that_is_stopped_while_it_is_kept_leaves_nothing(model, ids, tmp_path, monkeypatch):
+    def stop(_, file):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("krony.compression.moments.save_file", stop)
+    with pytest.raises(KeyboardInterrupt):
+        list(Calibration(model, find_groups(model), ids, cache=tmp_path))
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_cache_that_is_a_file(model, ids, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(KronyError, match="the calibration can't be kept there"):
+        list(Calibration(model, find_groups(model), ids, cache=tmp_path / "cache"))
+
+
+def test_a_damaged_cache_is_named(model, ids, tmp_path):
+    groups = find_groups(model)
+    calibration = Calibration(model, groups, ids, cache=tmp_path)
+    list(calibration)
+    (calibration.folder / "00000.safetensors").write_bytes(b"nothing")
+    with pytest.raises(KronyError, match=r"00000\.safetensors: this kept calibration is damaged, delete it"):
+        list(Calibration(model, groups, ids, cache=tmp_path))
+
+
+def test_the_model_is_left_as_it_was(model, ids):
+    model.train()
+    list(Calibration(model, find_groups(model), ids))
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_documents_are_packed_by_seed(tokenizer):
+    documents = ["aaaa", "bbbb", "cccc", "dddd"]
+    rows = pack(documents, tokenizer, tokens=12, length=6, seed=0)
+    assert rows.shape == (2, 6)
+    assert torch.equal(rows, pack(documents, tokenizer, tokens=12, length=6, seed=0))
+    assert any(not torch.equal(rows, pack(documents, tokenizer, tokens=12, length=6, seed=s)) for s in range(1, 5))
+    assert (rows == tokenizer.eos_token_id).sum() >= 2  # documents are apart
+    with pytest.raises(KronyError, match="has 20 tokens: at least 32 make one sequence"):
+        pack(documents, tokenizer, length=32)
+
+
+def test_python_docs_are_there_everywhere_and_test_sets_are_refused(tokenizer):
+    assert calibration_set("python-docs", tokenizer, tokens=1000, length=100).shape == (10, 100)
+    with pytest.raises(KronyError, match="lambada is a test set"):
+        calibration_set("lambada", tokenizer)
+
+
+def test_sequences_longer_than_the_model_takes(model):
+    with pytest.raises(KronyError, match="sequences of 80 tokens, the model takes 64"):
+        Calibration(model, find_groups(model), torch.zeros(1, 80, dtype=torch.long))
+
+
+WORKER = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from krony.runtime import distributed
+from krony.compression.moments import Calibration
+from krony.models.surgery import find_groups
+from small_models import BUILDERS
+distributed.init()
+model = BUILDERS[{family!r}]()
+ids = torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(1))
+made = list(Calibration(model, find_groups(model), ids))
+torch.save([m.hidden.matrix for m in made], {out!r} + str(torch.distributed.get_rank()))
+"""
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_two_processes_share_the_work(family, ids, tmp_path):
+    model = BUILDERS[family]()
+    expected = [m.hidden.matrix for m in Calibration(model, find_groups(model), ids)]
+    script = tmp_path / "worker.py"
+    tests = str(__import__("pathlib").Path(__file__).parent)
+    script.write_text(WORKER.format(tests=tests, family=family, out=str(tmp_path / "rank")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, json.dumps(done.stderr[-2000:])
+    for rank in (0, 1):
+        for a, b in zip(expected, torch.load(tmp_path / f"rank{rank}"), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max()))

@@ -1,0 +1,180 @@
+"""train.bin and val.bin: nanoGPT's bytes, whatever happens on the way."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from krony import KronyError
+from krony.data import prepare as preparation
+from krony.data.prepare import prepare
+
+
+@pytest.fixture
+def documents() -> list[str]:
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abcdefgh ", k=draw.randint(1, 60))) for _ in range(300)]
+    return [*texts, "a text that spells <|endoftext|> itself"]
+
+
+@pytest.fixture
+def file(documents, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return path
+
+
+def expected(documents, tokenizer, share=0.0005) -> dict[str, bytes]:
+    """nanoGPT's way: split, encode each document as plain text, append the end of text."""
+    split = Dataset.from_dict({"text": documents}).train_test_split(test_size=share, seed=2357, shuffle=True)
+    made = {}
+    for name, part in (("train", split["train"]), ("val", split["test"])):
+        ids = [id for text in part["text"] for id in [*(text.encode()), None]]
+        known = tokenizer.get_vocab()
+        alphabet = {byte: known[tokenizer.tokenize(chr(byte))[0]] for byte in {i for i in ids if i is not None}}
+        made[name] = np.array([256 if id is None else alphabet[id] for id in ids], dtype=np.uint16).tobytes()
+    return made
+
+
+def test_it_writes_what_nanogpt_does(file, documents, tokenizer, tmp_path):
+    seen = []
+    parts = prepare(str(file), tokenizer, tmp_path / "out", progress=lambda *a: seen.append(a))
+    for name, content in expected(documents, tokenizer).items():
+        assert (tmp_path / f"out/{name}.bin").read_bytes() == content
+        assert parts[name].tokens == len(content) // 2
+    assert (parts["train"].documents, parts["val"].documents) == (300, 1)  # 0.0005 of 301, rounded up
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["train.bin", "val.bin"]
+    assert seen[-1][:2] == (300, 300) and "train, " in seen[-1][2]
+    with pytest.raises(KronyError, match=r"train.bin exists: name another folder"):
+        prepare(str(file), tokenizer, tmp_path / "out")
+
+
+WORKER = """
+import pathlib, sys, time
+from transformers import AutoTokenizer
+from krony.data import prepare as preparation
+preparation.BATCH, preparation.KEPT_EVERY = 4, 200
+preparation.prepare({data!r}, AutoTokenizer.from_pretrained({tokenizer!r}), pathlib.Path({out!r}),
+                    progress=lambda *_: time.sleep(0.02))
+"""
+
+
+def test_killed_it_goes_on_where_it_was(file, documents, tokenizer, tmp_path, monkeypatch):
+    """SIGKILL somewhere on the way; the bytes are those of the work that nobody stopped."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    out = tmp_path / "out"
+    script = WORKER.format(data=str(file), tokenizer=str(tmp_path / "tokenizer"), out=str(out))
+    process = subprocess.Popen([sys.executable, "-c", script])
+    while not (out / "prepare.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(float(np.random.default_rng(os.getpid()).uniform(0, 0.6)))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "train.bin").exists() and not (out / "val.bin").exists()
+    known = json.loads((out / "prepare.json").read_text())["parts"]["train"]
+    assert known["documents"] < 300
+    with pytest.raises(KronyError, match=r"the beginning of other work \(val_share 0.0005, and now it is 0.1\)"):
+        prepare(str(file), tokenizer, out, val_share=0.1)
+    with (out / "train.bin.partial").open("ab") as partial:
+        partial.write(b"half a batch that no note speaks of")
+    seen = []
+    prepare(str(file), tokenizer, out, progress=lambda *a: seen.append(a))
+    assert min(done for done, total, _ in seen) > known["documents"]
+    for name, content in expected(documents, tokenizer).items():
+        assert (out / f"{name}.bin").read_bytes() == content
+
+
+def test_what_was_removed_is_written_anew(file, documents, tokenizer, tmp_path, monkeypatch):
+    """Stopped before the names appear, and then somebody removes what is there but for the note."""
+    out, write_names = tmp_path / "out", preparation.Path.replace
+
+    def stopped(self, target):
+        if self.suffix == ".partial":
+            raise KeyboardInterrupt
+        return write_names(self, target)
+
+    monkeypatch.setattr(preparation.Path, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(file), tokenizer, out)
+    monkeypatch.undo()
+    for partial in out.glob("*.bin.partial"):
+        partial.unlink()
+    prepare(str(file), tokenizer, out)
+    for name, content in expected(documents, tokenizer).items():
+        assert (out / f"{name}.bin").read_bytes() == content
+
+
+def test_a_full_disk(file, documents, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "BATCH", 4)
+    monkeypatch.setattr(preparation, "KEPT_EVERY", 100)
+    calls = []
+
+    def full(_):
+        calls.append(1)
+        if len(calls) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(preparation.os, "fsync", full)
+    with pytest.raises(KronyError, match="out can't be written, No space left on device: the same command goes on"):
+        prepare(str(file), tokenizer, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.bin"))
+    prepare(str(file), tokenizer, tmp_path / "out")
+    assert (tmp_path / "out/train.bin").read_bytes() == expected(documents, tokenizer)["train"]
+
+
+def test_a_set_on_the_hub(documents, tokenizer, tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(name, *, split, streaming):
+        asked.append((name, split, streaming))
+        return Dataset.from_dict({"text": documents})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    prepare("openwebtext", tokenizer, tmp_path / "out")
+    assert asked == [("Skylion007/openwebtext", "train", False)]
+    assert (tmp_path / "out/val.bin").read_bytes() == expected(documents, tokenizer)["val"]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Dataset.from_dict({"words": ["a"]}))
+    with pytest.raises(KronyError, match="some/set has no column text: it has words"):
+        prepare("some/set", tokenizer, tmp_path / "other")
+
+
+def test_one_document_is_not_split(tokenizer, tmp_path):
+    (tmp_path / "t.txt").write_text("one document")
+    with pytest.raises(KronyError, match="is one document, which can't be split"):
+        prepare(str(tmp_path / "t.txt"), tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert prepare(str(tmp_path / "t.txt"), tokenizer, tmp_path / "out", val_share=0)["train"].tokens == 13
+    assert not (tmp_path / "out/val.bin").exists()
+
+
+class Large:
+    """A tokenizer of more tokens than two bytes tell apart."""
+
+    def __len__(self):
+        return 128_256
+
+
+def test_mistakes(file, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    for arguments, options, words in [
+        ((str(file), Large(), out), {}, "has 128,256 entries, and a .bin file holds ids below 65,536"),
+        ((str(file), tokenizer, out), {"val_share": 1.0}, "the val share is 1.0: it is a share"),
+        (("wikitext-2", tokenizer, out), {}, "wikitext-2 is a test set"),
+        ((str(tmp_path / "a.bin"), tokenizer, out), {}, "is prepared already: prepare takes text"),
+        ((str(tmp_path / "none.jsonl"), tokenizer, out), {}, "there is no such file"),
+        ((str(file), tokenizer, file), {}, "is a file: name a folder"),
+        (("some/set", tokenizer, out), {}, "no data set of that name can be read from the hub"),
+    ]:
+        with pytest.raises(KronyError, match=words):
+            prepare(*arguments, **options)
+    assert not out.exists()

@@ -1,0 +1,111 @@
+"""Export to plain models: the same logits, and no krony needed."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from krony import KronyConfig, KronyError, compress, export_model
+from krony.models.export import slim
+from krony.models.surgery import count_parameters
+from small_models import BUILDERS, gpt2, llama
+
+GLOBAL = {"allocation": "global"}
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("options", [{}, GLOBAL, GLOBAL | {"max_width": 120}, GLOBAL | {"multiple_of": 24}])
+def test_slim_gives_the_same_logits(model, ids, options):
+    compress(model, KronyConfig("keep=0.5", **options), calibration=ids)
+    expected, before = model(ids).logits, model.config.to_dict()
+    exported = slim(model)
+    torch.testing.assert_close(exported.model(ids).logits, expected, rtol=1e-6, atol=1e-6)
+    width = exported.model.config.to_dict()[{"gpt2": "n_inner", "llama": "intermediate_size"}[before["model_type"]]]
+    assert width == exported.width <= options.get("max_width", width) and width % options.get("multiple_of", 1) == 0
+    assert exported.padding == 0 or options
+    hidden = {"gpt2": 192, "llama": 144}[before["model_type"]]
+    gone = hidden - width
+    matrices = {"gpt2": 2, "llama": 3}[before["model_type"]]
+    biases = gone if before["model_type"] == "gpt2" else 0
+    assert count_parameters(exported.model) == count_parameters(BUILDERS[before["model_type"]]()) - 3 * (
+        gone * 48 * matrices + biases
+    )
+
+
+def test_padding_is_what_the_one_width_gives_back(ids):
+    model = llama()
+    compress(model, KronyConfig("keep=0.5", allocation="global"), calibration=ids)
+    widths = [int(m.down_proj.dense_weight().any(0).sum()) for m in (layer.mlp for layer in model.model.layers)]
+    exported = slim(model)
+    assert exported.width == max(widths)
+    assert exported.padding == sum(exported.width - width for width in widths) * 3 * 48
+
+
+def test_widths_are_rounded_up(ids):
+    model = gpt2()
+    compress(model, KronyConfig("keep=0.5"), calibration=ids)
+    expected = model(ids).logits
+    exported = slim(model, multiple_of=64)
+    assert exported.width == 128 and exported.padding == 3 * 32 * 2 * 48
+    torch.testing.assert_close(exported.model(ids).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["slim", "dense"])
+def test_it_loads_where_krony_is_not(model, ids, tmp_path, form):
+    compress(model, KronyConfig("keep=0.5"), calibration=ids)
+    expected = model(ids).logits
+    export_model(model, form).save_pretrained(tmp_path)
+    torch.save(ids, tmp_path / "ids.pt")
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as M\n"
+        f"model = M.from_pretrained({str(tmp_path)!r}); ids = torch.load({str(tmp_path / 'ids.pt')!r})\n"
+        f"torch.save(model(ids).logits, {str(tmp_path / 'logits.pt')!r}); assert 'krony' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (KronyConfig("keep=0.5", init="van-loan"), "uses 192 of its 192 neurons"),
+        (KronyConfig("keep=0.5", epsilon=0.1), "uses 192 of its 192 neurons"),
+        (KronyConfig("keep=0.5", layers="odd"), r"transformer\.h\.0\.mlp\.c_proj is not compressed"),
+    ],
+)
+def test_where_slim_is_not_exact_a_sentence_says_why_and_nothing_changes(ids, config, words):
+    model = gpt2()
+    compress(model, config, calibration=ids)
+    expected = model(ids).logits
+    with pytest.raises(KronyError, match=words):
+        export_model(model, "slim")
+    assert torch.equal(model(ids).logits, expected) and model.config.quantization_config
+
+
+def test_it_keeps_the_dtype_that_the_model_has_now(ids, tmp_path):
+    """Not the one it was saved in, which its config remembers."""
+    compress(made := gpt2(), KronyConfig("keep=0.5", init="van-loan"))
+    made.to(torch.bfloat16).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).float()
+    assert export_model(model).dtype == torch.float32
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.dequantize(dtype="float16").dtype == torch.float16
+
+
+def test_mistakes(ids):
+    model = gpt2()
+    with pytest.raises(KronyError, match="nothing to export"):
+        export_model(model, "slim")
+    compress(model, KronyConfig("keep=0.5"), calibration=ids)
+    with pytest.raises(KronyError, match="'tiny' is unknown: it is one of dense, slim"):
+        export_model(model, "tiny")
+    with pytest.raises(KronyError, match="multiple_of is 0"):
+        slim(model, multiple_of=0)
+    with pytest.raises(KronyError, match="96 of its 192 neurons, 192 when rounded up"):
+        slim(model, multiple_of=192)

@@ -1,0 +1,163 @@
+"""Save, load, generate, train: through transformers alone, in processes of their own where that matters."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+
+import krony
+from krony import KronyConfig, KronyError, compress
+from krony.models.surgery import kronecker_layers
+from small_models import BUILDERS, gpt2, llama
+
+LOGITS = """
+import sys, torch
+{imports}
+from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+ids = load_file(sys.argv[2])["ids"]
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], **{options})
+save_file({{"logits": model(ids).logits.detach()}}, sys.argv[3])
+"""
+
+
+def logits_elsewhere(folder, ids, tmp_path, *, imports="import krony", options="{}") -> torch.Tensor:
+    """What a fresh process computes from the saved model."""
+    from safetensors.torch import load_file
+
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    code = LOGITS.format(imports=imports, options=options)
+    arguments = [str(folder), str(tmp_path / "ids.safetensors"), str(tmp_path / "logits.safetensors")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return load_file(tmp_path / "logits.safetensors")["logits"]
+
+
+@pytest.mark.parametrize("family", list(BUILDERS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_fresh_process_gives_bit_identical_logits(family, dtype, ids, tmp_path):
+    BUILDERS[family]().save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=dtype)
+    compress(model, KronyConfig("keep=0.75", init="van-loan"))
+    expected = model(ids).logits.detach()
+    model.save_pretrained(tmp_path / "once")
+    for options in ("{}", "{'device_map': 'auto'}"):
+        assert torch.equal(logits_elsewhere(tmp_path / "once", ids, tmp_path, options=options), expected)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "twice")
+    assert torch.equal(logits_elsewhere(tmp_path / "twice", ids, tmp_path), expected)
+    assert (tmp_path / "once/config.json").read_text() == (tmp_path / "twice/config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "imports", ["import krony", "import transformers, krony", "from transformers import GPT2LMHeadModel; import krony"]
+)
+def test_krony_is_imported_before_or_after_transformers(imports, ids, tmp_path):
+    model = gpt2()
+    compress(model, KronyConfig("keep=0.5", init="van-loan"))
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(logits_elsewhere(tmp_path / "model", ids, tmp_path, imports=imports), model(ids).logits)
+
+
+@pytest.mark.parametrize("family", list(BUILDERS))
+@pytest.mark.parametrize("scheme", ["keep=0.5", "48x48", "96x48:2", "24x16:2"])
+def test_without_krony_loading_stops_instead_of_drawing_weights(family, scheme, ids, tmp_path):
+    model = BUILDERS[family](**({"n_inner": 192} if family == "gpt2" else {"intermediate_size": 192}))
+    compress(model, KronyConfig(scheme, init="van-loan"))
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(RuntimeError, match="mismatch"):
+        logits_elsewhere(tmp_path / "model", ids, tmp_path, imports="")
+
+
+def test_config_says_how(tmp_path):
+    model = llama()
+    compress(model, KronyConfig("keep=0.75", init="van-loan"))
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == "krony"
+    entry = {"left": [36, 48], "right": [4, 1], "factors": 3, "scalars": True}
+    assert written["modules"]["model.layers.0.mlp.up_proj"] == entry
+    assert written["made_with"]["init"] == "van-loan"
+
+
+def test_a_loaded_model_can_be_cast_and_trained(model, tmp_path):
+    compress(model, KronyConfig("keep=0.5", init="van-loan", scalars=True))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.half().dtype == torch.float16 and loaded.float().dtype == torch.float32
+    assert all(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_trainer_runs(model, tmp_path, loaded):
+    compress(model, KronyConfig("keep=0.5", init="van-loan", scalars=True))
+    if loaded:
+        model.save_pretrained(tmp_path / "model")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 256, (8, 16))]
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],
+        save_strategy="steps", save_steps=2, disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    layer = next(iter(kronecker_layers(model)))
+    for part in ("weight", "right", "scalars"):
+        assert not torch.equal(before[f"{layer}.{part}"], model.get_parameter(f"{layer}.{part}"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-2")
+    assert torch.equal(again.get_parameter(f"{layer}.right"), model.get_parameter(f"{layer}.right"))
+
+
+def test_pipeline_generates(model, tokenizer, tmp_path):
+    compress(model, KronyConfig("keep=0.5", init="van-loan"))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generate = pipeline("text-generation", model=str(tmp_path))
+    text = generate("The ", max_new_tokens=8, do_sample=False)[0]["generated_text"]
+    assert text.startswith("The ") and len(text) > 4
+
+
+@pytest.mark.parametrize("scheme", ["keep=0.5", "24x16:2"])
+def test_the_dense_form_has_the_logits_and_needs_no_krony(model, ids, tmp_path, scheme):
+    compress(model, KronyConfig(scheme, init="van-loan"))
+    expected = model(ids).logits.detach()
+    plain = krony.export_model(model, to="dense")
+    plain.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    actual = logits_elsewhere(tmp_path / "dense", ids, tmp_path, imports="")
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert type(plain).__name__ in ("GPT2LMHeadModel", "LlamaForCausalLM") and not kronecker_layers(plain)
+
+
+def test_a_model_that_is_not_compressed_has_nothing_to_export(model):
+    with pytest.raises(KronyError, match="nothing to export"):
+        krony.export_model(model)
+    with pytest.raises(KronyError, match="'thin' is unknown"):
+        krony.export_model(model, to="thin")
+
+
+MALFORMED = [
+    (lambda q: q["modules"].update({"transformer.h.9.mlp.c_fc": next(iter(q["modules"].values()))}), "no linear layer"),
+    (lambda q: q["modules"].update({"transformer.wte": next(iter(q["modules"].values()))}), "no linear layer"),
+    (lambda q: next(iter(q["modules"].values())).update(left=[7, 7]), "its factors make"),
+    (lambda q: next(iter(q["modules"].values())).update(left=[96]), "malformed"),
+    (lambda q: next(iter(q["modules"].values())).update(factors=-1), "malformed"),
+    (lambda q: next(iter(q["modules"].values())).pop("right"), "malformed"),
+    (lambda q: q.update(modules=[1]), "not a map"),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), MALFORMED)
+def test_a_config_that_does_not_fit_is_named(damage, words, tmp_path):
+    model = gpt2()
+    compress(model, KronyConfig("keep=0.5", init="van-loan"))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    damage(config["quantization_config"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(KronyError, match=words):
+        krony.load_model(str(tmp_path))

@@ -1,0 +1,422 @@
+"""Compression layer by layer: the same tensors as through memory, whatever happens on the way."""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import krony
+from krony import KronyConfig, KronyError, compress
+from krony.cli import main
+from krony.models.loading import load_model
+from krony.storage.files import Lock
+from krony.storage.shards import Shards, TensorFile
+from krony.storage.tensor_files import Checkpoint, read_header
+from krony.streaming import stream as streaming
+from small_models import BUILDERS, gpt2, llama
+
+CALIBRATED = ("neurons", "als", "svd")
+
+
+def digest(folder: Path) -> str:
+    """Over names, dtypes, shapes and bytes of the tensors, sorted by name."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    made = hashlib.sha256()
+    for name in sorted(found):
+        value = found[name]
+        made.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        made.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return made.hexdigest()
+
+
+def text(rows: int = 20) -> torch.Tensor:
+    return torch.randint(0, 256, (rows, 64), generator=torch.Generator().manual_seed(2))
+
+
+def both_ways(source: Path, config: KronyConfig, tmp_path: Path, reads: bool = False, **options) -> tuple[Path, Path]:
+    ids = text() if reads or config.init in CALIBRATED else None
+    model = load_model(str(source))
+    report = compress(model, config, calibration=ids)
+    model.save_pretrained(tmp_path / "memory")
+    plan = streaming.prepare(source, config, reads=reads)
+    streamed = streaming.run(plan, tmp_path / "stream", calibration=ids, **options)
+    assert streamed.layers == report.layers and streamed.made_with == report.made_with
+    assert (streamed.params_before, streamed.params_after) == (report.params_before, report.params_after)
+    return tmp_path / "memory", tmp_path / "stream"
+
+
+@pytest.mark.parametrize("family", list(BUILDERS))
+@pytest.mark.parametrize("init", ["van-loan", "prune", "random", "neurons", "als", "svd"])
+def test_it_is_what_memory_gives(family, init, tmp_path):
+    BUILDERS[family]().save_pretrained(tmp_path / "source", max_shard_size="100KB")
+    assert (tmp_path / "source/model.safetensors.index.json").exists()
+    config = KronyConfig("keep=0.5", init=init)
+    memory, stream = both_ways(tmp_path / "source", config, tmp_path, shard_size=150_000)
+    assert digest(memory) == digest(stream)
+    for name in ("config.json", "generation_config.json"):
+        assert (memory / name).read_text() == (stream / name).read_text()
+    index = json.loads((stream / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["memory", "source", "stream"]
+    ids = text(1)
+    assert torch.equal(load_model(str(stream))(ids).logits, load_model(str(memory))(ids).logits)
+
+
+@pytest.mark.parametrize("family", list(BUILDERS))
+@pytest.mark.parametrize("init", ["van-loan", "prune", "random"])
+def test_the_errors_of_outputs_where_text_is_given_and_not_needed(family, init, tmp_path):
+    BUILDERS[family]().save_pretrained(tmp_path / "source", max_shard_size="100KB")
+    memory, stream = both_ways(tmp_path / "source", KronyConfig("keep=0.5", init=init), tmp_path, reads=True)
+    assert digest(memory) == digest(stream)
+    with pytest.raises(KronyError, match="the plan was made without"):
+        plan = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init=init))
+        streaming.run(plan, tmp_path / "other", calibration=text())
+
+
+def test_a_plan_that_is_run_twice_gives_the_same(tmp_path):
+    gpt2().save_pretrained(tmp_path / "source")
+    plan = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"))
+    assert streaming.run(plan, tmp_path / "one").made_with == streaming.run(plan, tmp_path / "two").made_with
+    assert (tmp_path / "one/config.json").read_text() == (tmp_path / "two/config.json").read_text()
+
+
+def test_what_is_too_large_for_the_wanted_dtype_is_refused(tmp_path):
+    model = gpt2()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = 1e6
+    model.save_pretrained(tmp_path / "source")
+    plan = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"), dtype="float16")
+    with pytest.raises(KronyError, match=r"ln_f\.weight has values that are not finite in float16"):
+        streaming.run(plan, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("init", ["prune", "neurons"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_too(init, dtype, tmp_path):
+    llama().to(dtype).save_pretrained(tmp_path / "source")
+    memory, stream = both_ways(tmp_path / "source", KronyConfig("keep=0.75", init=init, layers="odd"), tmp_path)
+    assert digest(memory) == digest(stream)
+
+
+def test_names_without_the_base_models_prefix_as_gpt2_has_them_on_the_hub(tmp_path):
+    model = gpt2()
+    model.save_pretrained(tmp_path / "source")
+    tensors = {n.removeprefix("transformer."): v for n, v in load_file(tmp_path / "source/model.safetensors").items()}
+    masks = {f"h.{n}.attn.bias": torch.ones(1, 1, 64, 64) for n in range(3)}  # which old checkpoints have
+    save_file(tensors | masks, tmp_path / "source/model.safetensors", {"format": "pt"})
+    memory, stream = both_ways(tmp_path / "source", KronyConfig("keep=0.5", init="van-loan"), tmp_path)
+    assert digest(memory) == digest(stream)
+
+
+def test_other_layers_than_mlps(tmp_path):
+    llama(tie_word_embeddings=False, vocab_size=260).save_pretrained(tmp_path / "source")
+    config = KronyConfig("keep=0.5", init="van-loan", modules="o_proj|up_proj|lm_head")
+    memory, stream = both_ways(tmp_path / "source", config, tmp_path)
+    assert digest(memory) == digest(stream)
+
+
+class Stop:
+    """Progress that stops the work at a unit."""
+
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.seen = at, []
+
+    def __call__(self, done, total, what):
+        self.seen.append(done)
+        if done == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("init", ["van-loan", "neurons"])
+def test_an_interrupted_run_goes_on_where_it_stopped(init, tmp_path):
+    llama().save_pretrained(tmp_path / "source")
+    config, ids = KronyConfig("keep=0.5", init=init), text() if init in CALIBRATED else None
+    memory, _ = both_ways(tmp_path / "source", config, tmp_path)
+    out = tmp_path / "out"
+    for at in (1, 3):
+        with pytest.raises(KeyboardInterrupt):
+            streaming.run(streaming.prepare(tmp_path / "source", config), out, calibration=ids, progress=Stop(at))
+        assert not out.exists() and (tmp_path / "out.work").is_dir()
+    last, said = Stop(), []
+    streaming.run(streaming.prepare(tmp_path / "source", config), out, calibration=ids, progress=last, say=said.append)
+    assert last.seen == [3] and said == ["going on after model.layers.2, unit 3 of 4"]
+    assert digest(out) == digest(memory) and not (tmp_path / "out.work").exists()
+
+
+def test_interrupted_before_anything_is_done_nothing_is_left(tmp_path):
+    llama().save_pretrained(tmp_path / "source")
+    stream = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"))
+    with pytest.raises(KeyboardInterrupt):
+        streaming.run(stream, tmp_path / "out", progress=Stop(0))
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_other_settings_do_not_go_on_from_there(tmp_path):
+    llama().save_pretrained(tmp_path / "source")
+    first = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"))
+    with pytest.raises(KeyboardInterrupt):
+        streaming.run(first, tmp_path / "out", progress=Stop(2))
+    other = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.75", init="prune"))
+    with pytest.raises(KronyError, match=r'out.work is of a run with scheme "keep=0.5" \(now "keep=0.75"\)'):
+        streaming.run(other, tmp_path / "out")
+    file = tmp_path / "source/model.safetensors"
+    os.utime(file, (0, 0))
+    with pytest.raises(KronyError, match=r"out.work is of a run with files"):
+        streaming.run(streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune")), tmp_path / "out")
+
+
+def test_two_processes_do_not_work_at_one_out(tmp_path):
+    llama().save_pretrained(tmp_path / "source")
+    (tmp_path / "out.work").mkdir()
+    lock = Lock(tmp_path / "out.work")
+    assert lock.take()
+    stream = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"))
+    with pytest.raises(KronyError, match="another process is working there"):
+        streaming.run(stream, tmp_path / "out")
+    lock.release()
+    (tmp_path / "out.work/checkpoint-3").mkdir()
+    with pytest.raises(KronyError, match="is in the way"):
+        streaming.run(stream, tmp_path / "out")
+    assert (tmp_path / "out.work/checkpoint-3").is_dir()
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from krony import KronyConfig
+from krony.storage import shards
+from krony.streaming import stream as streaming
+count, at, own = 0, int(sys.argv[4]), shards.TensorFile.put
+def put(self, name, values, at_element=0, **options):
+    global count
+    count += 1
+    if count == at:
+        own(self, name, values.flatten()[: values.numel() // 2], options.get("at", at_element))
+        os.kill(os.getpid(), signal.SIGKILL)
+    own(self, name, values, options.get("at", at_element))
+shards.TensorFile.put = put
+ids = torch.randint(0, 256, (20, 64), generator=torch.Generator().manual_seed(2)) if sys.argv[3] == "neurons" else None
+stream = streaming.prepare(Path(sys.argv[1]), KronyConfig("keep=0.5", init=sys.argv[3]))
+streaming.run(stream, Path(sys.argv[2]), calibration=ids)
+"""
+
+
+@pytest.mark.parametrize(("init", "moments"), [("van-loan", [20]), ("neurons", [20])])
+def test_a_killed_process_is_gone_on_from(init, moments, tmp_path):
+    """Killed in the middle of writing a tensor, then taken up by a process that lives."""
+    llama().save_pretrained(tmp_path / "source")
+    memory, _ = both_ways(tmp_path / "source", KronyConfig("keep=0.5", init=init), tmp_path)
+    for at in moments:
+        arguments = [str(tmp_path / "source"), str(tmp_path / "out"), init, str(at)]
+        done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    ids = text() if init in CALIBRATED else None
+    stream, last = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init=init)), Stop()
+    streaming.run(stream, tmp_path / "out", calibration=ids, progress=last)
+    assert last.seen[0] > 0
+    assert digest(tmp_path / "out") == digest(memory) and not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["van-loan", "neurons"])
+def test_ten_kills_at_random_moments(init, tokenizer, tmp_path):
+    """A checkpoint of 200 MB, and the command line, killed from outside ten times."""
+    model = llama(num_hidden_layers=8, hidden_size=768, intermediate_size=2048, vocab_size=8192)
+    model.save_pretrained(tmp_path / "source", max_shard_size="60MB")
+    tokenizer.save_pretrained(tmp_path / "source")
+    assert sum(f.stat().st_size for f in (tmp_path / "source").glob("*.safetensors")) > 190e6
+    command = [sys.executable, "-m", "krony", "compress", str(tmp_path / "source")]
+    options = ["--scheme", "keep=0.5", "--init", init]
+    if init == "neurons":
+        options += ["--calibration", "python-docs", "--calibration-tokens", "4096"]
+    start = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole"), *options, "--stream"], check=True, capture_output=True)
+    seconds = time.monotonic() - start
+    subprocess.run([*command, str(tmp_path / "memory"), *options, "--no-stream"], check=True, capture_output=True)
+    moments, kills = random.Random(0), 0
+    while kills < 10:
+        process = subprocess.Popen([*command, str(tmp_path / "out"), *options, "--stream"], stdout=subprocess.DEVNULL)
+        try:
+            process.wait(moments.uniform(0.3, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        if (tmp_path / "out").exists():
+            assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+            shutil.rmtree(tmp_path / "out")  # it ended before it was killed
+    subprocess.run([*command, str(tmp_path / "out"), *options, "--stream"], check=True, capture_output=True)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole") == digest(tmp_path / "memory")
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["memory", "out", "source", "whole"]
+
+
+# Run apart: a process starts with the peak of the one that it was forked from, which here has held a model.
+MEASURE = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["van-loan", "neurons"])
+def test_it_stays_within_the_memory_that_the_dry_run_names(init, tokenizer, tmp_path, capsys, monkeypatch):
+    """Peak resident memory as GNU time has it, for a model of 1.6 GB."""
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 12, "hidden_size": 2048, "intermediate_size": 5632, "vocab_size": 8192}
+    krony_config = llama(**shape).to(torch.bfloat16)
+    krony_config.save_pretrained(tmp_path / "source")
+    del krony_config
+    tokenizer.save_pretrained(tmp_path / "source")
+    options = ["compress", str(tmp_path / "source"), str(tmp_path / "out"), "--scheme", "keep=0.5", "--init", init]
+    if init == "neurons":
+        options += ["--layers", "0-1", "--calibration", "python-docs", "--calibration-tokens", "6144"]
+    options.append("--stream")
+    monkeypatch.setattr(sys, "argv", ["krony", *options, "--dry-run", "--json", str(tmp_path / "dry.json")])
+    with pytest.raises(SystemExit):
+        main()
+    named = json.loads((tmp_path / "dry.json").read_text())["memory_bytes"]
+    command = [sys.executable, "-c", MEASURE, sys.executable, "-m", "krony", *options]
+    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1024
+    assert 0.7 * named < peak < 1.1 * named
+
+
+def test_values_that_are_not_finite_are_named_and_nothing_is_left(tmp_path):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[2].self_attn.q_proj.weight[0, 0] = float("inf")
+    model.save_pretrained(tmp_path / "source")
+    stream = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="van-loan"))
+    with pytest.raises(KronyError, match=r"model\.safetensors: model\.layers\.2\.self_attn\.q_proj\.weight has values"):
+        streaming.run(stream, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("init", ["van-loan", "neurons"])
+def test_a_full_disk_leaves_nothing(init, tmp_path):
+    llama().save_pretrained(tmp_path / "source")
+    stream = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init=init))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(KronyError, match=r"model\.safetensors can't be written: File too large"):
+            streaming.run(stream, tmp_path / "out", calibration=text() if init in CALIBRATED else None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
+    llama().save_pretrained(tmp_path / "source")
+    tensors = load_file(tmp_path / "source/model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "source/model.safetensors", {"format": "pt"})
+    with pytest.raises(KronyError, match=r"incomplete: there is no model\.layers\.1\.mlp\.up_proj\.weight"):
+        streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"))
+
+
+REFUSED = [
+    (["--init", "neurons", "--allocation", "global"], "--allocation global needs the gradient"),
+    (["--init", "neurons", "--reconstruct", "3"], "--reconstruct needs the gradient"),
+    (["--init", "neurons", "--tune", "3"], "--tune needs the gradient"),
+    (["--init", "random", "--reinit", "all"], "--reinit draws the whole model anew"),
+    (["--init", "prune", "--device", "auto"], "--device auto spreads the whole model"),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED)
+def test_what_needs_the_whole_model_says_so(options, words, gpt2_folder, tmp_path, monkeypatch, capsys):
+    arguments = ["compress", str(gpt2_folder), str(tmp_path / "out"), "--scheme", "keep=0.5", *options, "--stream"]
+    monkeypatch.setattr(sys, "argv", ["krony", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_rule_which_way_is_taken(gpt2_folder, monkeypatch):
+    def way(init, wanted=None, reads=False, **options):
+        config = KronyConfig("keep=0.5", init=init, **options)
+        asked = {"wanted": wanted, "dtype": "auto", "device": "cpu", "reads": reads}
+        return streaming.choose(str(gpt2_folder), config, **asked) is not None
+
+    assert way("van-loan") and way("prune") and way("random") and not way("van-loan", wanted=False)
+    assert not way("neurons") and way("neurons", wanted=True)
+    assert not way("neurons", allocation="global")
+    assert not way("van-loan", reads=True) and way("van-loan", wanted=True, reads=True)
+    monkeypatch.setattr(streaming, "memory", lambda: 100_000)  # a small machine
+    assert way("neurons") and not way("neurons", wanted=False)
+
+
+@pytest.mark.parametrize("init", ["van-loan", "neurons"])
+def test_a_dry_run_tells_the_bytes(init, gpt2_folder, tmp_path, monkeypatch, capsys):
+    options = ["--scheme", "keep=0.5", "--init", init, "--stream"]
+    arguments = ["compress", str(gpt2_folder), str(tmp_path / "out"), *options]
+    monkeypatch.setattr(sys, "argv", ["krony", *arguments, "--dry-run", "--json", str(tmp_path / "dry.json")])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code and [p.name for p in tmp_path.iterdir()] == ["dry.json"]
+    said = json.loads((tmp_path / "dry.json").read_text())
+    assert "layer by layer" in capsys.readouterr().out and said["stream"]
+    assert said["read_bytes"] == Checkpoint(gpt2_folder).bytes
+    assert (said["kept_bytes"] > 0) == (init == "neurons")
+    stream = streaming.prepare(gpt2_folder, KronyConfig("keep=0.5", init=init))
+    streaming.run(stream, tmp_path / "out", calibration=text() if init in CALIBRATED else None)
+    assert said["write_bytes"] == Checkpoint(tmp_path / "out").bytes
+    assert said["params_after"] == krony.models.surgery.count_parameters(load_model(str(tmp_path / "out")))
+
+
+def test_the_command_keeps_tokenizer_and_card(gpt2_folder, tmp_path, monkeypatch):
+    arguments = ["compress", str(gpt2_folder), str(tmp_path / "out"), "--scheme", "keep=0.5", "--init", "van-loan"]
+    monkeypatch.setattr(sys, "argv", ["krony", *arguments])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code
+    there = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= there
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_tensor_files_are_what_safetensors_reads(tmp_path):
+    values = {
+        "b": torch.arange(6, dtype=torch.int64).view(2, 3),
+        "a": torch.randn(5, 7).bfloat16(),
+        "c": torch.ones(()),
+    }
+    file = TensorFile(tmp_path / "x.safetensors", {n: (v.dtype, tuple(v.shape)) for n, v in values.items()})
+    file.create()
+    file.put("b", values["b"])
+    file.put("c", values["c"])
+    file.put("a", values["a"][:2], at=0)
+    file.put("a", values["a"][2:], at=14)
+    read = load_file(tmp_path / "x.safetensors")
+    assert set(read) == set(values) and all(torch.equal(read[n], v) for n, v in values.items())
+    with safe_open(tmp_path / "x.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    entries = {e.name: e for e in read_header(file.path)}
+    assert torch.equal(entries["a"].read(1, 3), values["a"][1:3]) and torch.equal(entries["c"].read(), values["c"])
+    assert torch.equal(torch.cat(list(entries["b"].pieces())), values["b"].flatten())
+
+
+def test_shards_hold_about_what_they_are_asked_to(tmp_path):
+    layout = {f"t{n}": (torch.float32, (100,)) for n in range(10)}
+    shards = Shards(tmp_path, layout, shard_size=1000)
+    shards.create()
+    assert shards.are_there() and len(shards.files) == 5
+    shards.files[0].path.unlink()
+    assert not shards.are_there()
