@@ -23,7 +23,7 @@ import krony.compression.model_card
 from krony import KronyConfig, KronyError
 from krony.cli import main
 from krony.models.loading import load_config, load_model
-from krony.storage.files import Lock, fresh_folder
+from krony.storage.files import fresh_folder
 from small_models import gpt2
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -360,14 +360,20 @@ def test_what_a_killed_process_left_is_cleared_away_by_the_next(place, monkeypat
     code += "with fresh_folder(Path(sys.argv[1])) as f: (f / 'a').write_text('b'); os.kill(os.getpid(), signal.SIGKILL)"
     subprocess.run([sys.executable, "-c", code, str(place / "out")], check=False)
     assert len(list(place.glob(".out.partial-*"))) == 1
-    (place / ".out.partial-living").mkdir()
-    living = Lock(place / ".out.partial-living")
-    assert living.take()
-    with fresh_folder(place / "out") as mine:
-        assert sorted(place.glob(".out.partial-*")) == sorted([mine, living.folder])  # the living one's stays
-    living.release()
-    with fresh_folder(place / "out"):
+    living = ["os.kill(os.getpid(), signal.SIGKILL)", "print(flush=True); sys.stdin.read()"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code.replace(*living), str(place / "out")], stdin=-1, stdout=-1, text=True
+    )
+    process.stdout.readline()
+    theirs = list(place.glob(".out.partial-*"))
+    assert len(theirs) == 1  # the killed one's is gone, the living one's stays
+    with pytest.raises(KronyError, match=f"out is in use by process {process.pid} on "), fresh_folder(place / "out"):
         pass
+    assert list(place.glob(".out.partial-*")) == theirs
+    process.kill()
+    process.wait()
+    with fresh_folder(place / "out"):
+        assert not theirs[0].exists()
     assert not list(place.glob(".*partial*"))
 
 

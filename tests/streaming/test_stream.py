@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ import krony
 from krony import KronyConfig, KronyError, compress
 from krony.cli import main
 from krony.models.loading import load_model
-from krony.storage.files import Lock
+from krony.storage.locks import working_in
 from krony.storage.shards import Shards, TensorFile
 from krony.storage.tensor_files import Checkpoint, read_header
 from krony.streaming import stream as streaming
@@ -182,14 +183,14 @@ def test_other_settings_do_not_go_on_from_there(tmp_path):
 
 def test_two_processes_do_not_work_at_one_out(tmp_path):
     llama().save_pretrained(tmp_path / "source")
-    (tmp_path / "out.work").mkdir()
-    lock = Lock(tmp_path / "out.work")
-    assert lock.take()
+    lock = working_in(tmp_path / "out.work")
     stream = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"))
-    with pytest.raises(KronyError, match="another process is working there"):
-        streaming.run(stream, tmp_path / "out")
-    lock.release()
-    (tmp_path / "out.work/checkpoint-3").mkdir()
+    with ThreadPoolExecutor(1) as other:  # to a lock, another thread is what another process is
+        other.submit(lock.__enter__).result()
+        with pytest.raises(KronyError, match=f"out is in use by process {os.getpid()} on "):
+            streaming.run(stream, tmp_path / "out")
+        other.submit(lock.__exit__, None, None, None).result()
+    (tmp_path / "out.work/checkpoint-3").mkdir(parents=True)
     with pytest.raises(KronyError, match="is in the way"):
         streaming.run(stream, tmp_path / "out")
     assert (tmp_path / "out.work/checkpoint-3").is_dir()
@@ -417,6 +418,6 @@ def test_shards_hold_about_what_they_are_asked_to(tmp_path):
     layout = {f"t{n}": (torch.float32, (100,)) for n in range(10)}
     shards = Shards(tmp_path, layout, shard_size=1000)
     shards.create()
-    assert shards.are_there() and len(shards.files) == 5
+    assert shards.exist() and len(shards.files) == 5
     shards.files[0].path.unlink()
-    assert not shards.are_there()
+    assert not shards.exist()

@@ -239,7 +239,7 @@ def run(
     try:
         folder = journal.folder / "model"
         shards = Shards(folder, {stream.names[name]: one for name, one in stream.layout.items()}, shard_size)
-        if not (journal.done and shards.are_there()):
+        if not (journal.done and shards.exist()):
             journal.restart()
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
