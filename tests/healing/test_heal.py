@@ -23,7 +23,7 @@ from krony.models.export import slim
 from small_models import gpt2, llama
 
 TINY = Recipe(sequences=4, batch=2, length=32, learning_rate=3e-3, final_rate=1e-4, warm_up=2, epochs=1.0)
-TESTS = str(Path(__file__).parent)
+TESTS = [str(folder) for folder in Path(__file__).parents[:2]]
 
 
 def text(rows: int = 60) -> Rows:
@@ -151,12 +151,12 @@ def test_mistakes(small, tmp_path, changes, words):
     ("processes", "batch", "at_once", "times"), [(1, 24, 24, 5), (2, 24, 20, 3), (8, 24, 15, 1), (1, 7, 6, 20)]
 )
 def test_any_number_of_processes_shares_a_step(small, tmp_path, monkeypatch, processes, batch, at_once, times):
-    monkeypatch.setattr(healing.ranks, "count", lambda: processes)
+    monkeypatch.setattr(healing.distributed, "count", lambda: processes)
     rows = Rows(np.zeros(120 * 32, dtype=np.uint16), 32)
     recipe = replace(RECIPES["paper"], batch=batch)
     made = healing._arguments(small, rows, recipe, tmp_path, False, "cpu", False, 0)
     assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (at_once, times)
-    monkeypatch.setattr(healing.ranks, "count", lambda: 7)
+    monkeypatch.setattr(healing.distributed, "count", lambda: 7)
     with pytest.raises(KronyError, match="120 sequences a step can't be shared by 7 processes"):
         healing.check(small, Rows(np.zeros(120 * 32), 32), rows, recipe, None, "right")
 
@@ -209,11 +209,11 @@ def test_compiled_it_learns_the_same(tmp_path):
 
 WORKER = """
 import sys, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from krony import KronyConfig, compress
 from krony.healing import heal as healing
 from krony.runtime import distributed
-from test_healing import TINY, text
+from test_heal import TINY, text
 from small_models import gpt2
 healing.fast_dtype = lambda _: torch.float32
 device = distributed.init()
