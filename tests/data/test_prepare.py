@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from datasets import Dataset
 from krony import KronyError
 from krony.data import prepare as preparation
 from krony.data.prepare import prepare
+from krony.storage.files import fresh_folder
 
 
 @pytest.fixture
@@ -63,16 +65,22 @@ from transformers import AutoTokenizer
 from krony.data import prepare as preparation
 preparation.BATCH, preparation.KEPT_EVERY = 4, 200
 preparation.prepare({data!r}, AutoTokenizer.from_pretrained({tokenizer!r}), pathlib.Path({out!r}),
-                    progress=lambda *_: time.sleep(0.02))
+                    progress=lambda *_: time.sleep({pause}))
 """
 
 
-def test_killed_it_goes_on_where_it_was(file, documents, tokenizer, tmp_path, monkeypatch):
-    """SIGKILL somewhere on the way; the bytes are those of the work that nobody stopped."""
+def worker(file, tokenizer, tmp_path, pause=0.02, **options):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
+    script = WORKER.format(
+        data=str(file), tokenizer=str(tmp_path / "tokenizer"), out=str(tmp_path / "out"), pause=pause
+    )
+    return subprocess.Popen([sys.executable, "-c", script], text=True, **options)
+
+
+def test_after_a_kill_it_resumes_where_it_was(file, documents, tokenizer, tmp_path, monkeypatch):
+    """SIGKILL somewhere on the way; the bytes are those of an uninterrupted run."""
     out = tmp_path / "out"
-    script = WORKER.format(data=str(file), tokenizer=str(tmp_path / "tokenizer"), out=str(out))
-    process = subprocess.Popen([sys.executable, "-c", script])
+    process = worker(file, tokenizer, tmp_path)
     while not (out / "prepare.json").exists() and process.poll() is None:
         time.sleep(0.01)
     time.sleep(float(np.random.default_rng(os.getpid()).uniform(0, 0.6)))
@@ -92,7 +100,7 @@ def test_killed_it_goes_on_where_it_was(file, documents, tokenizer, tmp_path, mo
         assert (out / f"{name}.bin").read_bytes() == content
 
 
-def test_what_was_removed_is_written_anew(file, documents, tokenizer, tmp_path, monkeypatch):
+def test_what_was_removed_is_written_again(file, documents, tokenizer, tmp_path, monkeypatch):
     """Stopped before the names appear, and then somebody removes what is there but for the note."""
     out, write_names = tmp_path / "out", preparation.Path.replace
 
@@ -123,7 +131,7 @@ def test_a_full_disk(file, documents, tokenizer, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(preparation.os, "fsync", full)
-    with pytest.raises(KronyError, match="out can't be written, No space left on device: the same command goes on"):
+    with pytest.raises(KronyError, match="out can't be written, No space left on device: the same command resumes"):
         prepare(str(file), tokenizer, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.bin"))
     prepare(str(file), tokenizer, tmp_path / "out")
@@ -178,3 +186,93 @@ def test_mistakes(file, tokenizer, tmp_path):
         with pytest.raises(KronyError, match=words):
             prepare(*arguments, **options)
     assert not out.exists()
+
+
+def test_two_at_once_into_one_folder(file, documents, tokenizer, tmp_path):
+    """One does the work, and every other is refused and told who holds the folder."""
+    processes = [worker(file, tokenizer, tmp_path, stderr=subprocess.PIPE) for _ in range(3)]
+    said = {process.pid: process.communicate()[1] for process in processes}
+    done = [process.pid for process in processes if process.returncode == 0]
+    assert len(done) == 1, said
+    for process in processes:
+        if process.pid not in done:
+            assert re.search(rf"KronyError: .*out.* is in use by process {done[0]} on .* since ", said[process.pid])
+    for name, content in expected(documents, tokenizer).items():
+        assert (tmp_path / f"out/{name}.bin").read_bytes() == content
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["train.bin", "val.bin"]
+
+
+def test_others_of_a_folder_that_is_being_filled(file, documents, tokenizer, tmp_path):
+    """While the folder is new, a verb that would put a model there is refused too; and so is one that resumes."""
+    process = worker(file, tokenizer, tmp_path, pause=0.2)
+    while not (tmp_path / "out/prepare.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    with pytest.raises(KronyError, match=f"out is in use by process {process.pid} on"), fresh_folder(tmp_path / "out"):
+        pass
+    with pytest.raises(KronyError, match=f"out.* is in use by process {process.pid} on"):
+        prepare(str(file), tokenizer, tmp_path / "out")
+    process.kill()
+    process.wait()
+    prepare(str(file), tokenizer, tmp_path / "out")
+    assert (tmp_path / "out/train.bin").read_bytes() == expected(documents, tokenizer)["train"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.jsonl", "tokenizer"]
+
+
+COMMAND = """
+import sys, time
+from krony.cli import main
+from krony.data import prepare as preparation
+preparation.BATCH = 4
+ids = preparation._ids
+preparation._ids = lambda *a: (time.sleep(0.02), ids(*a))[1]
+main()
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_leaves_what_is_done(file, documents, tokenizer, gpt2_folder, tmp_path, name, code):
+    """The files are too short for a record on the way: this one is made because of the signal."""
+    out, arguments = tmp_path / "out", ["data", "prepare", str(file), str(tmp_path / "out")]
+    command = [sys.executable, "-c", COMMAND, *arguments, "--tokenizer", str(gpt2_folder)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "train.bin.partial").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(getattr(signal, name))
+    said = process.communicate()[1]
+    assert process.returncode == code, said
+    noted = json.loads((out / "prepare.json").read_text())["parts"]
+    tokens = sum(part["tokens"] for part in noted.values())
+    assert 0 < noted["train"]["documents"] < 300
+    assert (out / "train.bin.partial").stat().st_size == 2 * noted["train"]["tokens"]
+    assert said == f"stopped: {out} holds the first {tokens:,} tokens: the same command resumes there\n"
+    seen = []
+    prepare(str(file), tokenizer, out, progress=lambda *a: seen.append(a))
+    assert min(done for done, *_ in seen) > noted["train"]["documents"]
+    for split, content in expected(documents, tokenizer).items():
+        assert (out / f"{split}.bin").read_bytes() == content
+
+
+def test_a_damaged_record(file, tokenizer, tmp_path):
+    (tmp_path / "out").mkdir()
+    for content in (
+        "{",
+        "[]",
+        "{}",
+        '{"parts": {"train": 3}}',
+        '{"parts": {"train": {"documents": "x", "tokens": 0}}}',
+    ):
+        (tmp_path / "out/prepare.json").write_text(content)
+        with pytest.raises(KronyError, match=r"prepare.json (is damaged|is not JSON|holds no JSON object)"):
+            prepare(str(file), tokenizer, tmp_path / "out")
+
+
+def test_a_parent_that_cannot_be_written(file, documents, tokenizer, tmp_path, monkeypatch):
+    """As of a volume at /data that belongs to the user."""
+    (tmp_path / "out").mkdir()
+    access = os.access
+    monkeypatch.setattr(preparation.os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    beside = []
+    prepare(str(file), tokenizer, tmp_path / "out", progress=lambda *_: beside.extend(tmp_path.glob(".out*")))
+    assert beside == []
+    assert (tmp_path / "out/train.bin").read_bytes() == expected(documents, tokenizer)["train"]

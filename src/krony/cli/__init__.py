@@ -23,6 +23,7 @@ from krony.cli import (
 )
 from krony.cli.output import complain
 from krony.errors import KronyError
+from krony.runtime.signals import Stopped
 
 app = typer.Typer(
     help="Compress the MLPs of pretrained causal language models into sums of Kronecker products.",
@@ -63,6 +64,9 @@ def main() -> None:
     try:
         app()
         return
+    except Stopped as stopped:  # by Ctrl-C, SIGTERM or SIGHUP
+        complain(stopped.sentence, kind="stopped")
+        sys.exit(stopped.code)
     except KronyError as error:
         complain(str(error))
     except OSError as error:  # a full disk, a file that may not be read
