@@ -55,7 +55,14 @@ def load_rows(
     Raises:
         KronyError: a test set, a file that can't be read, tokens that the model doesn't know, less text than a row.
     """
-    tokens = _tokens(data, tokenizer, max_tokens)[:max_tokens]
+    return rows_of(data, _tokens(data, tokenizer, max_tokens)[:max_tokens], length=length, vocabulary=vocabulary)
+
+
+def rows_of(data: str, tokens: np.ndarray, *, length: int, vocabulary: int) -> Rows:
+    """Rows of token ids ``(n,)`` that come from ``data``.
+
+    Raises KronyError for fewer tokens than one row, or for tokens that the model does not know.
+    """
     if len(tokens) < length:
         raise KronyError(f"{data} has {len(tokens)} tokens: at least {length} make one row")
     highest = int(tokens.max())
