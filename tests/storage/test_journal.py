@@ -32,7 +32,7 @@ def test_another_jobs_folder_and_a_strangers(tmp_path):
         Journal(tmp_path / "out", {"seed": 1}).open()
     (tmp_path / "other.work").mkdir()
     (tmp_path / "other.work/notes.txt").touch()
-    with pytest.raises(KronyError, match="other.work is in the way"):
+    with pytest.raises(KronyError, match=r"other.work is in the way"):
         Journal(tmp_path / "other", {}).open()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.work", "out.work"]  # no lock is left
 
