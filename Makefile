@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := $(VENV)/.docs
 # Idle threads yield instead of spinning, so that two processes can share few cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench docs clean
 
 demo: $(READY)
 	rm -rf krony-demo
@@ -29,11 +30,19 @@ bench: $(READY)
 	$(BIN)/python benchmarks/decomposition.py
 	$(BIN)/python benchmarks/speed.py
 
+# The documentation as a site in site/. Building needs no network once mkdocs is installed.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) krony-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) krony-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis site
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
 	touch $(READY)
+
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
+	touch $(DOCS)

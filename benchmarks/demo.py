@@ -1,8 +1,8 @@
-"""The README's table and picture: ``krony demo``, run as it is.
+"""The quickstart's table and picture: ``krony demo``, run as it is.
 
     python benchmarks/demo.py
 
-Writes ``benchmarks/results/demo.json`` and ``docs/demo.svg``, and the table between the README's marks.
+Writes ``benchmarks/results/demo.json`` and ``docs/demo.svg``, and the table in ``docs/quickstart.md``.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ ROOT = Path(__file__).resolve().parents[1]
 def section(demo: Demo) -> str:
     """What stands between the marks."""
     tokens = demo.healing["neurons"].tokens
-    return f"""Half of the MLPs' weights gone from a small GPT-2 that comes with krony, by krony's neuron selection and
-by the paper's starts; then {tokens:,} tokens of healing, and as much training of the unharmed original for comparison.
-Perplexity on documentation that no model has seen, and speed, against the original's, of `neurons` as `krony export
---to slim` writes it ({machine()["processor"]}, {machine()["threads"]} threads, float32):
+    return f"""Half of the weights of the MLPs are removed, by krony's neuron selection and by the paper's two
+starts. Then `neurons` is healed on {tokens:,} tokens, and the original is trained on the same tokens for comparison.
+Perplexity is measured on documentation that no model was trained on. Speed is relative to the original; `neurons` is
+timed in the form that `krony export --to slim` writes ({machine()["processor"]}, {machine()["threads"]} threads,
+float32):
 
 {table(demo).markdown()}
 
-![perplexity of each, against the original's](docs/demo.svg)
+![perplexity relative to the original](demo.svg)
 """
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     healed = {row.init: row.ratio_healed for row in demo.rows if row.ratio_healed is not None}
     picture = bars({"before healing": ratios, "healed": healed}, "times the original's perplexity", level=1.0, log=True)
     (ROOT / "docs/demo.svg").write_text(picture, encoding="utf-8")
-    fill(ROOT / "README.md", "benchmarks/demo.py", section(demo))
+    fill(ROOT / "docs/quickstart.md", "benchmarks/demo.py", section(demo))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ validation sample (every token weighing alike), of WikiText-2's test set (the pa
 the accuracy of the last word. Beside krony stand 8-bit weights (torchao), of the original and of what ``export --to
 slim`` makes. DIR holds ``openwebtext/val.jsonl``, ``wikitext-2`` and ``lambada``. The figures go to
 ``benchmarks/results/quality-NAME.json`` and, as a table and a picture, to ``docs``; what was measured stays in the
-file, so that a run that is interrupted, or is given other ways, goes on. ``--readme`` puts the rows of half the MLPs'
-parameters into the README.
+file, so that a run that is interrupted, or is given other ways, goes on. The README shows some rows of SmolLM2's
+file; ``tests/test_readme.py`` checks them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 import torch
-from pages import fill
 from transformers.pytorch_utils import Conv1D
 
 import krony
@@ -130,22 +129,6 @@ def table(results: dict) -> Table:
     return Table(["removed", "init", "parameters", "MB", *MEASURED, "seconds"], rows)
 
 
-def summary(results: dict, out: str) -> str:
-    """The README's part: half of the MLPs' parameters gone."""
-    rows = [
-        [row["way"], f"{row['params'] / 1e6:.1f}M", f"{row['bytes'] / 1e6:.0f}", *_cells(row, results)]
-        for row in _rows(results)
-        if row["removed"] in (0, 0.5)
-    ]
-    return (
-        f"{results['model']} with half of its MLPs' weights gone and no healing; calibrated on "
-        f"{results['calibration_tokens']:,} tokens of OpenWebText's train part; perplexities of the first "
-        f"{results['tokens']:,} tokens of each set ([25 % and 75 %, and how long it takes](docs/quality-{out}.md)):\n\n"
-        f"{Table(['', 'parameters', 'MB', *MEASURED], rows).markdown()}\n\n"
-        f"![perplexity against parameters](docs/quality-{out}.svg)\n"
-    )
-
-
 def _rows(results: dict) -> list[dict]:
     """The original, in 8 bits too, and what was made of it."""
     originals = {"base": "the original", "int8": "the original, int8"}
@@ -190,7 +173,6 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32, help="evaluated in")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--readme", action="store_true", help="write the README's part too")
     options = parser.parse_args()
 
     file = ROOT / "benchmarks/results" / f"quality-{options.out}.json"
@@ -233,8 +215,6 @@ def main() -> None:
     )
     (ROOT / "docs" / f"quality-{options.out}.md").write_text(text, encoding="utf-8")
     (ROOT / "docs" / f"quality-{options.out}.svg").write_text(picture(results), encoding="utf-8")
-    if options.readme:
-        fill(ROOT / "README.md", "benchmarks/quality.py", summary(results, options.out))
     print(text)
 
 

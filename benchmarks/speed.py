@@ -11,8 +11,8 @@ without zeros). Everything runs in one process, turn by turn. Rivals:
 - ``n_inner=768``: a dense GPT-2 of the 81M model's arithmetic without its mixes, which is also what
   ``krony export --to slim`` makes of a model that neuron selection compressed to 81M.
 
-Writes ``benchmarks/results/speed.json``, ``docs/speed.md``, ``docs/speed.svg`` (``speed-compiled`` with --compile) and
-the README's lines on speed.
+Writes ``benchmarks/results/speed.json``, ``docs/speed.md``, ``docs/speed.svg`` (``speed-compiled`` with
+--compile). The README shows some rows; ``tests/test_readme.py`` checks them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 
 import torch
-from pages import fill
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
@@ -37,7 +36,7 @@ from krony.evaluation.speed import Row, Settings, bench, store, to_json
 from krony.kronecker.linear import KroneckerLinear
 from krony.models.fusion import part
 from krony.models.surgery import find_groups, kronecker_layers, put_in, take_out
-from krony.pages import Table, bars
+from krony.pages import bars
 from krony.storage.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,20 +143,6 @@ the tensors during a prefill, weights included. All models take turns in one pro
 """
 
 
-def summary(figures: dict) -> str:
-    """What the README says: krony's models, the public way, and what the drop in size gives at best."""
-    names = ("krony 81M", "krony 96M", "krony 80M", "81M multiplied out", "DistilGPT2's shape")
-    shown = {model["name"]: model["ratio"] for model in figures["models"]}
-    works = {"prefill": "prefill", "decode": "decode", "train": "training step", "peak": "peak memory"}
-    lines = [[name, *(f"{shown[name][work]:.2f}x" for work in works)] for name in names]
-    return f"""GPT-2 124M's shape at the paper's sizes, against the original
-({figures["machine"]["processor"]}, {figures["machine"]["threads"]} threads, float32, eager; prefill of 512 tokens;
-`multiplied out` is the way of the paper's code; [more](docs/speed.md), [under torch.compile](docs/speed-compiled.md)):
-
-{Table(["", *works.values()], lines).markdown()}
-"""
-
-
 def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -188,8 +173,6 @@ def main() -> None:
     heights = {work: {row.name: row.ratio[work] for row in rows} for work in ("prefill", "decode", "train")}
     write_text(ROOT / "docs" / f"{name}.svg", bars(heights, "times the original's speed", level=1.0))
     write_text(ROOT / "docs" / f"{name}.md", document(figures, rows, f"{name}.svg"))
-    if not options.compile:
-        fill(ROOT / "README.md", "benchmarks/speed.py", summary(figures))
     print(document(figures, rows, f"{name}.svg"))
 
 

@@ -1,6 +1,7 @@
-"""The main job in Python, offline: compress the model that comes with krony, save it, load it, let it write.
+"""Compress the model that comes with krony, save it, load it, and generate text: offline, in under a minute.
 
-With another model in its place, and text like that it is for, nothing else changes.
+For another model, replace ``krony.demo_model()`` and the tokenizer, and calibrate on text similar to what the model
+will see in use.
 """
 
 import tempfile
@@ -13,7 +14,7 @@ model, tokenizer = krony.demo_model(), krony.load_tokenizer("demo")
 before = krony.evaluate(model, tokenizer, "python-docs")
 
 text = krony.calibration_set("python-docs", tokenizer)
-report = krony.compress(model, krony.KronyConfig("keep=0.5"), calibration=text)
+report = krony.compress(model, krony.KronyConfig(keep=0.5), calibration=text)
 print(f"{report.params_before:,} -> {report.params_after:,} parameters, {len(report.layers)} matrices replaced")
 
 with tempfile.TemporaryDirectory() as folder:

@@ -1,17 +1,40 @@
-"""Every command and every line of Python in the README runs, with a small model in GPT-2's place."""
+"""Every command and every line of Python in the README and the guides runs, and the README's figures are measured.
 
+Commands and code run with a small model in GPT-2's place.
+"""
+
+import json
 import re
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from transformers import GPT2Config
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-COMMANDS = re.findall(r"^(krony .*?)(?:\s+#.*)?$", README, re.MULTILINE)
-SMALL = {"--tune": "4", "--reconstruct": "4", "--max-tokens": "16384"}  # in place of the README's numbers, for time
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "options", "healing", "streaming", "deployment",
+                                                        "paper"))]  # fmt: skip
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"^(krony .*?)(?:\s+#.*)?$", re.MULTILINE)
+# In place of the pages' numbers, for time.
+SMALL = {"--tune": "4", "--reconstruct": "4", "--max-tokens": "16384", "--calibration-tokens": "4096"}
+# Texts and models that the guides speak of, made before their commands run.
+BEFORE = {"docs/healing.md": ["krony compress gpt2 gpt2-half --scheme keep=0.5 --calibration python-docs"]}
+BEFORE["docs/deployment.md"] = BEFORE["docs/streaming.md"] = BEFORE["docs/healing.md"]
+BEFORE["README.md"] = BEFORE["docs/paper.md"] = []
+BEFORE["docs/quickstart.md"] = BEFORE["docs/options.md"] = []
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def fenced(name: str, language: str) -> list[str]:
+    """The blocks of code in this language."""
+    return [code for kind, code in FENCED.findall(page(name)) if kind == language]
 
 
 @pytest.fixture
@@ -27,8 +50,9 @@ def workplace(tmp_path, monkeypatch, tokenizer):
         n_layer=2, n_embd=48, n_head=4, n_positions=512, vocab_size=257, bos_token_id=256, eos_token_id=256
     )
     torch.manual_seed(0)
-    GPT2LMHeadModel(config).save_pretrained("gpt2")
-    tokenizer.save_pretrained("gpt2")
+    for name in ("gpt2", "smollm2"):
+        GPT2LMHeadModel(config).save_pretrained(name)
+        tokenizer.save_pretrained(name)
     monkeypatch.setitem(schemes.PAPER_NAMES, "81M", "48x48")
     monkeypatch.setattr(schemes.ModelShape, "is_gpt2", property(lambda layout: layout.matrices == ((192, 48),) * 4))
     for name in [n for n in schemes.PAPER_NAMES if n != "81M"]:
@@ -36,32 +60,116 @@ def workplace(tmp_path, monkeypatch, tokenizer):
     for name, file in [("wikitext-2", "wiki.test.tokens"), ("lambada", "lambada_test_plain_text.txt")]:
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / file).write_text("some words and a last one\n" * 4)
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "some words to train on. " * 1000}) + "\n")
     return tmp_path
 
 
-def test_every_command_runs(workplace, monkeypatch, capsys):
+def run(command: str, monkeypatch, capsys) -> None:
+    """The command, as the shell would start it, with small numbers."""
     from krony.cli import main
 
-    assert len(COMMANDS) >= 7
-    for command in COMMANDS:
-        arguments = shlex.split(command)
-        for option, value in SMALL.items():
-            if option in arguments:
-                arguments[arguments.index(option) + 1] = value
-        if arguments[1] == "eval":
-            arguments += ["--data-dir", "data"]
-        monkeypatch.setattr(sys, "argv", arguments)
-        with pytest.raises(SystemExit) as exit:
-            main()
-        assert exit.value.code == 0, (command, capsys.readouterr().err)
+    arguments = shlex.split(command)
+    for option, value in SMALL.items():
+        if option in arguments:
+            arguments[arguments.index(option) + 1] = value
+    if arguments[1] == "eval":
+        arguments += ["--data-dir", "data"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 0, (command, capsys.readouterr().err)
 
 
-def test_the_python_runs(workplace, monkeypatch):
+@pytest.mark.parametrize("name", GUIDES)
+def test_every_command_runs(name, workplace, monkeypatch, capsys):
+    commands = COMMAND.findall("\n".join(fenced(name, "")))
+    assert commands
+    for command in [*BEFORE[name], *commands]:
+        run(command, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_the_python_runs(name, workplace, monkeypatch, capsys):
     from krony.data import sets
 
     monkeypatch.setattr(sets, "_from_hub", lambda name, *_: ["some words"] * 9)
-    for code in PYTHON:
-        exec(compile(code, "README.md", "exec"), {})
+    for command in BEFORE[name]:
+        run(command, monkeypatch, capsys)
+    for code in fenced(name, "python"):
+        if "torchao" in code and find_spec("torchao") is None:
+            continue  # which only benchmarks install
+        exec(compile(code.replace("300_000", "16_384"), name, "exec"), {})
+
+
+def results(name: str) -> dict:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+
+
+def quality_lines() -> list[str]:
+    """The README's rows on quality, as the measured figures give them."""
+    measured = results("quality-smollm2")
+    half = {row["way"]: row for row in measured["rows"] if row["removed"] == 0.5}
+    shown = {
+        "the original": measured["base"],
+        "the original with 8-bit weights": measured["int8"],
+        "krony": half["neurons"],
+        "krony, `--allocation global --reconstruct 150 --tune 240`": half["neurons, global, reconstructed, tuned"],
+        "Van Loan, the start that the paper uses": half["van-loan"],
+    }
+    made = []
+    for name, row in shown.items():
+        perplexity = row["sets"]["OpenWebText"]["perplexity"]
+        ratio = perplexity / measured["base"]["sets"]["OpenWebText"]["perplexity"]
+        size = f"{row['params'] / 1e6:.1f}M | {row['bytes'] / 1e6:.0f}"
+        made.append(f"| {name} | {size} | {figure(perplexity)} | {figure(ratio)} |")
+    return made
+
+
+def figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
+
+
+def speed_lines() -> list[str]:
+    """The README's rows on speed, as the measured figures give them."""
+    measured = {model["name"]: model["ratio"] for model in results("speed")["models"]}
+    shown = {
+        "krony, 81M parameters": "krony 81M",
+        "krony, 96M parameters": "krony 96M",
+        "81M, multiplied out in every call as in the paper's code": "81M multiplied out",
+        "DistilGPT2's shape, 82M: half of the layers": "DistilGPT2's shape",
+    }
+    works = ("prefill", "decode", "train", "peak")
+    return [
+        f"| {name} | {' | '.join(f'{measured[model][work]:.2f}x' for work in works)} |" for name, model in shown.items()
+    ]
+
+
+@pytest.mark.parametrize("heading, lines", [("Quality", quality_lines), ("Speed", speed_lines)])
+def test_the_tables_are_measured(heading, lines):
+    """The README shows these rows and no others."""
+    part = README.split(f"## {heading}\n")[1].split("\n## ")[0]
+    shown = [line for line in part.splitlines() if line.startswith("|")][2:]
+    assert shown == lines()
+
+
+def test_the_figures_in_the_text_are_measured():
+    measured = results("quality-smollm2")
+    base = measured["base"]["sets"]["OpenWebText"]["perplexity"]
+    half = {row["way"]: row for row in measured["rows"] if row["removed"] == 0.5}
+    plain, quantised = (
+        half[way]["sets"]["OpenWebText"]["perplexity"] / base for way in ("neurons", "neurons, slim, int8")
+    )
+    bytes, ratio = measured["int8"]["bytes"] / 1e6, measured["int8"]["sets"]["OpenWebText"]["perplexity"] / base
+    for words in (
+        f"goes from {plain:.2f} to {quantised:.2f}",
+        f"({bytes:.0f} MB at {ratio:.2f})",
+        f"first {measured['tokens']:,} tokens",
+        f"calibrated on {measured['calibration_tokens']:,} tokens",
+        measured["model"],
+    ):
+        assert words in " ".join(README.split()), words
+    healed = next(line for line in page("docs/healing.md").splitlines() if line.startswith("| healed |"))
+    assert healed.split(" | ")[2] in README.split("original's perplexity](docs/healing.md")[0][-20:]
 
 
 def test_the_table_of_gpt2_is_what_schemes_prints():
@@ -72,4 +180,17 @@ def test_the_table_of_gpt2_is_what_schemes_prints():
         shape = schemes.resolve(name, 3072, 768)
         total = layout.parameters_with(name)
         share = f"{100 * total / layout.parameters:.1f} %"
-        assert f"| `{name}` | {shape.m1}x{shape.n1} | {shape.factors} | {total:,} | {share} |" in README
+        row = f"| `{name}` | {shape.m1}x{shape.n1} | {shape.factors} | {total:,} | {share} |"
+        assert row in page("docs/options.md")
+
+
+def test_the_table_of_verbs_is_complete():
+    from krony.cli import app
+
+    verbs = [command.name for command in app.registered_commands] + [group.name for group in app.registered_groups]
+    shown = re.findall(r"^\| `krony (\w+)", README, re.MULTILINE)
+    assert sorted(shown) == sorted(verbs)
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 125
