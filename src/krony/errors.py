@@ -7,3 +7,9 @@ class KronyError(ValueError):
 
 class KronyWarning(UserWarning):
     """Something that works, but not as well as it could: the sentence says what would help."""
+
+
+class PromiseError(KronyError):
+    """The work is done but the promise was not kept, such as a healed model that got worse. The command line exits
+    with 1.
+    """
