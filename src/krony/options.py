@@ -13,6 +13,7 @@ def option(default: Any, help: str, **command_line: Any) -> Any:
         default: the value where nothing is given.
         help: one sentence for ``--help``.
         command_line: how the command line shows it: ``metavar``, ``show_default``, ``flag`` (the option's name where it
-            is not the field's), ``panel`` (the heading it stands under).
+            is not the field's), ``panel`` (the heading it stands under), ``type`` (where the field's is no type that a
+            command line can read), ``min`` and ``max``.
     """
     return field(default=default, metadata={"help": help, **command_line})
