@@ -26,7 +26,7 @@ def run(
     to = Output(json_to)
     import torch
 
-    from krony.data.sets import is_text
+    from krony.data.text_files import is_text
     from krony.models.loading import context_length, load_model, load_tokenizer
 
     quiet_libraries()

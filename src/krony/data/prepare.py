@@ -28,6 +28,7 @@ from krony.runtime.progress import Progress, silent
 from krony.runtime.signals import Pending, deferred
 from krony.storage.files import write_json
 from krony.storage.locks import locked, working_in
+from krony.storage.paths import check_regular
 from krony.storage.tensor_files import read_json
 
 if TYPE_CHECKING:
@@ -187,6 +188,8 @@ def check_data(data: str) -> None:
         raise KronyError(f"{data} is prepared already: prepare takes text")
     if path.suffix and not path.exists():
         raise KronyError(f"{data}: there is no such file")
+    if path.exists() and not path.is_dir():
+        check_regular(path)
 
 
 def _documents(data: str) -> Dataset:

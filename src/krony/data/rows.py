@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from krony.data import python_docs
 from krony.data.sets import PYTHON_DOCS, TEST_SETS, join_documents, read_file
 from krony.errors import KronyError
+from krony.storage.paths import check_regular
 
 HUB_NAMES = {"openwebtext": "Skylion007/openwebtext"}  # what nanoGPT and the paper call it, and where it is now
 BIN = np.dtype("<u2")  # nanoGPT's train.bin and val.bin: token ids, two bytes each
@@ -76,7 +77,7 @@ def _tokens(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | Non
     if data == PYTHON_DOCS:
         return join_documents(python_docs.topics("calibration"), tokenizer).numpy()
     path = Path(data)
-    if path.suffix == ".bin":
+    if path.suffix.lower() == ".bin":
         return read_bin(path)
     if path.suffix or path.exists():
         return join_documents(read_file(path), tokenizer).numpy()
@@ -91,13 +92,14 @@ def refuse_test_set(data: str) -> None:
 
 def read_bin(path: Path) -> np.ndarray:
     """Token ids ``(n,)`` of a ``.bin`` file as a memory map, uint16. Raises KronyError."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise KronyError(f"{path} can't be read: {error.strerror}") from None
+    check_regular(path)
+    size = path.stat().st_size
     if size == 0 or size % BIN.itemsize:
         raise KronyError(f"{path} has {size} bytes: a .bin file holds token ids of two bytes each")
-    tokens = np.memmap(path, dtype=BIN, mode="r")
+    try:
+        tokens = np.memmap(path, dtype=BIN, mode="r")
+    except OSError as error:
+        raise KronyError(f"{path} can't be read: {error.strerror}") from None
     if looks_wider(tokens):
         raise KronyError(f"{path} holds token ids of four bytes or more: a .bin file holds two bytes each (uint16)")
     return tokens

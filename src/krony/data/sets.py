@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
+from krony.data.text_files import read_documents, read_text
 from krony.errors import KronyError
 
 
@@ -51,7 +51,7 @@ def load_texts(data: str, data_dir: Path | None = None) -> list[str]:
     known = TEST_SETS[data]
     if data_dir is None:
         return _from_hub(data, *known.hub)
-    text = _read_text(data_dir / known.file)
+    text = read_text(data_dir / known.file)
     lines = text.splitlines(keepends=True)
     if known.last_word:
         return [line.strip() for line in lines if line.strip()]
@@ -59,25 +59,12 @@ def load_texts(data: str, data_dir: Path | None = None) -> list[str]:
 
 
 def read_file(path: Path) -> list[str]:
-    """The documents of a file: the ``text`` of each line of a ``.jsonl``, else the whole file. Raises KronyError."""
+    """The documents of a file, see ``read_documents``. Raises KronyError; for what may be a misspelt name it says which
+    there are.
+    """
     if not path.suffix and not path.exists():
         raise KronyError(f"{path}: there is no such file, nor a data set of this name ({', '.join(names())})")
-    text = _read_text(path)
-    if path.suffix != ".jsonl":
-        return [text]
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            documents.append(json.loads(line)["text"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise KronyError(f'{path}, line {number}: not a JSON object with a "text"') from None
-        if not isinstance(documents[-1], str):
-            raise KronyError(f'{path}, line {number}: "text" is not a string')
-        if not is_text(documents[-1]):
-            raise KronyError(f'{path}, line {number}: "text" has half of a surrogate pair, which is no character')
-    return documents
+    return read_documents(path)
 
 
 def join_rows(rows: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -91,15 +78,6 @@ def join_documents(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> 
     separator = torch.tensor(end, dtype=torch.long)
     pieces = [piece for d in documents for piece in (_ids(tokenizer, d), separator)]
     return torch.cat(pieces[:-1]) if pieces else torch.empty(0, dtype=torch.long)
-
-
-def is_text(text: str) -> bool:
-    """Whether a string can be encoded: one with half of a surrogate pair can't."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> Tensor:
@@ -121,20 +99,6 @@ def _pieces(text: str, size: int = PIECE) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise KronyError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    except IsADirectoryError:
-        raise KronyError(f"{path} is a folder: name a text or jsonl file in it") from None
-    except OSError as error:
-        raise KronyError(f"{path} can't be read: {error.strerror}") from None
-    if not text.strip():
-        raise KronyError(f"{path} is empty: there is no text in it")
-    return text
 
 
 def _from_hub(data: str, repository: str, configuration: str | None) -> list[str]:
