@@ -8,21 +8,23 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import krony
 from krony.kronecker.schemes import resolve
-from krony.reproduce import TARGETS, Options, reproduce
+from krony.reproduce.analogous_scheme import analogous_scheme
+from krony.reproduce.lines import TableOptions
 from krony.reproduce.norms import gaussian_control, table4
+from krony.reproduce.targets import TARGETS, reproduce
 
 
 @pytest.mark.parametrize("model", ["gpt2", "demo"])
 def test_table_1_is_exact_anywhere(model):
-    lines = reproduce("table1", Options(model=model)).lines
+    lines = reproduce("table1", TableOptions(model=model)).lines
     assert len(lines) == 44 and all(line.difference == 0 for line in lines)
 
 
 def test_tables_2_and_3_are_the_papers_as_rounded_but_for_what_is_noted():
-    for line in reproduce("table2", Options()).lines:
+    for line in reproduce("table2", TableOptions()).lines:
         truncated = math.floor(line.ours * 10) / 10 if line.row == "256x64" else math.floor(line.ours)
         assert truncated == line.paper
-    two, four = reproduce("table3", Options()).lines
+    two, four = reproduce("table3", TableOptions()).lines
     assert math.floor(two.ours) == two.paper and "80,400,096 with the scalars" in two.note
     assert four.ours == pytest.approx(92.983488) and four.difference == pytest.approx(0.783488)
 
@@ -41,7 +43,7 @@ def test_table_4_of_a_model_of_gpt2s_shape_is_what_plain_torch_gives(tmp_path, m
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=3, vocab_size=64, n_positions=8))
     monkeypatch.setattr("krony.reproduce.norms.load_base", lambda options, target: model)
-    outcome = table4(Options(model="random"))
+    outcome = table4(TableOptions(model="random"))
     found = {(line.row, line.quantity): line.ours for line in outcome.lines}
     for name, layer, part in [("Lay 1, p1 (here 0)", 0, "c_fc"), ("Lay 11, p2 (here 1)", 1, "c_proj")]:
         weight = getattr(model.transformer.h[layer].mlp, part).weight.detach()  # (in, out)
@@ -83,7 +85,7 @@ def test_the_papers_layers_are_found_by_their_norms(monkeypatch):
             weight = (mlp.c_fc if paper.matrix == 1 else mlp.c_proj).weight
             weight.mul_(paper.frobenius[0] / weight.norm())
     monkeypatch.setattr("krony.reproduce.norms.load_base", lambda options, target: model)
-    outcome = table4(Options(model="gpt2"))
+    outcome = table4(TableOptions(model="gpt2"))
     assert "taken to count from 1" in " ".join(outcome.header)
     assert outcome.lines[0].row == "Lay 1, p1 (here 0)"
     assert outcome.lines[0].difference == pytest.approx(0, abs=1e-3)
@@ -108,10 +110,10 @@ def test_analogous_schemes(scheme, rows, columns, expected):
 
 def test_mistakes():
     with pytest.raises(krony.KronyError, match="'table10' is unknown: it is one of table1, table2"):
-        reproduce("table10", Options())
+        reproduce("table10", TableOptions())
     with pytest.raises(krony.KronyError, match="budget 'big' is unknown: it is quick or full"):
-        Options(budget="big")
-    with pytest.raises(krony.KronyError, match="no scheme of a 3x2 matrix"):
+        TableOptions(budget="big")
+    with pytest.raises(krony.KronyError, match="no scheme of a 3x2 matrix corresponds to GPT-2's 1024x256:4"):
         analogous_scheme("1024x256:4", 3, 2)
     assert list(TARGETS) == [f"table{n}" for n in range(1, 10)] + ["figure1"]
 
@@ -119,4 +121,4 @@ def test_mistakes():
 def test_without_gpt2_it_says_what_is_needed():
     for target in ("table4", "table5", "figure1"):
         with pytest.raises(krony.KronyError, match=rf"{target} needs GPT-2's weights, .* such as demo: gpt2: "):
-            reproduce(target, Options())
+            reproduce(target, TableOptions())

@@ -13,9 +13,10 @@ from data_folder import DATA, needs_data
 from krony.cli import main
 from krony.evaluation.perplexity import evaluate
 from krony.models.surgery import count_parameters
-from krony.reproduce import Options, reproduce
+from krony.reproduce.budgets import BUDGETS
 from krony.reproduce.figures import GPT2, SETS, TABLE5_81M
-from krony.reproduce.table_trainer import BUDGETS
+from krony.reproduce.lines import TableOptions
+from krony.reproduce.targets import reproduce
 
 TRAINED = ("table5", "table6", "table7", "table8", "table9", "figure1")
 REAL = BUDGETS["quick"]
@@ -59,7 +60,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(place, gpt2_folder):
-    return Options(model=str(gpt2_folder), data_dir=write_data(place / "data"), work=place / "work")
+    return TableOptions(model=str(gpt2_folder), data_dir=write_data(place / "data"), work=place / "work")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_every_table_runs_and_shares_what_was_trained(outcomes, place):
         "as-TQCompressor",
     ]
     for outcome in outcomes.values():
-        assert any("in GPT-2's place" in sentence for sentence in outcome.header)
+        assert any("in place of GPT-2" in sentence for sentence in outcome.header)
         assert all(line.ours is None or line.ours > 0 for line in outcome.lines)
     five, six = ({(x.row, x.quantity): x for x in outcomes[t].lines} for t in ("table5", "table6"))
     for data in SETS:  # one run, two tables
@@ -124,7 +125,7 @@ def test_the_first_part_of_an_epoch_is_the_start_of_the_whole(outcomes, options)
 
 
 def test_a_work_folder_of_something_else_is_refused(outcomes, options, place):
-    with pytest.raises(krony.KronyError, match="is of another model, text, budget or version"):
+    with pytest.raises(krony.KronyError, match="belongs to another model, text, budget or version"):
         reproduce("figure1", replace(options, seed=1))
     file = place / "work/KronyPT-92M/figures.json"
     whole = file.read_text()
@@ -159,14 +160,14 @@ def test_the_full_budget_says_what_it_would_take(options, tmp_path):
     full = replace(options, budget="full", dry_run=True, data_dir=tmp_path / "data", work=tmp_path / "w")
     outcome = reproduce("table5", replace(full, say=said.append))
     assert outcome.lines == [] and outcome.header == said
-    assert "an epoch is 128,000 tokens" in said[1] and "each test set whole" in said[1]
+    assert "an epoch is 128,000 tokens" in said[1] and "each test set is complete" in said[1]
     assert "KronyPT-81M 512,000; KronyPT-80M-2-factors 512,000. About" in said[2]
     assert not (tmp_path / "w").exists()
 
 
 def test_text_that_is_too_short(options, tmp_path):
     (tmp_path / "few.txt").write_text(SENTENCE * 9)
-    with pytest.raises(krony.KronyError, match=r"few.txt gives \d+ tokens to train on: 1,280 are the least"):
+    with pytest.raises(krony.KronyError, match=r"few.txt gives \d+ tokens to train on: at least 1,280 are needed"):
         reproduce("figure1", replace(options, data=str(tmp_path / "few.txt"), work=None))
 
 
@@ -181,7 +182,7 @@ def test_on_the_command_line(outcomes, options, place, monkeypatch, capsys):
     code, said = run("figure1", *common, "--plot", place / "f.svg", "--json", "-")
     assert code == 0, said.err
     assert len(json.loads(said.out)["lines"]) == 10 and "92M, rescaled" in (place / "f.svg").read_text()
-    assert said.err.count("in GPT-2's place") == 1
+    assert said.err.count("in place of GPT-2") == 1
     code, said = run("table1")
     assert code == 0 and "124,439,832" in said.out
     for arguments, words in [
@@ -197,12 +198,12 @@ def test_on_the_command_line(outcomes, options, place, monkeypatch, capsys):
 
 def test_the_peers_are_what_they_say(options):
     """KnGPT2's way compresses attention of odd layers too; both have an embedding of their own, and a teacher."""
-    from krony.reproduce.trained import _bench
+    from krony.reproduce.trained import _set_up
 
-    bench = _bench(options, "table6", "81M", "TQ")
-    assert bench.tqcompressor.taught and bench.kngpt2.taught and not bench.krony_81m.taught
+    setup = _set_up(options, "table6", "81M", "TQ")
+    assert setup.tqcompressor.taught and setup.kngpt2.taught and not setup.krony_81m.taught
     counts = {}
-    for run in (bench.tqcompressor, bench.kngpt2):
+    for run in (setup.tqcompressor, setup.kngpt2):
         model = krony.load_model(options.model)
         report = krony.compress(model, run.config)
         counts[run.name] = [layer.name for layer in report.layers]
@@ -216,5 +217,5 @@ def test_the_peers_are_what_they_say(options):
 def test_the_shipped_model_to_the_end(target, monkeypatch):
     """The real quick budget, without --work: each within ten minutes on two quiet cores."""
     monkeypatch.setitem(BUDGETS, "quick", REAL)
-    outcome = reproduce(target, Options(model="demo", data_dir=DATA))
+    outcome = reproduce(target, TableOptions(model="demo", data_dir=DATA))
     assert outcome.lines and all(math.isfinite(x.ours) for x in outcome.lines if x.ours is not None)

@@ -45,7 +45,8 @@ def run(
         if target != "figure1":
             raise KronyError(f"--plot {plot}: it draws figure1, and this is {target}")
     from krony.pages import lines
-    from krony.reproduce import Options, reproduce
+    from krony.reproduce.lines import TableOptions
+    from krony.reproduce.targets import reproduce
 
     quiet_libraries()
     said: list[str] = []
@@ -57,7 +58,7 @@ def run(
     with to.progress() as progress:
         outcome = reproduce(
             target,
-            Options(
+            TableOptions(
                 model=model,
                 data_dir=data_dir,
                 data=data,

@@ -1,10 +1,10 @@
-"""The paper's own figures, as printed, but for what it swaps (docs/paper.md)."""
+"""The paper's figures as printed, except where it swaps columns (docs/paper.md)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Table 1: left factor -> parameters of a matrix, parameters of the model.
+# Table 1: left factor -> parameters per matrix, parameters of the model.
 TABLE1 = {
     "64x32": (3200, 67_893_504),
     "64x48": (3840, 67_908_864),
@@ -35,24 +35,32 @@ TABLE2 = {"256x64": (68.2, 68.6, 69.0), "1024x256": (74.0, 80.0, 86.0)}
 TABLE3 = {"KronyPT-80M-2-factors": ("1024x256:2", 80.0), "KronyPT-92M-4-factors": ("1024x256:4", 92.2)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Norms:
-    """A row pair of Table 4: Frobenius norms and l1 norms (thousands) of GPT-2, 96M and 92M, and the share kept."""
+    """Two rows of Table 4: the norms of one matrix in GPT-2, in 96M and in 92M.
 
-    layer: int  # as the paper numbers it
-    matrix: int  # 1 is c_fc, 2 is c_proj
+    Attributes:
+        layer: as the paper numbers it.
+        matrix: 1 is ``c_fc``, 2 is ``c_proj``.
+        frobenius: Frobenius norms.
+        l1: l1 norms, in thousands.
+        share: of the Frobenius norm that 92M keeps, per cent.
+    """
+
+    layer: int
+    matrix: int
     frobenius: tuple[float, float, float]
     l1: tuple[float, float, float]
-    kept: float  # of the Frobenius norm, by 92M, per cent
+    share: float
 
 
 TABLE4 = (
-    Norms(1, 1, (216, 153, 146), (248, 154, 161), 67.6),
-    Norms(1, 2, (135, 95, 91), (151, 84, 94), 67.4),
-    Norms(2, 1, (200, 142, 134), (235, 132, 157), 67.0),
-    Norms(2, 2, (133, 94, 92), (151, 103, 91), 69.1),
-    Norms(11, 1, (199, 141, 134), (241, 170, 161), 67.3),
-    Norms(11, 2, (304, 217, 204), (335, 243, 223), 67.1),
+    Norms(layer=1, matrix=1, frobenius=(216, 153, 146), l1=(248, 154, 161), share=67.6),
+    Norms(layer=1, matrix=2, frobenius=(135, 95, 91), l1=(151, 84, 94), share=67.4),
+    Norms(layer=2, matrix=1, frobenius=(200, 142, 134), l1=(235, 132, 157), share=67.0),
+    Norms(layer=2, matrix=2, frobenius=(133, 94, 92), l1=(151, 103, 91), share=69.1),
+    Norms(layer=11, matrix=1, frobenius=(199, 141, 134), l1=(241, 170, 161), share=67.3),
+    Norms(layer=11, matrix=2, frobenius=(304, 217, 204), l1=(335, 243, 223), share=67.1),
 )
 
 SETS = ("wikitext-103", "wikitext-2", "lambada")

@@ -1,35 +1,43 @@
-"""What every table takes and gives: options, and lines of the paper's figure, ours and the difference."""
+"""What every table takes and returns: options, and lines with the paper's figure, krony's and the difference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from krony.errors import KronyError
-from krony.models.loading import GPT2_NAMES
+from krony.models.source import GPT2_NAMES
 from krony.pages import Table
 from krony.runtime.progress import Progress, silent
 
 BUDGETS = ("quick", "full")
 
 
-def _unheard(sentence: str) -> None:
+def _ignore(sentence: str) -> None:
     pass
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a table is made with.
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """What a table is run with.
 
     Attributes:
-        model: a folder, a hub name or ``demo``, in GPT-2's place.
-        data_dir: folder with ``wikitext-2``, ``wikitext-103``, ``lambada`` and ``openwebtext``; the hub if None.
+        model: a folder, a name on the hub or ``demo``, in place of GPT-2.
+        data_dir: folder with ``wikitext-2``, ``wikitext-103``, ``lambada`` and ``openwebtext``; None uses the hub.
         data: text to train on, instead of OpenWebText.
-        budget: ``quick``, or ``full`` for the paper's token counts.
-        work: folder that keeps what was trained, for other tables and for going on; None keeps nothing.
+        budget: ``quick``, or ``full`` for the paper's numbers of tokens.
+        work: folder that keeps trained models' figures, so that other tables reuse them and a stopped run resumes;
+            None keeps nothing.
         dry_run: say what would be trained, and stop.
-        say: called with each sentence that is worth knowing beforehand.
+        device: where models run, such as ``cpu`` or ``cuda``.
+        seed: seed of everything random.
+        say: called with each sentence that is known before the training starts.
+        progress: called with the progress of long work.
+
+    Raises:
+        KronyError: an unknown budget.
     """
 
     model: str = "gpt2"
@@ -40,7 +48,7 @@ class Options:
     dry_run: bool = False
     device: str = "cpu"
     seed: int = 0
-    say: Callable[[str], None] = _unheard
+    say: Callable[[str], None] = _ignore
     progress: Progress = silent
 
     def __post_init__(self) -> None:
@@ -49,21 +57,23 @@ class Options:
 
     @property
     def is_gpt2(self) -> bool:
+        """Whether the table runs with the paper's own model."""
         return self.model in GPT2_NAMES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Line:
-    """One figure. ``ratio``s are to the base model's own, for models whose tokenizers and data differ.
+    """One figure of a table. ``paper_ratio`` and ``ratio`` are relative to the base model, for other tokenizers.
 
     Attributes:
         row: the table's row, as the paper names it.
-        quantity: which column.
-        paper: the paper's figure, None where it gives none.
-        ours: what came out here, None where it was not run.
-        quoted: the paper's figure stands alone: it was not run here.
-        note: why, or what differs.
-        comparable: whether the two figures can be subtracted; two models' own norms can't.
+        quantity: the column.
+        paper: the paper's figure, or None where it prints none.
+        ours: krony's figure, or None where nothing was run.
+        quoted: the paper's figure is shown without running anything.
+        note: the reason, or what differs.
+        digits: decimal places shown.
+        comparable: whether the two figures can be subtracted; the norms of two different models can't.
     """
 
     row: str
@@ -79,26 +89,29 @@ class Line:
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the paper's: of the ratios where there are any, else of the figures."""
+        """Krony's figure minus the paper's: of the ratios where there are any, otherwise of the figures."""
         theirs, ours = (self.paper, self.ours) if self.ratio is None else (self.paper_ratio, self.ratio)
         return None if theirs is None or ours is None or not self.comparable else ours - theirs
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
+        """The line for ``--json``."""
         names = ("row", "quantity", "paper", "ours", "difference", "paper_ratio", "ratio", "quoted", "note")
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A table of the paper, run.
+    """A table of the paper after its run.
 
     Attributes:
         target: ``table1`` and so on.
-        title: what it shows.
-        model: which model it was run with.
-        header: sentences that go before the table: the model, the budget, the tokens.
-        footer: sentences that go after it.
-        curves: Figure 1's, ``{model: [(share of the epoch, nats a token), …]}``.
+        title: what the table shows.
+        model: the model it was run with.
+        header: sentences before the table: the model, the budget, the tokens.
+        lines: the figures.
+        footer: sentences after the table.
+        curves: Figure 1's, ``{model: [(share of the epoch, nats per token), …]}``.
+        seconds: wall time of the run.
     """
 
     target: str
@@ -111,7 +124,7 @@ class Outcome:
     seconds: float = 0.0
 
     def table(self) -> Table:
-        """As people read it; ratios have columns of their own where there are any."""
+        """The lines as a table; ratios get columns of their own where there are any."""
         ratios = any(line.ratio is not None or line.paper_ratio is not None for line in self.lines)
         columns = ["", "", "paper", "ours", "difference"]
         if ratios:
@@ -129,7 +142,8 @@ class Outcome:
             rows = [[*row, line.note] for row, line in zip(rows, self.lines, strict=True)]
         return Table(columns, rows)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
+        """The outcome for ``--json``."""
         return {
             "target": self.target,
             "title": self.title,

@@ -1,4 +1,4 @@
-"""Table 4: what Van Loan keeps of the matrices' norms, beside what it keeps of Gaussian ones."""
+"""Table 4: how much of the matrices' norms Van Loan keeps, beside how much it keeps of Gaussian ones."""
 
 from __future__ import annotations
 
@@ -12,46 +12,48 @@ from krony.kronecker.schemes import resolve
 from krony.models.surgery import find_groups, take_out
 from krony.reproduce.analogous_scheme import analogous_scheme, load_base, model_sentences, tall_size
 from krony.reproduce.figures import TABLE4, Norms
-from krony.reproduce.lines import Line, Options, Outcome
+from krony.reproduce.lines import Line, Outcome, TableOptions
 
 SCHEMES = {"96M": "1536x768", "92M": "1024x256:4"}
-CONTROL = {"96M": 70.75, "92M": 66.9}  # of a Gaussian 3072x768 matrix, ± 0.05; sqrt(1/2), sqrt(4/9) and a little
+# Per cent of a Gaussian 3072x768 matrix's norm that each scheme keeps, ± 0.05: a little over √(1/2) and √(4/9).
+GAUSSIAN = {"96M": 70.75, "92M": 66.9}
+
+LayerNorms = tuple[list[Tensor], list[Tensor]]  # Frobenius and l1 norms of c_fc and c_proj, (1 + schemes,) each
 
 
-def table4(options: Options) -> Outcome:
-    """Frobenius and l1 norms of the original, 96M and 92M, in the paper's layers, and the Gaussian control."""
+def table4(options: TableOptions) -> Outcome:
+    """Table 4: Frobenius and l1 norms of the original, 96M and 92M in the paper's layers, and the Gaussian control."""
     model = load_base(options, "table4")
     rows, columns = tall_size(model)
     schemes = {name: analogous_scheme(scheme, rows, columns) for name, scheme in SCHEMES.items()}
     groups = find_groups(model)
-    found: list[tuple[list[Tensor], list[Tensor]]] = []  # a layer: norms of p1 and of p2
+    found: list[LayerNorms] = []
     for done, group in enumerate(groups):
         options.progress(done, len(groups), "norms")
-        matrices = [take_out(model, site.name)[0] for site in (group.sites[0], group.sites[-1])]
-        turned = [site.is_turned for site in (group.sites[0], group.sites[-1])]
-        pairs = [norms(w.T if t else w, list(schemes.values())) for w, t in zip(matrices, turned, strict=True)]
-        found.append(([p[0] for p in pairs], [p[1] for p in pairs]))
-    numbers = [paper.layer for paper in TABLE4]
-    places, how = _places(options, numbers, found)
+        pairs = []
+        for site in (group.sites[0], group.sites[-1]):
+            weight, _ = take_out(model, site.name)
+            pairs.append(norms(weight.T if site.is_turned else weight, list(schemes.values())))
+        found.append(([frobenius for frobenius, _ in pairs], [l1 for _, l1 in pairs]))
+    places, numbering = _places(options, [paper.layer for paper in TABLE4], found)
     lines = []
     for paper, place in zip(TABLE4, places, strict=True):
         frobenius, l1 = (kind[paper.matrix - 1].tolist() for kind in found[place])
         name = f"Lay {paper.layer}, p{paper.matrix} (here {place})"
         lines += _lines(name, paper, frobenius, l1, comparable=options.is_gpt2)
-    every = torch.stack([torch.stack(frobenius) for frobenius, _ in found]).double()  # (layers, 2, 3)
-    kept = 100 * every[:, :, 1:] / every[:, :, :1]
-    for index, name in enumerate(schemes):
-        least, most = kept[..., index].min().item(), kept[..., index].max().item()
-        lines.append(Line("all layers", f"{name} keeps at least, %", None, least))
-        lines.append(Line("all layers", f"{name} keeps at most, %", None, most))
-    control = gaussian_control(rows, columns, list(schemes.values()), options.seed)
-    for name, share in zip(schemes, control, strict=True):
-        theirs_kept = CONTROL[name] if (rows, columns) == (3072, 768) else None
-        note = "expected of GPT-2's shape, not the paper's" if theirs_kept else ""
-        lines.append(Line(f"Gaussian {rows}x{columns}", f"{name} keeps, %", theirs_kept, share, note=note))
-    header = [*model_sentences(options, schemes), how, "Van Loan without rescaling; l1 norms in thousands."]
-    footer = ["What Van Loan keeps of a Gaussian matrix is what chance gives: a share near it says nothing of weights."]
-    return Outcome("table4", "Norms of the original and of two Van Loan models", options.model, header, lines, footer)
+    lines += _range_lines(found) + _gaussian_lines(rows, columns, schemes, options.seed)
+    return Outcome(
+        target="table4",
+        title="Norms of the original and of two Van Loan models",
+        model=options.model,
+        header=[
+            *model_sentences(options, schemes),
+            numbering,
+            "Van Loan without rescaling; l1 norms in thousands.",
+        ],
+        lines=lines,
+        footer=["A share close to a Gaussian matrix's says nothing about the weights: chance keeps as much."],
+    )
 
 
 @torch.no_grad()
@@ -63,35 +65,63 @@ def norms(weight: Tensor, schemes: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def gaussian_control(rows: int, columns: int, schemes: Sequence[str], seed: int = 0) -> list[float]:
-    """The share of its Frobenius norm, per cent, that each scheme's nearest product keeps of a Gaussian matrix."""
+    """Per cent of a Gaussian matrix's Frobenius norm that the nearest product of each scheme keeps."""
     generator = torch.Generator().manual_seed(seed)
     frobenius, _ = norms(torch.randn(rows, columns, generator=generator, dtype=torch.float64), schemes)
     return (100 * frobenius[1:] / frobenius[0]).tolist()
 
 
-def _places(options: Options, numbers: list[int], found: list[tuple[list[Tensor], list[Tensor]]]) -> tuple:
-    """Zero-based layers of the table's rows. The paper doesn't say how it counts: its norms decide on GPT-2."""
+def _places(options: TableOptions, numbers: list[int], found: list[LayerNorms]) -> tuple[list[int], str]:
+    """Zero-based layers of the table's rows. The paper doesn't say how it counts; on GPT-2 its norms decide."""
     if not options.is_gpt2:
-        last = max(0, len(found) - 2)  # the paper's 11 is the last but one of 12, counted from one
+        last = max(0, len(found) - 2)  # the paper's 11 is the last but one of 12, counted from 1
         places = [min({1: 0, 2: 1}.get(number, last), len(found) - 1) for number in numbers]
         return places, "The first two layers and the last but one; layers are counted from 0."
 
-    def far(shift: int) -> float:
+    def distance(shift: int) -> float:
         return sum(
             abs(float(found[p.layer - shift][0][p.matrix - 1][0]) - p.frobenius[0]) / p.frobenius[0] for p in TABLE4
         )
 
-    shift = min((0, 1), key=far)
-    how = f"The paper's layers are taken to count from {shift}, which is nearer to its norms; here they count from 0."
-    return [number - shift for number in numbers], how
+    shift = min((0, 1), key=distance)
+    numbering = (
+        f"The paper's layers are taken to count from {shift}, which is nearer to its norms; here they count from 0."
+    )
+    return [number - shift for number in numbers], numbering
 
 
 def _lines(name: str, paper: Norms, frobenius: list[float], l1: list[float], *, comparable: bool) -> list[Line]:
     lines = []
     for kind, ours, theirs in (("Frobenius", frobenius, paper.frobenius), ("l1, thousands", l1, paper.l1)):
         for index, who in enumerate(("original", *SCHEMES)):
-            lines.append(Line(name, f"{who}, {kind}", theirs[index], ours[index], comparable=comparable))
-    kept = 100 * paper.frobenius[1] / paper.frobenius[0]
-    lines.append(Line(name, "96M keeps, %", kept, 100 * frobenius[1] / frobenius[0]))
-    lines.append(Line(name, "92M keeps, %", paper.kept, 100 * frobenius[2] / frobenius[0]))
+            quantity = f"{who}, {kind}"
+            lines.append(
+                Line(row=name, quantity=quantity, paper=theirs[index], ours=ours[index], comparable=comparable)
+            )
+    printed = {"96M": 100 * paper.frobenius[1] / paper.frobenius[0], "92M": paper.share}
+    for index, (who, share) in enumerate(printed.items(), start=1):
+        ours_share = 100 * frobenius[index] / frobenius[0]
+        lines.append(Line(row=name, quantity=f"{who} keeps, %", paper=share, ours=ours_share))
+    return lines
+
+
+def _range_lines(found: list[LayerNorms]) -> list[Line]:
+    """The smallest and the largest share of the Frobenius norm that each scheme keeps, over all layers."""
+    every = torch.stack([torch.stack(frobenius) for frobenius, _ in found]).double()  # (layers, 2, 3)
+    share = 100 * every[:, :, 1:] / every[:, :, :1]
+    lines = []
+    for index, name in enumerate(SCHEMES):
+        for words, value in (("at least", share[..., index].min()), ("at most", share[..., index].max())):
+            lines.append(Line(row="all layers", quantity=f"{name} keeps {words}, %", paper=None, ours=float(value)))
+    return lines
+
+
+def _gaussian_lines(rows: int, columns: int, schemes: dict[str, str], seed: int) -> list[Line]:
+    lines = []
+    shares = gaussian_control(rows, columns, list(schemes.values()), seed)
+    for name, share in zip(schemes, shares, strict=True):
+        expected = GAUSSIAN[name] if (rows, columns) == (3072, 768) else None
+        note = "expected for GPT-2's shape, not the paper's" if expected else ""
+        row, quantity = f"Gaussian {rows}x{columns}", f"{name} keeps, %"
+        lines.append(Line(row=row, quantity=quantity, paper=expected, ours=share, note=note))
     return lines

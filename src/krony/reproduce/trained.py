@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -13,20 +14,29 @@ from krony.models.loading import load_model
 from krony.reproduce import figures
 from krony.reproduce.analogous_scheme import analogous_scheme, load_base, model_sentences, tall_size
 from krony.reproduce.figures import SETS, Perplexities
-from krony.reproduce.lines import Line, Options, Outcome
-from krony.reproduce.trainer import MARKS, Run, TableTrainer, Trained
+from krony.reproduce.lines import Line, Outcome, TableOptions
+from krony.reproduce.runs import MARKS, Run, Trained
+from krony.reproduce.table_trainer import TableTrainer
 
 DISTILGPT2 = "distilbert/distilgpt2"
 QUOTED = "the paper's figure, not run"
-WAY = "its way, run by krony"
+ITS_METHOD = "its method, run by krony"
 
 # The paper's schemes by the names of its models. The 96M models of Tables 7 to 9 are section 3.1's.
 SCHEMES = {"81M": "768x768", "80M": "1024x256:2", "96M": "3072x384", "92M": "1024x256:4", "TQ": "768x384:4"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TableRow:
-    """A row of a table that is run: the paper's name and figures, the run, and the stage they are of."""
+    """A row of a table that is run.
+
+    Attributes:
+        name: the paper's name.
+        paper: the paper's perplexities, in the order of SETS.
+        run: the model.
+        stage: where in the training the perplexities are measured.
+        note: what differs from the paper.
+    """
 
     name: str
     paper: Perplexities | None
@@ -35,136 +45,176 @@ class TableRow:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TableSetup:
-    """What a table works with."""
+    """What a table works with.
 
-    options: Options
+    Attributes:
+        options: the model, the text, the budget.
+        base: the original.
+        schemes: the paper's scheme -> the one for this model.
+        target: the table's name.
+    """
+
+    options: TableOptions
     base: PreTrainedModel
-    schemes: dict[str, str]  # the paper's scheme -> this model's
+    schemes: dict[str, str]
     target: str
 
-    def run(self, name: str, scheme: str, **changes: object) -> Run:
-        """A model of the paper's ``scheme``, or of what is alike here."""
-        changes = {"init": "van-loan", "seed": self.options.seed} | changes
-        return Run(name, KronyConfig(self.schemes[SCHEMES[scheme]], **changes))  # type: ignore[arg-type]
+    def run(self, name: str, scheme: str, **changes: Any) -> Run:
+        """A model with the paper's ``scheme``, or with the one that corresponds to it."""
+        options: dict[str, Any] = {"init": "van-loan", "seed": self.options.seed} | changes
+        return Run(name, KronyConfig(self.schemes[SCHEMES[scheme]], **options))
 
     @property
     def krony_81m(self) -> Run:
+        """The 81M model of Tables 5 and 6."""
         return self.run("KronyPT-81M", "81M")
 
     @property
     def classic_96m(self) -> Run:
-        """Tables 7, 8 and 9 share its figures: Van Loan, not rescaled (section 4.4)."""
+        """The 96M model whose figures Tables 7, 8 and 9 share: Van Loan without rescaling (section 4.4)."""
         return self.run("KronyPT-96M-VL", "96M", rescale=False)
 
     @property
     def scaled_92m(self) -> Run:
+        """The 92M model of Tables 8 and 9: four factors with scalars, rescaled."""
         return self.run("KronyPT-92M", "92M")
 
     @property
     def tqcompressor(self) -> Run:
-        """By its code's configuration: odd layers, four factors, the embedding split into quarters, a teacher."""
+        """As TQCompressor's code configures it: odd layers, four factors, the embedding in quarters, a teacher."""
         changes = {"init": "permuted", "rescale": False, "layers": "odd", "embedding": 4}
         return Run("as TQCompressor", self.run("", "TQ", **changes).config, taught=True)
 
     @property
     def kngpt2(self) -> Run:
-        """Odd layers with their attention, one factor of half the parameters, the embedding in halves, a teacher."""
-        changes = {"init": "van-loan", "rescale": False, "layers": "odd", "embedding": 2, "modules": "attn|mlp"}
-        return Run("as KnGPT2", KronyConfig("keep=0.5", **changes, seed=self.options.seed), taught=True)  # type: ignore[arg-type]
+        """As KnGPT2: odd layers with their attention, one factor with half of the parameters, the embedding in halves,
+        a teacher.
+        """
+        changes: dict[str, Any] = {"init": "van-loan", "rescale": False, "layers": "odd", "modules": "attn|mlp"}
+        config = KronyConfig("keep=0.5", **changes, embedding=2, seed=self.options.seed)
+        return Run("as KnGPT2", config, taught=True)
 
 
-def table5(options: Options) -> Outcome:
-    """The 81M class against DistilGPT2."""
-    setup = _bench(options, "table5", "81M", "80M")
+def table5(options: TableOptions) -> Outcome:
+    """Table 5: the 81M class against DistilGPT2."""
+    setup = _set_up(options, "table5", "81M", "80M")
+    two = setup.run("KronyPT-80M-2-factors", "80M")
     rows = [
-        TableRow("KronyPT-81M", figures.TABLE5_81M, setup.krony_81m, "full"),
-        TableRow("KronyPT-80M-2-factors", figures.TABLE5_80M, setup.run("KronyPT-80M-2-factors", "80M"), "full"),
+        TableRow(name="KronyPT-81M", paper=figures.TABLE5_81M, run=setup.krony_81m, stage="full"),
+        TableRow(name="KronyPT-80M-2-factors", paper=figures.TABLE5_80M, run=two, stage="full"),
     ]
     return _perplexities(setup, "Perplexity of Krony-PT and DistilGPT2", rows, peers=("GPT2", "DistilGPT2"))
 
 
-def table6(options: Options) -> Outcome:
-    """81M against the other Kronecker models: quoted, and their ways run on the same model and text."""
-    setup = _bench(options, "table6", "81M", "TQ")
+def table6(options: TableOptions) -> Outcome:
+    """Table 6: 81M against other Kronecker models. Their figures are quoted, and their methods run on the same text."""
+    setup = _set_up(options, "table6", "81M", "TQ")
     rows = [
-        TableRow("KronyPT-81M", figures.TABLE6_81M, setup.krony_81m, "full"),
-        TableRow("TQCompressedGPT2", figures.TQCOMPRESSED, setup.tqcompressor, "full", WAY),
-        TableRow("KnGPT-2", figures.KNGPT2, setup.kngpt2, "full", WAY),
+        TableRow(name="KronyPT-81M", paper=figures.TABLE6_81M, run=setup.krony_81m, stage="full"),
+        TableRow(
+            name="TQCompressedGPT2", paper=figures.TQCOMPRESSED, run=setup.tqcompressor, stage="full", note=ITS_METHOD
+        ),
+        TableRow(name="KnGPT-2", paper=figures.KNGPT2, run=setup.kngpt2, stage="full", note=ITS_METHOD),
     ]
     peers = ("GPT2", "DistilGPT2", "TQCompressedGPT2", "KnGPT-2")
     return _perplexities(setup, "Perplexity against other Kronecker models", rows, peers=peers, counts=True)
 
 
-def table7(options: Options) -> Outcome:
-    """The paper's pruning start against Van Loan, both of section 3.1's shape."""
-    setup = _bench(options, "table7", "96M")
+def table7(options: TableOptions) -> Outcome:
+    """Table 7: the paper's pruning start against Van Loan, both with section 3.1's shape."""
+    setup = _set_up(options, "table7", "96M")
+    prune = setup.run("KronyPT-96M-prune", "96M", init="prune")
     rows = [
-        TableRow("KronyPT-96M-prune", figures.PRUNE, setup.run("KronyPT-96M-prune", "96M", init="prune"), "full"),
-        TableRow("KronyPT-96M-VL", figures.VAN_LOAN, setup.classic_96m, "full"),
+        TableRow(name="KronyPT-96M-prune", paper=figures.PRUNE, run=prune, stage="full"),
+        TableRow(name="KronyPT-96M-VL", paper=figures.VAN_LOAN, run=setup.classic_96m, stage="full"),
     ]
     return _perplexities(setup, "Pruning start and Van Loan start", rows, peers=("GPT2", "TQCompressedGPT2", "KnGPT-2"))
 
 
-def table8(options: Options) -> Outcome:
-    """One factor by classic Van Loan against four by the rescaled one."""
-    setup = _bench(options, "table8", "96M", "92M")
-    swapped = "wikitext columns swapped in the paper"
+def table8(options: TableOptions) -> Outcome:
+    """Table 8: one factor by classic Van Loan against four factors by rescaled Van Loan."""
+    setup = _set_up(options, "table8", "96M", "92M")
+    classic, adaptive = setup.classic_96m, setup.scaled_92m
     rows = [
-        TableRow("96M classic VL, 1 epoch", figures.TABLE8_96M_EPOCH, setup.classic_96m, "epoch", swapped),
-        TableRow("92M adaptive VL, 1 epoch", figures.TABLE8_92M_EPOCH, setup.scaled_92m, "epoch"),
-        TableRow("96M classic VL, full training", figures.VAN_LOAN, setup.classic_96m, "full"),
-        TableRow("92M adaptive VL, full training", figures.TABLE8_92M, setup.scaled_92m, "full"),
+        TableRow(
+            name="96M classic VL, 1 epoch",
+            paper=figures.TABLE8_96M_EPOCH,
+            run=classic,
+            stage="epoch",
+            note="wikitext columns swapped in the paper",
+        ),
+        TableRow(name="92M adaptive VL, 1 epoch", paper=figures.TABLE8_92M_EPOCH, run=adaptive, stage="epoch"),
+        TableRow(name="96M classic VL, full training", paper=figures.VAN_LOAN, run=classic, stage="full"),
+        TableRow(name="92M adaptive VL, full training", paper=figures.TABLE8_92M, run=adaptive, stage="full"),
     ]
     return _perplexities(setup, "Multiple factors with normalised scalars", rows, peers=("GPT2",))
 
 
-def table9(options: Options) -> Outcome:
-    """92M after 30 % of the first epoch against 96M after all of it."""
-    setup = _bench(options, "table9", "96M", "92M")
+def table9(options: TableOptions) -> Outcome:
+    """Table 9: 92M after 30 % of the first epoch against 96M after all of it."""
+    setup = _set_up(options, "table9", "96M", "92M")
     rows = [
-        TableRow("96M, 100 % of an epoch", figures.TABLE9_96M, setup.classic_96m, "epoch"),
-        TableRow("92M, 30 % of an epoch", figures.TABLE9_92M, setup.scaled_92m, "0.3"),
+        TableRow(name="96M, 100 % of an epoch", paper=figures.TABLE9_96M, run=setup.classic_96m, stage="epoch"),
+        TableRow(name="92M, 30 % of an epoch", paper=figures.TABLE9_92M, run=setup.scaled_92m, stage="0.3"),
     ]
     return _perplexities(setup, "Perplexity during the first epoch", rows, peers=("GPT2",))
 
 
-def figure1(options: Options) -> Outcome:
-    """Validation loss over the first 40 % of an epoch; the paper prints a picture and no figures."""
-    setup = _bench(options, "figure1", "96M", "92M")
+def figure1(options: TableOptions) -> Outcome:
+    """Figure 1: validation loss over the first 40 % of an epoch. The paper prints a picture and no figures."""
+    setup = _set_up(options, "figure1", "96M", "92M")
     trainer = TableTrainer(options, setup.base, "figure1")
     runs = {setup.classic_96m: {"0.4"}, setup.scaled_92m: {"0.4"}}
     title = "Negative log-likelihood on validation text, first 40 % of an epoch"
     header = model_sentences(options, setup.schemes) + trainer.plan(runs)
     _announce(options, header)
     if options.dry_run:
-        return Outcome("figure1", title, options.model, header)
-    names = {"96M, Van Loan": setup.classic_96m, "92M, rescaled": setup.scaled_92m}
+        return Outcome(target="figure1", title=title, model=options.model, header=header)
     curves, lines = {}, []
-    for name, run in names.items():
+    for name, run in {"96M, Van Loan": setup.classic_96m, "92M, rescaled": setup.scaled_92m}.items():
         done = trainer.run(run, {"0.4"})
         curves[name] = [(share, done.curve[f"{share:g}"]) for share in (0.0, *MARKS)]
-        lines += [Line(name, f"{share:.0%} of an epoch, nats", None, loss, digits=3) for share, loss in curves[name]]
+        lines += [
+            Line(row=name, quantity=f"{share:.0%} of an epoch, nats", paper=None, ours=loss, digits=3)
+            for share, loss in curves[name]
+        ]
     slow, fast = curves.values()
     below = all(f < s for (_, s), (_, f) in zip(slow, fast, strict=True))
-    footer = [
-        "The paper's curve of 92M lies below that of 96M all the way; "
-        + ("so it does here." if below else "here it does not.")
-    ]
-    return Outcome("figure1", title, options.model, header, lines, footer, curves)
+    return Outcome(
+        target="figure1",
+        title=title,
+        model=options.model,
+        header=header,
+        lines=lines,
+        footer=[
+            "In the paper the curve of 92M lies below that of 96M everywhere; "
+            + ("here too." if below else "here it does not.")
+        ],
+        curves=curves,
+    )
 
 
-def _bench(options: Options, target: str, *schemes: str) -> TableSetup:
+def _set_up(options: TableOptions, target: str, *schemes: str) -> TableSetup:
     base = load_base(options, target)
     rows, columns = tall_size(base)
-    return TableSetup(options, base, {SCHEMES[s]: analogous_scheme(SCHEMES[s], rows, columns) for s in schemes}, target)
+    found = {SCHEMES[s]: analogous_scheme(SCHEMES[s], rows, columns) for s in schemes}
+    return TableSetup(options=options, base=base, schemes=found, target=target)
 
 
 def _perplexities(
     setup: TableSetup, title: str, rows: Sequence[TableRow], *, peers: Sequence[str], counts: bool = False
 ) -> Outcome:
-    """Trains the rows' runs as far as the table needs, and sets them beside the paper's figures."""
+    """Trains the rows' runs as far as the table needs, and sets them beside the paper's figures.
+
+    Args:
+        setup: what the table works with.
+        title: what the table shows.
+        rows: the rows to run.
+        peers: models that are not trained here.
+        counts: also print the parameters, with the head counted once and twice.
+    """
     options = setup.options
     trainer = TableTrainer(options, setup.base, setup.target)
     wanted: dict[Run, set[str]] = {}
@@ -173,40 +223,45 @@ def _perplexities(
     header = model_sentences(options, setup.schemes) + trainer.plan(wanted)
     _announce(options, header)
     if options.dry_run:
-        return Outcome(setup.target, title, options.model, header)
+        return Outcome(target=setup.target, title=title, model=options.model, header=header)
     ours_base = trainer.base_perplexities()
     lines = [line for peer in peers for line in _peer(options, trainer, peer, ours_base)]
     results: dict[Run, Trained] = {run: trainer.run(run, stages) for run, stages in wanted.items()}
     for row in rows:
         lines += _lines(row.name, row.paper, results[row.run].stages[row.stage], ours_base, options, row.note)
-    footer = ["Perplexity by the paper's protocol; of base: divided by the original's own on the same text."]
+    footer = ["Perplexity by the paper's protocol; of base: divided by the original's on the same text."]
     if counts:
         footer += [
-            f"{run.name}: {done.params:,} parameters, {done.untied:,} with the head apart from the embedding"
+            f"{run.name}: {done.params:,} parameters, {done.untied:,} with the head counted separately"
             for run, done in results.items()
         ]
     for run, done in results.items():
         start = ", ".join(f"{name} {value:,.2f}" for name, value in zip(SETS, done.stages["start"], strict=True))
         footer.append(f"{run.name} before training: {start}")
-    return Outcome(setup.target, title, options.model, header, lines, footer)
+    return Outcome(target=setup.target, title=title, model=options.model, header=header, lines=lines, footer=footer)
 
 
 def _lines(
-    name: str, paper: Perplexities | None, ours: Sequence[float], base: Sequence[float], options: Options, note: str
+    name: str,
+    paper: Perplexities | None,
+    ours: Sequence[float],
+    base: Sequence[float],
+    options: TableOptions,
+    note: str,
 ) -> list[Line]:
     lines = []
     for index, data in enumerate(SETS):
         theirs = None if paper is None else paper[index]
-        line = Line(name, data, theirs, ours[index], note=note)
+        line = Line(row=name, quantity=data, paper=theirs, ours=ours[index], note=note)
         if not options.is_gpt2:  # another model on other tokens: ratios can be compared, perplexities can't
-            ratio = None if theirs is None else theirs / figures.GPT2[index]
-            line = Line(name, data, theirs, ours[index], ratio, ours[index] / base[index], note=note)
+            paper_ratio = None if theirs is None else theirs / figures.GPT2[index]
+            line = replace(line, paper_ratio=paper_ratio, ratio=ours[index] / base[index])
         lines.append(line)
     return lines
 
 
-def _peer(options: Options, trainer: TableTrainer, name: str, base: Sequence[float]) -> list[Line]:
-    """A row that nobody trains here: the original, or another's model, run where a hub has it and quoted where not."""
+def _peer(options: TableOptions, trainer: TableTrainer, name: str, base: Sequence[float]) -> list[Line]:
+    """A row that is not trained here: the original, or a published model, which is run if the hub has it, or quoted."""
     paper = {
         "GPT2": figures.GPT2,
         "DistilGPT2": figures.DISTILGPT2,
@@ -217,23 +272,22 @@ def _peer(options: Options, trainer: TableTrainer, name: str, base: Sequence[flo
         return _lines(name, paper, base, base, options, "" if options.is_gpt2 else f"ours: {options.model}")
     if name == "DistilGPT2" and options.is_gpt2:
         try:
-            return _lines(
-                name, paper, trainer.perplexities(load_model(DISTILGPT2, device=options.device)), base, options, ""
-            )
+            distil = trainer.perplexities(load_model(DISTILGPT2, device=options.device))
+            return _lines(name, paper, distil, base, options, "")
         except KronyError:
             pass  # no hub: it is quoted
     why = QUOTED
     if name == "DistilGPT2":
-        why = f"{QUOTED}: " + ("no hub" if options.is_gpt2 else "it is GPT-2's, and the model is another")
+        why = f"{QUOTED}: " + ("no hub" if options.is_gpt2 else "it belongs to GPT-2, and the model is another")
     elif name in ("TQCompressedGPT2", "KnGPT-2"):
         why = f"{QUOTED}: transformers loads no checkpoint of it"
     ratios = [None] * 3 if options.is_gpt2 else [p / g for p, g in zip(paper, figures.GPT2, strict=True)]
     return [
-        Line(name, data, value, None, ratio, quoted=True, note=why)
+        Line(row=name, quantity=data, paper=value, ours=None, paper_ratio=ratio, quoted=True, note=why)
         for data, value, ratio in zip(SETS, paper, ratios, strict=True)
     ]
 
 
-def _announce(options: Options, header: list[str]) -> None:
+def _announce(options: TableOptions, header: list[str]) -> None:
     for sentence in header:
         options.say(sentence)
