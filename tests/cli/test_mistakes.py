@@ -63,7 +63,7 @@ def test_calibration(refused, gpt2_folder, tmp_path):
     (tmp_path / "short.txt").write_text("a few words")
     short = ("--calibration", tmp_path / "short.txt")
     assert "has 12 tokens: at least 64 make one" in refused(*arguments, *short)
-    assert "calibration of 63 tokens: it takes at least 64" in refused(*arguments, *short, "--calibration-tokens", 63)
+    assert "calibration on 63 tokens: at least 64 are needed" in refused(*arguments, *short, "--calibration-tokens", 63)
     assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
 
 

@@ -11,7 +11,7 @@ CALIBRATION = {"assert", "class", "comparisons", "for", "formatstrings", "global
 
 
 def runs(texts: list[str], words: int) -> set[tuple[str, ...]]:
-    """All runs of so many words, whatever the white space between them."""
+    """All runs of ``words`` words, whatever the white space between them."""
     split = [text.split() for text in texts]
     return {tuple(text[i : i + words]) for text in split for i in range(len(text) - words + 1)}
 
@@ -20,7 +20,7 @@ def test_membership_is_pinned():
     assert {name for name in HELD_OUT | CALIBRATION if python_docs.is_held_out(name)} == HELD_OUT
 
 
-def test_held_out_texts_are_whole_and_in_the_order_of_their_names():
+def test_held_out_texts_are_complete_and_in_the_order_of_their_names():
     from pydoc_data.topics import topics
 
     names = sorted(name for name in topics if python_docs.is_held_out(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from krony.data.sets import PYTHON_DOCS, TEST_SETS, join_documents, read_file
 from krony.errors import KronyError
 
 TOKENS, LENGTH = 49_152, 512
-LONGEST_TOKEN = 64  # characters; tokens of text have four
+DOCUMENTS = "krony_documents"  # the attribute of a tensor of ids that says what was read
+LONGEST_TOKEN = 64  # characters; an average token of text has four
 
 
 def calibration_set(
@@ -22,11 +24,14 @@ def calibration_set(
     """Token ids ``(sequences, length)`` of documents in random order, joined by the end-of-text token.
 
     Args:
-        data: a text or jsonl file, or ``python-docs``, whose calibration part is taken.
-        tokens: how many at most; a shorter text gives fewer.
+        data: a text file, a file of JSON lines, or ``python-docs``, of which the calibration part is read.
+        tokenizer: the model's.
+        tokens: at most this many; a shorter text gives fewer.
+        length: tokens per sequence.
+        seed: of the order.
 
     Raises:
-        KronyError: a file that can't be read, a test set, or less text than one sequence.
+        KronyError: the file can't be read, ``data`` is a test set, or the text is shorter than one sequence.
     """
     if data in TEST_SETS:
         raise KronyError(f"{data} is a test set: calibrate on other text, such as a train file or python-docs")
@@ -42,15 +47,20 @@ def pack(
     length: int = LENGTH,
     seed: int = 0,
 ) -> Tensor:
-    """The documents in random order as token ids ``(sequences, length)``. Raises KronyError if they are too short."""
+    """The documents in random order as token ids ``(sequences, length)``, int64.
+
+    Raises KronyError if they are shorter than one sequence, or if fewer tokens than one sequence are asked for.
+    """
     if tokens < length:
-        raise KronyError(f"calibration of {tokens} tokens: it takes at least {length}, which are one sequence")
+        raise KronyError(f"calibration on {tokens} tokens: at least {length} are needed, which make one sequence")
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     rows = tokens // length
     pieces: list[Tensor] = []
+    read: list[str] = []
     have = 0
     for index in order:
-        text = documents[index][: LONGEST_TOKEN * rows * length]  # of a document without end only that can be needed
+        read.append(digest(documents[index]))
+        text = documents[index][: LONGEST_TOKEN * rows * length]  # no more of an endless document can be needed
         pieces.append(join_documents([text, ""], tokenizer))
         have += len(pieces[-1])
         if have >= rows * length:
@@ -58,4 +68,20 @@ def pack(
     rows = min(rows, have // length)
     if rows == 0:
         raise KronyError(f"the calibration text has {have} tokens: at least {length} make one sequence")
-    return torch.cat(pieces)[: rows * length].view(rows, length)
+    ids = torch.cat(pieces)[: rows * length].view(rows, length)
+    setattr(ids, DOCUMENTS, read)
+    return ids
+
+
+def documents_of(ids: Tensor) -> list[str]:
+    """The digests of the documents in calibration text made by ``calibration_set``; empty for other token ids."""
+    return list(getattr(ids, DOCUMENTS, []))
+
+
+def digest(document: str) -> str:
+    """What tells a document from others: the BLAKE2b hash of its UTF-8 text, 16 hexadecimal digits.
+
+    >>> digest("some text")
+    'f2d42d5e4e509e1b'
+    """
+    return hashlib.blake2b(document.encode(), digest_size=8).hexdigest()

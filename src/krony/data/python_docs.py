@@ -1,8 +1,8 @@
-"""Text that is on every machine: the topics of Python's own ``help()``, split into calibration and held-out parts.
+"""Text that every machine has: the topics of Python's own ``help()``, split into calibration and held-out parts.
 
-Which part a topic belongs to follows from a hash of its name, so the rule is the same on every Python version, though
-the topics and their texts vary. Several topics quote others: a paragraph of a held-out topic is left out of the
-calibration part wherever it stands.
+A hash of its name decides which part a topic belongs to, so the rule is the same on every Python version, though the
+topics and their texts vary. Some topics quote others: every paragraph of a held-out topic is removed from the
+calibration part.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ PARTS = ("calibration", "held-out")
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the topic of this name is only ever evaluated on: one in five, by the first byte of its SHA-256."""
+    """Whether the topic of this name is for evaluation only: one in five, by the first byte of the name's SHA-256.
+
+    >>> is_held_out("lambda"), is_held_out("class")
+    (True, False)
+    """
     return hashlib.sha256(name.encode()).digest()[0] % 5 == 0
 
 
 def topics(part: str) -> list[str]:
-    """The texts of a part, in the order of the topics' names. Raises ValueError for another part than ``PARTS``."""
+    """The texts of a part, in the order of the topics' names. Raises ValueError for a part that isn't in ``PARTS``."""
     if part not in PARTS:
         raise ValueError(f"part {part!r} is unknown: it is one of {', '.join(PARTS)}")
     held_out = [_topics[name] for name in sorted(_topics) if is_held_out(name)]
@@ -32,5 +36,5 @@ def topics(part: str) -> list[str]:
 
 
 def _paragraphs(text: str) -> list[str]:
-    """The paragraphs of a text, each without the line breaks around it."""
+    """The paragraphs of a text, without the line breaks around each."""
     return [paragraph.strip("\n") for paragraph in text.split("\n\n")]

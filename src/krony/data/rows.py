@@ -1,4 +1,4 @@
-"""Training text as rows of one length: packed without padding, from files, the hub, or tokens on disk."""
+"""Training text as rows of equal length, packed without padding: from files, the hub, or token ids on disk."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ from krony.data.sets import PYTHON_DOCS, TEST_SETS, join_documents, read_file
 from krony.errors import KronyError
 from krony.storage.paths import check_regular
 
-HUB_NAMES = {"openwebtext": "Skylion007/openwebtext"}  # what nanoGPT and the paper call it, and where it is now
+HUB_NAMES = {"openwebtext": "Skylion007/openwebtext"}  # the name in nanoGPT and the paper, and the repository
 BIN = np.dtype("<u2")  # nanoGPT's train.bin and val.bin: token ids, two bytes each
 
 
 class Rows(Dataset):
-    """Token ids cut into rows of ``length``, each ``{"input_ids": (length,), "labels": (length,)}``, int64."""
+    """Token ids cut into rows of ``length``, each ``{"input_ids": (length,), "labels": (length,)}``, int64.
+
+    >>> rows = Rows(np.arange(7), length=3)
+    >>> len(rows), rows[1]["input_ids"].tolist()
+    (2, [3, 4, 5])
+    """
 
     def __init__(self, tokens: np.ndarray, length: int) -> None:
         self.tokens, self.length = tokens, length
@@ -47,14 +52,17 @@ def load_rows(
     """Rows of training text.
 
     Args:
-        data: a text or jsonl file, ``python-docs`` (its calibration part), a ``.bin`` of nanoGPT's, or a set on the
-            hub, whose ``train`` split is streamed and whose ``text`` is taken; that one needs ``max_tokens``.
-        length: tokens a row.
+        data: a text file, a file of JSON lines, ``python-docs`` (its calibration part), a ``.bin`` file of nanoGPT's,
+            or a data set on the hub, of which the column ``text`` of the ``train`` split is streamed; this needs
+            ``max_tokens``.
+        tokenizer: the model's.
+        length: tokens per row.
         vocabulary: entries of the model's embedding.
-        max_tokens: take the first so many.
+        max_tokens: at most this many tokens, from the beginning.
 
     Raises:
-        KronyError: a test set, a file that can't be read, tokens that the model doesn't know, less text than a row.
+        KronyError: ``data`` is a test set, the file can't be read, it has tokens that the model does not know, or it is
+            shorter than one row.
     """
     return rows_of(data, _tokens(data, tokenizer, max_tokens)[:max_tokens], length=length, vocabulary=vocabulary)
 
@@ -85,7 +93,12 @@ def _tokens(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | Non
 
 
 def refuse_test_set(data: str) -> None:
-    """Raises KronyError if ``data`` names a set that is only ever measured on."""
+    """Raises KronyError if ``data`` names a set that is for evaluation only.
+
+    >>> refuse_test_set("lambada")
+    Traceback (most recent call last):
+    krony.errors.KronyError: lambada is a test set: train on other text, such as a train file or python-docs
+    """
     if data in TEST_SETS:
         raise KronyError(f"{data} is a test set: train on other text, such as a train file or python-docs")
 
@@ -106,14 +119,18 @@ def read_bin(path: Path) -> np.ndarray:
 
 
 def looks_wider(tokens: np.ndarray) -> bool:
-    """Whether ids ``(n,)`` read as two bytes each were written as four or eight: every second is then next to zero."""
+    """Whether token ids ``(n,)`` that were read as two bytes each have four or eight: every second is then near zero.
+
+    >>> looks_wider(np.arange(100, dtype="<u4").view("<u2")), looks_wider(np.arange(100, dtype="<u2"))
+    (True, False)
+    """
     seconds = tokens[1:4096:2]
     return len(tokens) >= 64 and len(tokens) % 2 == 0 and bool((seconds <= 3).all())
 
 
 def _stream(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> np.ndarray:
     if max_tokens is None:
-        raise KronyError(f"{data} is no file; of a data set on the hub max_tokens says how much is read")
+        raise KronyError(f"{data} is no file, and of a data set on the hub max_tokens says how much is read")
     pieces: list[Tensor] = []
     have = 0
     with _hub_sentences(data):
@@ -126,8 +143,9 @@ def _stream(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | Non
 
 
 def hub_set(data: str, *, streaming: bool = False) -> Any:
-    """The ``train`` split of a data set on the hub, which has a ``text``; streamed, or fetched to the cache of
-    datasets. Raises KronyError.
+    """The ``train`` split of a data set on the hub, streamed or fetched to the cache of datasets.
+
+    Raises KronyError if there is no such set, or if it has no column ``text``.
     """
     from datasets import load_dataset  # heavy
 

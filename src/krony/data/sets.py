@@ -1,4 +1,4 @@
-"""Text: named sets from a folder or the hub, text and jsonl files, turned into tokens."""
+"""Text to evaluate on: named test sets from a folder or the hub, and files; and how documents become tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from krony.errors import KronyError
 
 @dataclass(frozen=True)
 class TestSet:
-    """A test set: where it lies under ``--data-dir``, and what it is called on the hub."""
+    """A test set: its file under ``--data-dir``, and its name on the hub."""
 
     file: str
-    hub: tuple[str, str | None]  # repository and configuration; the test split
-    last_word: bool = False  # passages whose last word is to be predicted
+    hub: tuple[str, str | None]  # repository and configuration, of which the test split is read
+    last_word: bool = False  # a row is a passage, and the model is to predict its last word
 
 
 TEST_SETS = {
@@ -30,19 +30,25 @@ TEST_SETS = {
     "lambada": TestSet("lambada/lambada_test_plain_text.txt", ("cimec/lambada", None), last_word=True),
 }
 PYTHON_DOCS = "python-docs"
-PIECE = 8_000_000  # characters tokenised at once: a tokenizer takes some hundred bytes for each
+PIECE = 8_000_000  # characters tokenised at once, because a tokenizer needs some hundred bytes for each
 
 
 def names() -> list[str]:
-    """The data sets that are known by name."""
+    """The names of all data sets.
+
+    >>> names()
+    ['wikitext-2', 'wikitext-103', 'lambada', 'python-docs']
+    """
     return [*TEST_SETS, PYTHON_DOCS]
 
 
 def load_texts(data: str, data_dir: Path | None = None) -> list[str]:
-    """The rows of a test set: of a named one as its hub data set has them, of a file its documents.
+    """The rows of a test set: those of the data set on the hub for a named one, the documents for a file.
 
-    WikiText keeps the layout of ``wikitext-*-v1``: a line with its line break is a row, a blank line an empty one.
-    ``python-docs`` is the held-out part of Python's own documentation. Raises KronyError.
+    WikiText has the layout of ``wikitext-*-v1``: a line with its line break is a row, and a blank line is an empty row.
+    ``python-docs`` is the held-out part of Python's own documentation.
+
+    Raises KronyError if the set is neither in ``data_dir`` nor on the hub, or the file can't be read.
     """
     if data == PYTHON_DOCS:
         return python_docs.topics("held-out")
@@ -68,12 +74,12 @@ def read_file(path: Path) -> list[str]:
 
 
 def join_rows(rows: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """``"\\n\\n".join(rows)`` as token ids ``(n,)``: the way of the paper's protocol."""
+    """``"\\n\\n".join(rows)`` as token ids ``(n,)``, int64, as the paper's protocol has it."""
     return _ids(tokenizer, "\n\n".join(rows), special=True)
 
 
 def join_documents(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids ``(n,)`` of the documents, each but the last followed by the end-of-text token where there is one."""
+    """Token ids ``(n,)`` of the documents, int64, with the tokenizer's end-of-text token, if any, between them."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     separator = torch.tensor(end, dtype=torch.long)
     pieces = [piece for d in documents for piece in (_ids(tokenizer, d), separator)]
@@ -83,13 +89,13 @@ def join_documents(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> Tensor:
     made: list[int] = []
     for number, piece in enumerate(_pieces(text)):
-        encoded = tokenizer(piece, add_special_tokens=special and number == 0, verbose=False)  # no warning: it is long
+        encoded = tokenizer(piece, add_special_tokens=special and number == 0, verbose=False)  # without warnings
         made += encoded["input_ids"]
     return torch.tensor(made, dtype=torch.long)
 
 
 def _pieces(text: str, size: int = PIECE) -> Iterator[str]:
-    """The text in pieces that a tokenizer can hold, cut before a line break or a space where there is one."""
+    """The text in pieces of at most ``size`` characters, cut before a line break or a space if possible."""
     start = 0
     while len(text) - start > size:
         window = start + size // 2, start + size

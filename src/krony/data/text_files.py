@@ -153,7 +153,7 @@ def _text_of(found: Any, where: str) -> str:
 
 
 def _holds_json(text: str) -> bool:
-    """Whether a text is JSON with documents: by its first line, or as a whole."""
+    """Whether a text is JSON with documents: by its first line, or completely."""
     start = text.lstrip()
     if start[0] not in "{[":
         return False
@@ -188,7 +188,7 @@ def _unpacked(path: Path) -> bytes:
     except OSError as error:  # of the system, or of gzip, which has no number
         reason = f"can't be read: {error.strerror}" if error.errno else f"is damaged ({error})"
         raise KronyError(f"{path} {reason}") from None
-    except (EOFError, zlib.error, *_zstd_errors()) as error:
+    except (EOFError, zlib.error) as error:
         raise KronyError(f"{path} is cut short or damaged ({error}): fetch or write it again") from None
     return b"".join(pieces)
 
@@ -216,6 +216,14 @@ def _zstd(path: Path) -> Iterator[bytes]:
     module = _zstd_module()
     if module is None:
         raise KronyError(f"{path} is compressed by zstd, which takes the package zstandard: pip install zstandard")
+    try:
+        yield from _frames(path, module)
+    except module.ZstdError as error:
+        raise EOFError(str(error)) from None
+
+
+def _frames(path: Path, module: ModuleType) -> Iterator[bytes]:
+    """The content of all frames. The package zstandard itself ends a file that is cut short without an error."""
     if module.__name__ != "zstandard":
         with module.open(path) as stream:
             while piece := stream.read(PIECE):
@@ -240,8 +248,3 @@ def _zstd_module() -> ModuleType | None:
         except ImportError:
             continue
     return None
-
-
-def _zstd_errors() -> tuple[type[Exception], ...]:
-    module = _zstd_module()
-    return () if module is None else (module.ZstdError,)

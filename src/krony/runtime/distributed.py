@@ -1,4 +1,4 @@
-"""Many processes, started by ``torchrun`` or ``accelerate launch``: who writes, and what is summed."""
+"""Several processes that ``torchrun`` or ``accelerate launch`` started: which one writes, and sums over all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from krony.errors import KronyError
 
 
 def init(device: str = "cpu") -> str:
-    """Joins the other processes, if this one was started with some, and returns the device that is this one's."""
+    """Connects to the other processes, if there are any, and returns this process's own device.
+
+    >>> init("cpu")
+    'cpu'
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     from accelerate import PartialState
@@ -24,30 +28,34 @@ def init(device: str = "cpu") -> str:
 
 
 def _leave() -> None:
-    """A process that ends without this may be taken for a crashed one."""
+    """Disconnects at exit: the others may take a process that ends without this for a crashed one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Whether this is the process that writes files and prints."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def count() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def shard(rows: Tensor) -> Tensor:
-    """This process' rows. Raises KronyError if there are fewer rows than processes."""
+    """This process's share of the rows, every ``count()``-th. Raises KronyError if there are fewer than processes.
+
+    >>> shard(torch.arange(3))
+    tensor([0, 1, 2])
+    """
     if len(rows) < count():
         raise KronyError(f"{len(rows)} sequences are too few for {count()} processes: give more text")
     return rows[dist.get_rank() :: count()] if dist.is_initialized() else rows
 
 
 def all_reduce_sum(sums: Tensor) -> Tensor:
-    """The sum over all processes, on the device of ``sums``."""
+    """The elementwise sum over all processes, with the shape, dtype and device of ``sums``."""
     if not dist.is_initialized():
         return sums
     there = sums.to(_device())
@@ -61,5 +69,5 @@ def all_agree(condition: bool) -> bool:
 
 
 def _device() -> str:
-    """Where the processes' backend wants its tensors."""
+    """The device on which the processes' backend takes tensors."""
     return "cuda" if dist.get_backend() == "nccl" else "cpu"

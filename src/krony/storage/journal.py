@@ -65,7 +65,7 @@ class Journal:
         differing = differences(read_json(self._job), self.key)
         if differing:
             raise KronyError(
-                f"{self.folder} is of a run with {differing}, which did not end: give the same command again to resume "
+                f"{self.folder} is left of an interrupted run with {differing}: give the same command again to resume "
                 "it, or remove the folder"
             )
         self.done = self._read()

@@ -1,8 +1,8 @@
-"""Safetensors folders, read by hand: checked before anything believes them, and never mapped into memory.
+"""Safetensors folders: checked before anything is read from them, and read without memory maps.
 
 A checkpoint is a folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and the shards it names.
-``Checkpoint`` reads the headers alone; a tensor's bytes come when they are asked for, whole or some rows of it, by
-plain reads: pages of a map would count as this process' memory. Nothing outside the folder is opened.
+``Checkpoint`` reads only the headers. A tensor's bytes, or those of some of its rows, are read when they are asked for;
+a memory map's pages would count as this process's memory. Nothing outside the folder is opened.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One tensor of a checkpoint: where it lies, and what it is."""
+    """One tensor of a checkpoint: its name, dtype and shape, and its place in a file."""
 
     name: str
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int  # of its bytes in the file
+    start: int  # position of its first byte in the file
 
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
-        """The tensor, or its rows from ``first`` to before ``last``. Raises KronyError if the file can't be read."""
+        """The tensor, or its rows ``first:last``. Raises KronyError if the file can't be read."""
         if not self.shape:
             return self._read(self.start, self.bytes).view(self.dtype).reshape(())
         last = self.shape[0] if last is None else last
@@ -62,7 +62,7 @@ class Entry:
         return self._read(self.start + first * row, (last - first) * row).view(self.dtype).reshape(-1, *self.shape[1:])
 
     def pieces(self) -> Iterator[Tensor]:
-        """All elements in order, ``(n,)``, a few at a time."""
+        """All elements in order, as flat tensors ``(n,)`` of at most ``PIECE`` bytes."""
         count, step = math.prod(self.shape), PIECE // self.dtype.itemsize
         for begin in range(0, count, step):
             size = min(step, count - begin) * self.dtype.itemsize
@@ -86,10 +86,19 @@ class Entry:
 
 
 class Checkpoint:
-    """The tensors of a folder by name, checked against the files' sizes and each other.
+    """The tensors of a folder by name, checked against the sizes of the files.
 
-    Raises KronyError, naming the file: no weights, weights that are pickles, a damaged header, an index that names
-    missing files or such that lie outside the folder, tensors that are named and not there.
+    Raises KronyError, naming the file: there are no weights or only pickles, a header is damaged, the index names files
+    that are missing or outside the folder, or tensors that are in none of the files.
+
+    >>> import tempfile
+    >>> from safetensors.torch import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"x": torch.arange(6.0).view(3, 2)}, Path(folder) / "model.safetensors")
+    ...     entry = Checkpoint(Path(folder)).entries["x"]
+    ...     print(entry.shape, entry.bytes, entry.read(first=1))
+    (3, 2) 24 tensor([[2., 3.],
+            [4., 5.]])
     """
 
     def __init__(self, folder: Path) -> None:
@@ -131,7 +140,7 @@ class Checkpoint:
 
 
 def inside(folder: Path, name: str, *, named_by: Path | None = None) -> Path:
-    """The file of this name in ``folder``. Raises KronyError if it is missing or lies elsewhere, by name or by link."""
+    """The file of this name in ``folder``. Raises KronyError if it is missing, or lies elsewhere by name or by link."""
     by = f"{named_by} names {name!r}" if named_by else f"{folder / name}"
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
     if not name or "\0" in name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive:
@@ -146,7 +155,7 @@ def inside(folder: Path, name: str, *, named_by: Path | None = None) -> Path:
 
 
 def check_link(folder: Path, path: Path) -> None:
-    """Raises KronyError if ``path`` leads out of ``folder``; the hub's cache keeps a model's files in ``blobs``."""
+    """Raises KronyError if ``path`` leads out of ``folder``, except to the folder ``blobs`` of the hub's cache."""
     real, home = path.resolve(), folder.resolve()
     homes = [home] + ([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])
     if not any(real.is_relative_to(h) for h in homes):
@@ -167,7 +176,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> list[Entry]:
-    """The tensors that a safetensors file says it holds, in the order of their bytes. Raises KronyError."""
+    """The tensors in a safetensors file by its header, in the order of their bytes. Raises KronyError if damaged."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -206,9 +215,10 @@ def _entry(name: str, said: Any, file: Path, data: int) -> Entry:
             raise ValueError(f"{name!r} is malformed")
     if not isinstance(said["dtype"], str) or said["dtype"] not in DTYPES:
         raise ValueError(f"{name!r} has dtype {said['dtype']!r}")
-    entry = Entry(name, file, DTYPES[said["dtype"]], tuple(shape), data + (offsets[0] if offsets else 0))
+    start = data + (offsets[0] if offsets else 0)
+    entry = Entry(name=name, file=file, dtype=DTYPES[said["dtype"]], shape=tuple(shape), start=start)
     if len(offsets) != 2 or offsets[1] - offsets[0] != entry.bytes:
-        raise ValueError(f"{name!r} has other bytes than its shape and dtype say")
+        raise ValueError(f"{name!r} does not have the bytes of its shape and dtype")
     return entry
 
 
