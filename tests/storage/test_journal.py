@@ -28,7 +28,7 @@ def test_another_jobs_folder_and_a_strangers(tmp_path):
     journal = Journal(tmp_path / "out", {"seed": 0})
     journal.open()
     journal.close()
-    with pytest.raises(KronyError, match=r"out.work is left of an interrupted run with seed 0 \(now 1\)"):
+    with pytest.raises(KronyError, match=r"out.work is from a run with seed 0 \(now 1\)"):
         Journal(tmp_path / "out", {"seed": 1}).open()
     (tmp_path / "other.work").mkdir()
     (tmp_path / "other.work/notes.txt").touch()

@@ -65,8 +65,8 @@ class Journal:
         differing = differences(read_json(self._job), self.key)
         if differing:
             raise KronyError(
-                f"{self.folder} is left of an interrupted run with {differing}: give the same command again to resume "
-                "it, or remove the folder"
+                f"{self.folder} is from a run with {differing}, which was interrupted: "
+                "give the same command again to resume it, or remove the folder"
             )
         self.done = self._read()
 
