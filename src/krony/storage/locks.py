@@ -27,7 +27,7 @@ from krony.errors import KronyError, KronyWarning
 from krony.storage.paths import cannot_write, check_regular, check_text, printable
 
 WORK = ".work"  # OUT.work holds the unfinished work on OUT
-PATIENCE = 0.3  # seconds: a check takes the lock for a moment only, and a holder that ends removes the file under it
+PATIENCE = 1.0  # seconds: a check takes the lock for a moment only, and a holder that ends removes the file under it
 LONGEST_RECORD = 65_536  # bytes read of a holder's record
 LONGEST_COMMAND = 200  # characters shown of a holder's command line
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}  # a file system without locks
