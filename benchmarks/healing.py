@@ -33,8 +33,11 @@ from krony.data.calibration_set import pack
 from krony.data.python_docs import topics
 from krony.data.rows import Rows
 from krony.data.sets import join_documents, read_file
-from krony.healing.heal import heal, perplexity, validation_loss
+from krony.healing.options import HealOptions
 from krony.healing.recipes import RECIPES
+from krony.healing.report import perplexity
+from krony.healing.training import train_on_rows
+from krony.healing.validation import validation_loss
 from krony.pages import Table, lines
 from krony.runtime.hardware import machine
 from krony.storage.files import cache_folder, write_json
@@ -89,7 +92,9 @@ def measure(scheme: str | None, init: str, seed: int, rate: float, options: argp
     with tempfile.TemporaryDirectory() as work:
         small = Rows(sets["python-docs"].tokens[:LENGTH], LENGTH)  # the trainer's own, which nothing follows from
         teacher = None if scheme is None else original
-        heal(model, rows, small, work=Path(work), recipe=recipe, teacher=teacher, seed=seed, progress=watch)
+        chosen = HealOptions(seed=seed, keep_anyway=True)
+        where = {"work": Path(work), "progress": watch}
+        train_on_rows(model, rows, small, recipe=recipe, teacher=teacher, options=chosen, **where)
     params = sum(p.numel() for p in model.parameters())
     return {"scheme": scheme, "init": init, "seed": seed, "rate": rate, "params": params, "points": points}
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from krony.config import KronyConfig as KronyConfig
     from krony.data.calibration_set import calibration_set as calibration_set
     from krony.evaluation.perplexity import evaluate as evaluate
+    from krony.healing.heal import heal as heal
+    from krony.healing.options import HealOptions as HealOptions
+    from krony.healing.recipes import RECIPES as RECIPES
+    from krony.healing.recipes import Recipe as Recipe
+    from krony.healing.report import HealReport as HealReport
     from krony.kronecker.linear import KroneckerLinear as KroneckerLinear
     from krony.models.export import export_model as export_model
     from krony.models.loading import demo_model as demo_model
@@ -31,11 +36,16 @@ _HOMES = {
     "KroneckerLinear": "krony.kronecker.linear",
     "KronyConfig": "krony.config",
     "CompressionReport": "krony.compression.compress",
+    "HealOptions": "krony.healing.options",
+    "HealReport": "krony.healing.report",
+    "RECIPES": "krony.healing.recipes",
+    "Recipe": "krony.healing.recipes",
     "calibration_set": "krony.data.calibration_set",
     "compress": "krony.compression.compress",
     "demo_model": "krony.models.loading",
     "evaluate": "krony.evaluation.perplexity",
     "export_model": "krony.models.export",
+    "heal": "krony.healing.heal",
     "load_model": "krony.models.loading",
     "load_tokenizer": "krony.models.loading",
 }

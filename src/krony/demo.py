@@ -22,7 +22,10 @@ from krony.errors import KronyWarning
 from krony.evaluation import speed
 from krony.evaluation.perplexity import evaluate
 from krony.evaluation.speed import Settings, Work, alternate
-from krony.healing.heal import RECIPES, HealReport, heal
+from krony.healing.options import HealOptions
+from krony.healing.recipes import RECIPES
+from krony.healing.report import HealReport
+from krony.healing.training import train_on_rows
 from krony.models.export import slim
 from krony.models.loading import demo_model, load_tokenizer
 from krony.models.surgery import count_parameters
@@ -140,7 +143,8 @@ def _heal(
     recipe = replace(recipe, epochs=tokens / (len(train) * train.length))
     with tempfile.TemporaryDirectory() as work, warnings.catch_warnings():
         warnings.simplefilter("ignore", KronyWarning)  # the original has seen this text: more training can't better it
-        return heal(model, train, validation, work=Path(work), recipe=recipe, teacher=teacher, seed=seed)
+        options = HealOptions(seed=seed, keep_anyway=True)
+        return train_on_rows(model, train, validation, work=Path(work), recipe=recipe, teacher=teacher, options=options)
 
 
 @torch.inference_mode()

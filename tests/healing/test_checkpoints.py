@@ -1,4 +1,4 @@
-"""What a training leaves: whole checkpoints whatever happens, one plan, and nothing in the working directory."""
+"""What a run leaves: complete checkpoints whatever happens, its settings, and nothing in the working directory."""
 
 import json
 import resource
@@ -11,18 +11,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from healing_runs import TINY, heal, text
 from krony import KronyConfig, KronyError, compress, load_model
 from krony.data.rows import Rows
-from krony.healing.checkpoints import find_last, last_checkpoint, room_needed
-from krony.healing.heal import heal
-from krony.healing.recipes import Recipe
+from krony.healing.checkpoints import explain_write_errors, find_last, last_checkpoint
 from small_models import gpt2
-
-TINY = Recipe(sequences=4, batch=2, length=32, learning_rate=3e-3, final_rate=1e-4, warm_up=2, epochs=1.0)
 
 
 def rows(count: int = 44) -> tuple[Rows, Rows]:
-    return Rows((np.arange(count * 32) * 3 % 250).astype(np.uint16), 32).split(4)
+    return text(count).split(4)
 
 
 def small():
@@ -35,7 +32,7 @@ def small():
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, limit):
     """No file may grow beyond the limit from step 6 on: it hits the weights, or the optimizer's state."""
     whole = small()
-    expected = heal(whole, *rows(), work=tmp_path / "whole", recipe=TINY, device="cpu")
+    expected = heal(whole, *rows(), work=tmp_path / "whole", device="cpu")
     files = {path.name: path.stat().st_size for path in last(tmp_path / "whole").iterdir()}
     assert files["model.safetensors"] < 450_000 < files["optimizer.pt"]
 
@@ -46,14 +43,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, limit):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
 
     try:
-        with pytest.raises(KronyError, match=r"work can't be written, .*: make room, and resume .* checkpoint-5"):
-            heal(small(), *rows(), work=work, recipe=TINY, device="cpu", progress=fill)
+        with pytest.raises(KronyError, match=r"work can't be written, .*: make room, and resume from checkpoint-5"):
+            heal(small(), *rows(), work=work, device="cpu", progress=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert last(work).name == "checkpoint-5" and not (work / "checkpoint-6").exists()
 
     again = small()
-    report = heal(again, *rows(), work=work, recipe=TINY, device="cpu", resume=True)
+    report = heal(again, *rows(), work=work, device="cpu", resume=True)
     assert report.curve == expected.curve and report.validation == expected.validation
     for one, other in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -78,38 +75,38 @@ def test_half_a_checkpoint_is_none(tmp_path):
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match="size mismatch"), room_needed(tmp_path):
+    with pytest.raises(RuntimeError, match="size mismatch"), explain_write_errors(tmp_path):
         raise RuntimeError("size mismatch")
 
 
 def test_a_new_run_does_not_mix_its_checkpoints_with_an_earlier_ones(tmp_path):
-    heal(small(), *rows(), work=tmp_path, recipe=TINY, device="cpu")
+    heal(small(), *rows(), work=tmp_path, device="cpu")
     there = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(KronyError, match=r"holds checkpoint-\d+ of an earlier run: resume goes on from it"):
-        heal(small(), *rows(), work=tmp_path, recipe=TINY, device="cpu")
+    with pytest.raises(KronyError, match=r"holds checkpoint-\d+ of an earlier run: resume it, or name a new folder"):
+        heal(small(), *rows(), work=tmp_path, device="cpu")
     assert sorted(path.name for path in tmp_path.iterdir()) == there
 
 
-def test_a_resumed_run_keeps_to_its_plan(tmp_path):
-    heal(small(), *rows(), work=tmp_path, recipe=TINY, device="cpu")
+def test_a_resumed_run_keeps_its_settings(tmp_path):
+    heal(small(), *rows(), work=tmp_path, device="cpu")
     for changes, words in [
         ({"recipe": replace(TINY, learning_rate=1e-3)}, "with learning_rate 0.003, and now it is 0.001: resume with"),
         ({"freeze": "none"}, "with freeze right, and now it is none"),
         ({"seed": 1}, "with seed 0, and now it is 1"),
         ({"recipe": replace(TINY, text=0.75)}, "with text 0.0, and now it is 0.75"),
-        ({"teacher": gpt2()}, "of a run with another teacher: resume with the same"),
+        ({"teacher": gpt2()}, "belongs to a run with another teacher: resume with the same"),
     ]:
         with pytest.raises(KronyError, match=words):
             heal(small(), *rows(), work=tmp_path, resume=True, device="cpu", **({"recipe": TINY} | changes))
     other = Rows(np.zeros(44 * 32, dtype=np.uint16), 32).split(4)
     with pytest.raises(KronyError, match="with another training text"):
-        heal(small(), *other, work=tmp_path, resume=True, recipe=TINY, device="cpu")
+        heal(small(), *other, work=tmp_path, resume=True, device="cpu")
     others = gpt2(), small()  # of other shapes, and of other values alone
     with torch.no_grad():
         others[1].transformer.h[1].mlp.c_fc.weight.mul_(1.01)
     for model in others:
         with pytest.raises(KronyError, match="with another model"):
-            heal(model, *rows(), work=tmp_path, resume=True, recipe=TINY, device="cpu")
+            heal(model, *rows(), work=tmp_path, resume=True, device="cpu")
     heal(small(), *rows(), work=tmp_path, resume=True, recipe=replace(TINY, batch=4), device="cpu")  # another machine
 
 
@@ -128,11 +125,11 @@ def test_nothing_is_written_elsewhere(tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    heal(small(), *rows(), work=tmp_path / "work", recipe=TINY, device="cpu", seed=1)
-    heal(small(), *rows(), work=tmp_path / "work", recipe=TINY, device="cpu", seed=1, resume=True)
+    heal(small(), *rows(), work=tmp_path / "work", device="cpu", seed=1)
+    heal(small(), *rows(), work=tmp_path / "work", device="cpu", seed=1, resume=True)
     assert not list(here.iterdir())
     assert list((tmp_path / "work/runs").glob("events.out.tfevents.*"))
-    assert json.loads((tmp_path / "work/plan.json").read_text())["seed"] == 1
+    assert json.loads((tmp_path / "work/settings.json").read_text())["seed"] == 1
 
 
 def test_weights_and_biases_where_it_is_installed(tmp_path, monkeypatch):
@@ -141,6 +138,6 @@ def test_weights_and_biases_where_it_is_installed(tmp_path, monkeypatch):
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    heal(small(), *rows(), work=tmp_path / "work", recipe=TINY, device="cpu")
+    heal(small(), *rows(), work=tmp_path / "work", device="cpu")
     assert list((tmp_path / "work/wandb").glob("offline-run-*/*.wandb")) and wandb.run is None
     assert not list(here.iterdir())

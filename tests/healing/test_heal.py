@@ -13,22 +13,17 @@ import numpy as np
 import pytest
 import torch
 
+from healing_runs import TINY, heal, text
 from krony import KronyConfig, KronyError, compress
 from krony.data.rows import Rows
-from krony.healing import heal as healing
-from krony.healing.heal import heal
-from krony.healing.recipes import RECIPES, Recipe
+from krony.healing import training
+from krony.healing.options import DEFAULTS, HealOptions
+from krony.healing.recipes import RECIPES
 from krony.models.divergence import divergence
 from krony.models.export import slim
 from small_models import gpt2, llama
 
-TINY = Recipe(sequences=4, batch=2, length=32, learning_rate=3e-3, final_rate=1e-4, warm_up=2, epochs=1.0)
-TESTS = [str(folder) for folder in Path(__file__).parents[:2]]
-
-
-def text(rows: int = 60) -> Rows:
-    """Counting up by steps of three: something that can be learnt."""
-    return Rows((np.arange(rows * 32) * 3 % 250).astype(np.uint16), 32)
+TESTS = str(Path(__file__).parents[1])
 
 
 @pytest.fixture
@@ -46,7 +41,7 @@ def small(ids):
 def test_it_learns(small, tmp_path):
     train, validation = text().split(4)
     seen = []
-    report = heal(small, train, validation, work=tmp_path, recipe=TINY, progress=lambda *a: seen.append(a))
+    report = heal(small, train, validation, work=tmp_path, progress=lambda *a: seen.append(a))
     assert report.loss_after < report.loss_before - 0.5
     assert report.tokens == 14 * 4 * 32 and seen[-1][:2] == (14, 14) and "tokens/s" in seen[-1][2]
     assert report.curve[-1][0] <= report.tokens and report.curve[0][1] > report.curve[-1][1]
@@ -73,7 +68,7 @@ def test_it_ends_in_its_best_state(small, tmp_path):
     """The validation text is something else, so that training makes it worse and worse."""
     train, _ = text(200).split(4)
     noise = Rows(torch.randint(0, 256, (8 * 32,), generator=torch.Generator().manual_seed(3)).numpy(), 32)
-    report = heal(small, train, noise, work=tmp_path, recipe=TINY)
+    report = heal(small, train, noise, work=tmp_path)
     with torch.no_grad():
         losses = [
             float(small(input_ids=row[None], labels=row[None]).loss) for row in (noise[i]["labels"] for i in range(8))
@@ -84,12 +79,12 @@ def test_it_ends_in_its_best_state(small, tmp_path):
 
 def test_one_row_is_enough_to_validate_on(small, tmp_path):
     train, validation = text(11).split(1)
-    assert heal(small, train, validation, work=tmp_path, recipe=TINY).tokens == 2 * 4 * 32  # whole steps only
+    assert heal(small, train, validation, work=tmp_path).tokens == 2 * 4 * 32  # whole steps only
 
 
 def test_slim_is_exact_after_healing(small, ids, tmp_path):
     train, validation = text(20).split(4)
-    heal(small, train, validation, work=tmp_path, recipe=TINY, freeze="right")
+    heal(small, train, validation, work=tmp_path, freeze="right")
     expected = small(ids).logits
     torch.testing.assert_close(slim(small).model(ids).logits, expected, rtol=1e-5, atol=1e-6)
 
@@ -119,10 +114,10 @@ def test_a_teacher_is_followed(ids, tmp_path):
 def test_the_papers_recipes(small, tmp_path, monkeypatch):
     """Section 4.1: 120 sequences of 1024 a step as 5 times 24, cosine from 6e-5 to 6e-6; then 320 at 6e-6."""
     rows = Rows(np.zeros(640 * 1024, dtype=np.uint16), 1024)
-    made = healing._arguments(small, rows, RECIPES["paper"], tmp_path, False, "cpu", False, 0)
+    made = training._arguments(small, rows, RECIPES["paper"], tmp_path, HealOptions(device="cpu"))
     assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (24, 5)
     assert made.max_steps == 15 and made.lr_scheduler_kwargs == {"min_lr": 6e-6} and made.max_grad_norm == 1.0
-    made = healing._arguments(small, rows, RECIPES["paper-final"], tmp_path, False, "cpu", False, 0)
+    made = training._arguments(small, rows, RECIPES["paper-final"], tmp_path, HealOptions(device="cpu"))
     assert made.per_device_train_batch_size * made.gradient_accumulation_steps == 320
     assert made.lr_scheduler_type == "constant_with_warmup" and made.warmup_steps == 0 and made.learning_rate == 6e-6
 
@@ -151,21 +146,21 @@ def test_mistakes(small, tmp_path, changes, words):
     ("processes", "batch", "at_once", "times"), [(1, 24, 24, 5), (2, 24, 20, 3), (8, 24, 15, 1), (1, 7, 6, 20)]
 )
 def test_any_number_of_processes_shares_a_step(small, tmp_path, monkeypatch, processes, batch, at_once, times):
-    monkeypatch.setattr(healing.distributed, "count", lambda: processes)
+    monkeypatch.setattr(training.distributed, "count", lambda: processes)
     rows = Rows(np.zeros(120 * 32, dtype=np.uint16), 32)
     recipe = replace(RECIPES["paper"], batch=batch)
-    made = healing._arguments(small, rows, recipe, tmp_path, False, "cpu", False, 0)
+    made = training._arguments(small, rows, recipe, tmp_path, HealOptions(device="cpu"))
     assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (at_once, times)
-    monkeypatch.setattr(healing.distributed, "count", lambda: 7)
-    with pytest.raises(KronyError, match="120 sequences a step can't be shared by 7 processes"):
-        healing.check(small, Rows(np.zeros(120 * 32), 32), rows, recipe, None, "right")
+    monkeypatch.setattr(training.distributed, "count", lambda: 7)
+    with pytest.raises(KronyError, match="120 sequences per step can't be shared by 7 processes"):
+        training.check_run(small, Rows(np.zeros(120 * 32), 32), rows, recipe=recipe, teacher=None, options=DEFAULTS)
 
 
 def test_a_dense_model_has_no_factors_to_train_alone(tmp_path):
     train, validation = text(20).split(4)
     with pytest.raises(KronyError, match="leaves a dense model nothing to train"):
-        heal(llama(), train, validation, work=tmp_path, recipe=TINY, freeze="inherited")
-    assert heal(llama(), train, validation, work=tmp_path, recipe=TINY).loss_after > 0  # the control
+        heal(llama(), train, validation, work=tmp_path, freeze="inherited")
+    assert heal(llama(), train, validation, work=tmp_path).loss_after > 0  # the control
 
 
 def test_a_loss_that_is_no_number_stops_it(small, tmp_path):
@@ -178,7 +173,7 @@ def curve_of(tmp_path, name, **options):
     """The losses and the end of a run in float64."""
     model = gpt2().double()
     compress(model, KronyConfig("keep=0.5", init="van-loan"))
-    report = heal(model, *text(20).split(4), work=tmp_path / name, recipe=TINY, device="cpu", **options)
+    report = heal(model, *text(20).split(4), work=tmp_path / name, device="cpu", **options)
     return report.curve, list(model.parameters())
 
 
@@ -209,19 +204,17 @@ def test_compiled_it_learns_the_same(tmp_path):
 
 WORKER = """
 import sys, torch
-sys.path[:0] = {tests!r}
+sys.path.insert(0, {tests!r})
 from krony import KronyConfig, compress
-from krony.healing import heal as healing
+from krony.healing import training, validation
 from krony.runtime import distributed
-from test_heal import TINY, text
+from healing_runs import TINY, heal, text
 from small_models import gpt2
-healing.fast_dtype = lambda _: torch.float32
+training.fast_dtype = validation.fast_dtype = lambda _: torch.float32
 device = distributed.init()
 model = gpt2(attn_pdrop=0.1).to({dtype})
 compress(model, KronyConfig("keep=0.5", init="van-loan"))
-train, validation = text({rows}).split(4)
-report = healing.heal(model, train, validation, work=__import__("pathlib").Path({work!r}), recipe=TINY, device="cpu",
-                      resume={resume})
+report = heal(model, *text({rows}).split(4), work=__import__("pathlib").Path({work!r}), device="cpu", resume={resume})
 if distributed.is_first():
     torch.save((report.curve, list(model.state_dict().values())), {out!r})
 """
@@ -255,7 +248,7 @@ def test_shards_are_refused(small, tmp_path, monkeypatch):
     """accelerate would quietly run without them on processors."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(KronyError, match=r"shares rows among processes, not weights: launch without FSDP"):
-        heal(small, *text(20).split(4), work=tmp_path, recipe=TINY)
+        heal(small, *text(20).split(4), work=tmp_path)
 
 
 def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):

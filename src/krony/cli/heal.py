@@ -1,225 +1,244 @@
-"""``krony heal``: train a compressed model on."""
+"""``krony heal``: train a compressed model."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from krony.cli.options import Dtype, Json, Model, Out, Seed
-from krony.cli.output import Output, complain, quiet_libraries
-from krony.errors import KronyError
+from krony.cli.expand import Changes, expand
+from krony.cli.options import Dtype, Json, Model, Out
+from krony.cli.output import Output, quiet_libraries
+from krony.errors import KronyError, PromiseError
+from krony.healing.options import HealOptions
+from krony.healing.recipes import Recipe, default_freeze, find_recipe
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from krony.data.rows import Rows
-    from krony.healing.recipes import Recipe
+    from krony.healing.report import HealReport
 
-VALIDATION_ROWS = 16  # of the text itself, at most, where --val names none
-HOW, TAUGHT, MACHINE = "The recipe, changed", "With a teacher", "Memory and speed"
+NO_OPTIONS = ("final_rate", "evaluations", "patience")
 
 
+@expand
 def run(
     model: Model,
     out: Out,
+    *,
     data: Annotated[
         str, typer.Option(metavar="TEXT", help="A text or jsonl file, a .bin, python-docs, or a set on the hub.")
     ],
     val: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What to stop by.", show_default="the last rows of --data")
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Text that chooses the best state; python-docs is its held-out part.",
+            show_default="documents held out of --data",
+        ),
     ] = None,
     recipe: Annotated[
         str, typer.Option(help="quick, or the paper's: paper, paper-small (4 epochs), paper-final.")
     ] = "quick",
     teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The original: learn to say what it says.")
+        str | None, typer.Option(metavar="MODEL", help="The original: learn to predict as it does.")
     ] = None,
     control: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The original: train it as long on the text, to compare with.")
-    ] = None,
-    freeze: Annotated[
         str | None,
-        typer.Option(
-            help="What stays: right, inherited, scalars, embeddings, several with commas, or none.",
-            show_default="right; none for the paper's recipes",
-        ),
+        typer.Option(metavar="MODEL", help="The original: train it too, on the same text, to compare with."),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Take the first N tokens of --data.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.", rich_help_panel=HOW)] = None,
-    sequences: Annotated[int | None, typer.Option(help="Rows a step.", rich_help_panel=HOW)] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens a row.", rich_help_panel=HOW)] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="The highest.", rich_help_panel=HOW)] = None,
-    factor_learning_rate: Annotated[
-        float | None, typer.Option(help="For factors and scalars alone.", rich_help_panel=HOW)
-    ] = None,
-    inherited_learning_rate: Annotated[
-        float | None, typer.Option(help="For all else alone.", rich_help_panel=HOW)
-    ] = None,
-    warm_up: Annotated[int | None, typer.Option(help="Steps.", rich_help_panel=HOW)] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of the factors.", rich_help_panel=HOW)] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Softens both distributions.", rich_help_panel=TAUGHT)
-    ] = None,
-    text: Annotated[
-        float | None, typer.Option(help="Share of the loss that is the text's own, 0 to 1.", rich_help_panel=TAUGHT)
-    ] = None,
-    hidden: Annotated[
-        float | None,
-        typer.Option(help="Weight of the distance between the hidden states.", rich_help_panel=TAUGHT),
-    ] = None,
-    batch: Annotated[
         int | None,
-        typer.Option(help="Rows at once on one device, at most.", rich_help_panel=MACHINE),
+        typer.Option(min=1, metavar="N", help="Take the first N tokens of --data, and of --val at most a tenth."),
     ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option(help="Less memory, more time.", rich_help_panel=MACHINE)
-    ] = False,
-    compile: Annotated[bool, typer.Option(help="torch.compile the model.", rich_help_panel=MACHINE)] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu or cuda.", show_default="cuda where there is one", rich_help_panel=MACHINE),
-    ] = None,
+    changes: Annotated[dict, Changes(Recipe, leave_out=("final_rate", "evaluations", "patience"))],
+    options: HealOptions,
     dtype: Dtype = "auto",
-    seed: Seed = 0,
     json_to: Json = None,
 ) -> None:
-    """Train MODEL on, and write the state of lowest validation loss to OUT.
+    """Train MODEL, and write its state of lowest validation loss to OUT.
 
-    Runs unchanged under torchrun and accelerate launch. Checkpoints and TensorBoard's log are in OUT.work meanwhile.
+    Runs unchanged under torchrun and accelerate launch. Meanwhile checkpoints and TensorBoard's log are in OUT.work.
+    If no trained state is better than MODEL, OUT is not written and the exit code is 1.
     """
     to = Output(json_to, out)
-    from krony.compression.model_card import healed_card, healed_table
-    from krony.data.rows import load_rows
-    from krony.healing.checkpoints import find_last, keep_logs, last_checkpoint, room_needed
-    from krony.healing.heal import check, heal, perplexity, training_device, validation_loss
-    from krony.models.loading import context_length, load_model, load_tokenizer, save
+    plain = _changed_recipe(recipe, changes, teacher)
+    if options.freeze is None:
+        options = replace(options, freeze=default_freeze(recipe))
+    job = _Job(
+        to=to, model=model, out=out, teacher=teacher, control=control, dtype=dtype, recipe=recipe, options=options
+    )
+    from krony.healing.text import Reader, load_text
+    from krony.healing.training import training_device
     from krony.runtime import distributed
-    from krony.storage.files import check_writable, fresh_folder
+    from krony.runtime.signals import interruptible
+    from krony.storage.locks import working_in
 
     quiet_libraries()
-    changes = {
-        "epochs": epochs,
-        "sequences": sequences,
-        "length": length,
-        "learning_rate": learning_rate,
-        "factor_rate": factor_learning_rate,
-        "inherited_rate": inherited_learning_rate,
-        "warm_up": warm_up,
-        "weight_decay": weight_decay,
-        "temperature": temperature,
-        "text": text,
-        "hidden": hidden,
-        "batch": batch,
-    }
-    plan = _plan(recipe, changes)
-    if teacher is None and (temperature is not None or text is not None or hidden is not None):
-        raise KronyError("--temperature, --text and --hidden are of learning from a teacher: name it with --teacher")
-    distributed.init(training_device(device))
-    work = out.with_name(f"{out.name}.work")
-    if distributed.is_first():
-        check_writable(out)
-        if work.exists() and not resume:
-            raise KronyError(f"{work} is of a run that did not end: --resume goes on from it, or remove it")
-    if resume and work.is_dir() and find_last(work) is None:
-        to.say(f"{work} holds no checkpoint yet: from the beginning")
-        resume = False
-    elif resume:
-        last_checkpoint(work)
-    if control is not None:
-        load_model(control, dtype=dtype)  # what is wrong with it is found now, not after the training
-    loaded, tokenizer = load_model(model, dtype=dtype), load_tokenizer(model)
-    plan = replace(plan, length=min(plan.length, length or context_length(loaded)))
-    plan = replace(plan, batch=min(plan.batch, plan.sequences))
-    known = loaded.get_input_embeddings().weight.shape[0]
-    train = load_rows(data, tokenizer, length=plan.length, vocabulary=known, max_tokens=max_tokens)
-    if val is None:
-        train, validation = train.split(max(1, min(VALIDATION_ROWS, len(train) // 20)))
-    else:
-        validation = load_rows(val, tokenizer, length=plan.length, vocabulary=known)
-    original = None if teacher is None else load_model(teacher, dtype=dtype)
-    frozen = freeze or ("right" if recipe == "quick" else "none")
-    check(loaded, train, validation, plan, original, frozen)
-    to.say(f"{len(train) * plan.length:,} tokens to train on, {len(validation) * plan.length:,} to stop by")
-    options: dict[str, Any] = {
-        "recipe": plan,
-        "tokenizer": tokenizer,
-        "gradient_checkpointing": gradient_checkpointing,
-        "compile": compile,
-        "device": device,
-        "seed": seed,
-    }
-    with to.progress() as progress, _resumable(work):
-        options["progress"] = progress
-        report = heal(loaded, train, validation, work=work, teacher=original, freeze=frozen, resume=resume, **options)
-        figures = {"model": model, "teacher": teacher, "recipe": recipe, "freeze": frozen} | report.to_json()
-        if control is not None:
-            alike = _control(control, train, validation, work / "control", frozen, dtype, resume, options)
-            figures |= {"perplexity_original": alike["perplexity_before"], "control": {"model": control} | alike}
-        elif original is not None:
-            figures["perplexity_original"] = perplexity(validation_loss(original, validation))
-    if not distributed.is_first():
-        return
-    with room_needed(out), fresh_folder(out) as folder:
-        save(loaded, folder, source=model)
-        (folder / "README.md").write_text(healed_card(model, figures), encoding="utf-8")
-        keep_logs(work, folder)
-        if control is not None:
-            keep_logs(work / "control", folder / "control")
-    shutil.rmtree(work)
-    table = healed_table(figures)
-    to.table(table.columns, table.rows)
+    distributed.init(training_device(options.device))
+    with interruptible(job.how_to_resume), working_in(out) if distributed.is_first() else nullcontext():
+        job.resume_or_start()
+        models = job.load_models()
+        plain = _fitted(plain, models.model, changes)
+        reader = Reader.of(models.model, models.tokenizer, plain.length)
+        train, validation = load_text(data, val, reader, max_tokens=max_tokens)
+        report, figures = job.train(models, train, validation, plain)
+        if not distributed.is_first():
+            return
+        job.show(figures)
+        if not (report.improved or options.keep_anyway):
+            raise PromiseError(job.not_kept(report, figures))
+        job.write(models.model, figures)
     to.say(f"{report.tokens:,} tokens in {report.seconds:,.0f} s -> {out}")
     to.json(figures)
 
 
-@contextmanager
-def _resumable(work: Path) -> Iterator[None]:
-    """Says after Ctrl-C how to go on."""
-    from krony.healing.checkpoints import find_last
+@dataclass(frozen=True)
+class _Models:
+    """What is loaded: the model to train, its tokenizer, and the teacher."""
 
-    try:
-        yield
-    except KeyboardInterrupt:
-        if find_last(work) is not None:
-            complain(
-                f"{work} holds the last checkpoint: the same command goes on from there with --resume", kind="stopped"
-            )
-        elif work.exists():
-            complain(f"{work} holds no checkpoint yet: remove it, or start over with --resume", kind="stopped")
-        raise
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    teacher: PreTrainedModel | None
 
 
-def _plan(name: str, changes: dict[str, Any]) -> Recipe:
-    """The recipe of this name with the changes that are not None; the final rate follows the highest."""
-    from krony.healing.recipes import RECIPES
+@dataclass(kw_only=True)
+class _Job:
+    """One call of the verb: the names it was given, and its steps."""
 
-    if name not in RECIPES:
-        raise KronyError(f"recipe {name!r} is unknown: it is one of {', '.join(RECIPES)}")
-    known, changes = RECIPES[name], {key: value for key, value in changes.items() if value is not None}
-    if "learning_rate" in changes:
-        changes["final_rate"] = known.final_rate / known.learning_rate * changes["learning_rate"]
-    if "sequences" in changes:
-        changes.setdefault("batch", min(known.batch, changes["sequences"]))
-    return replace(known, **changes)
+    to: Output
+    model: str
+    out: Path
+    teacher: str | None
+    control: str | None
+    dtype: str
+    recipe: str
+    options: HealOptions
+
+    @property
+    def work(self) -> Path:
+        """The folder for checkpoints and logs."""
+        return self.out.with_name(f"{self.out.name}.work")
+
+    def resume_or_start(self) -> None:
+        """Finds out where to continue. Raises KronyError where OUT can't be written or belongs to another run."""
+        from krony.healing.checkpoints import find_last, last_checkpoint
+        from krony.runtime import distributed
+        from krony.storage.files import check_writable
+
+        if distributed.is_first():
+            check_writable(self.out)
+            if self.work.exists() and not self.options.resume:
+                raise KronyError(
+                    f"{self.work} belongs to a run that did not finish: --resume continues it, or remove it"
+                )
+        if self.options.resume and self.work.is_dir() and find_last(self.work) is None:
+            self.to.say(f"{self.work} holds no checkpoint yet: starting from the beginning")
+            self.options = replace(self.options, resume=False)
+        elif self.options.resume:
+            last_checkpoint(self.work)
+
+    def load_models(self) -> _Models:
+        """Loads what is trained and what teaches it; the control only to see whether it loads. Raises KronyError."""
+        from krony.models.loading import load_model, load_tokenizer
+
+        if self.control is not None:
+            load_model(self.control, dtype=self.dtype)
+        model, tokenizer = load_model(self.model, dtype=self.dtype), load_tokenizer(self.model)
+        teacher = None if self.teacher is None else load_model(self.teacher, dtype=self.dtype)
+        return _Models(model, tokenizer, teacher)
+
+    def train(
+        self, models: _Models, train: Rows, validation: Rows, recipe: Recipe
+    ) -> tuple[HealReport, dict[str, Any]]:
+        """Trains the model and the control, and gives the model's report and the figures of all."""
+        from krony.healing.control import train_control
+        from krony.healing.report import perplexity
+        from krony.healing.training import check_run, train_on_rows
+        from krony.healing.validation import validation_loss
+        from krony.models.loading import load_model
+
+        check_run(models.model, train, validation, recipe=recipe, teacher=models.teacher, options=self.options)
+        tokens = [f"{len(rows) * rows.length:,}" for rows in (train, validation)]
+        self.to.say(f"{tokens[0]} tokens to train on, {tokens[1]} to validate on")
+        common: dict[str, Any] = {"recipe": recipe, "tokenizer": models.tokenizer, "options": self.options}
+        with self.to.progress() as progress:
+            common["progress"] = progress
+            report = train_on_rows(models.model, train, validation, work=self.work, teacher=models.teacher, **common)
+            names = {"model": self.model, "teacher": self.teacher, "recipe": self.recipe, "freeze": self.options.freeze}
+            figures = names | report.to_json()
+            if self.control is not None:
+                dense = load_model(self.control, dtype=self.dtype)
+                compared = train_control(dense, train, validation, work=self.work / "control", **common).to_json()
+                figures["perplexity_original"] = compared["perplexity_before"]
+                figures["control"] = {"model": self.control} | compared
+            elif models.teacher is not None:
+                figures["perplexity_original"] = perplexity(validation_loss(models.teacher, validation))
+        return report, figures
+
+    def show(self, figures: dict[str, Any]) -> None:
+        """Prints the perplexities."""
+        from krony.compression.model_card import healed_table
+
+        table = healed_table(figures | {"perplexity_after": figures["perplexity_trained"]})
+        self.to.table(table.columns, table.rows)
+
+    def not_kept(self, report: HealReport, figures: dict[str, Any]) -> str:
+        """Writes the figures, and says why OUT is not written and how it could be."""
+        from krony.storage.files import write_json
+
+        file = Path(self.to.json_to or "-")
+        if file.parent.resolve() == self.out.resolve():
+            write_json(self.work / file.name, figures)  # the folder that they were to go to isn't written
+        else:
+            self.to.json(figures)
+        return (
+            f"{report.no_gain('the model')}. {self.out} was not written; {self.work} holds the checkpoints: remove it "
+            "to train again, or run the same command with --resume --keep-anyway to write OUT all the same"
+        )
+
+    def write(self, model: PreTrainedModel, figures: dict[str, Any]) -> None:
+        """Writes OUT with its card and logs, and removes the work folder."""
+        from krony.compression.model_card import healed_card
+        from krony.healing.checkpoints import explain_write_errors, keep_logs
+        from krony.models.loading import save
+        from krony.storage.files import fresh_folder
+
+        with explain_write_errors(self.out), fresh_folder(self.out) as folder:
+            save(model, folder, source=self.model)
+            (folder / "README.md").write_text(healed_card(self.model, figures), encoding="utf-8")
+            keep_logs(self.work, folder)
+            if self.control is not None:
+                keep_logs(self.work / "control", folder / "control")
+        shutil.rmtree(self.work)
+
+    def how_to_resume(self) -> str:
+        """What is left after an interruption, and how to continue."""
+        from krony.healing.checkpoints import find_last
+
+        if not self.work.exists():
+            return "nothing was written"
+        last = find_last(self.work)
+        if last is None:
+            return f"{self.work} holds no checkpoint yet: remove it, or start over with --resume"
+        return f"{last} is the last checkpoint: the same command with --resume continues from there"
 
 
-def _control(
-    name: str, train: Rows, validation: Rows, work: Path, frozen: str, dtype: str, resume: bool, options: dict[str, Any]
-) -> dict:
-    """The figures of the dense original, trained alike on the text itself: it has nothing to learn from itself."""
-    from krony.healing.checkpoints import find_last
-    from krony.healing.heal import heal
-    from krony.models.loading import load_model
+def _changed_recipe(name: str, changes: dict[str, Any], teacher: str | None) -> Recipe:
+    """The named recipe with the changes of the command line. Raises KronyError."""
+    taught = [f"--{key}" for key in ("temperature", "text", "hidden") if key in changes]
+    if teacher is None and taught:
+        raise KronyError(f"{', '.join(taught)} works with a teacher: name it with --teacher")
+    return find_recipe(name).changed(**changes)
 
-    freeze = "embeddings" if "embeddings" in frozen.split(",") else "none"
-    model = load_model(name, dtype=dtype)
-    again = resume and find_last(work) is not None  # it may have been stopped before its first checkpoint
-    report = heal(model, train, validation, work=work, freeze=freeze, resume=again, **options)
-    return report.to_json()
+
+def _fitted(recipe: Recipe, model: PreTrainedModel, changes: dict[str, Any]) -> Recipe:
+    """The recipe with rows that the model can take, unless their length was given."""
+    from krony.models.loading import context_length
+
+    return recipe if "length" in changes else replace(recipe, length=min(recipe.length, context_length(model)))

@@ -1,4 +1,4 @@
-"""What a training leaves on its way: whole checkpoints, a plan to hold a resumed run to, logs; and a full disk."""
+"""What a run writes to its work folder: checkpoints, its settings, logs; and what happens when the disk is full."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from transformers import TrainerCallback
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from krony.errors import KronyError
 from krony.runtime import distributed
 from krony.storage.files import write_json
+from krony.storage.tensor_files import read_json
 
-PRINTS = "fingerprints"  # in a plan: of what is too large to be kept there
-LOGS = ("runs", "wandb")  # folders in the work folder: TensorBoard's log, and Weights & Biases'
+FINGERPRINTS = "fingerprints"  # in the settings: checksums of the model and the text
+START = "start.safetensors"  # in the work folder: the parameters before training
+LOGS = ("runs", "wandb")  # folders in the work folder: TensorBoard's log, and that of Weights & Biases
 
 
 def last_checkpoint(work: Path) -> str:
-    """The folder of the last whole checkpoint in ``work``. Raises KronyError if there is none."""
+    """The folder of the last complete checkpoint in ``work``. Raises KronyError if there is none."""
     last = find_last(work)
     if last is None:
         raise KronyError(f"{work} holds no checkpoint: there is nothing to resume")
@@ -32,52 +36,73 @@ def last_checkpoint(work: Path) -> str:
 
 
 def find_last(work: Path) -> Path | None:
-    """The folder of the last checkpoint in ``work`` that was written to its end."""
-    whole = [folder for folder in _checkpoints(work) if _is_whole(folder)]
-    return max(whole, key=_step, default=None)
+    """The folder of the last complete checkpoint in ``work``, or None."""
+    complete = [folder for folder in _checkpoints(work) if _is_complete(folder)]
+    return max(complete, key=_step, default=None)
 
 
-def keep_plan(work: Path, plan: dict[str, Any], *, resume: bool) -> None:
-    """Notes what a run was started with, or holds a resumed one to it. Raises KronyError where they differ, or where
-    a new run would find another's checkpoints.
+def hold_to_settings(work: Path, settings: dict[str, Any], *, resume: bool) -> None:
+    """Writes down the settings of a new run, or checks that a resumed run has those it was started with.
+
+    Raises KronyError where they differ, or where a new run would find the checkpoints of an earlier one.
     """
-    file = work / "plan.json"
+    file = work / "settings.json"
     if not resume:
         if last := find_last(work):
-            raise KronyError(
-                f"{work} holds {last.name} of an earlier run: resume goes on from it, or name a new folder"
-            )
+            raise KronyError(f"{work} holds {last.name} of an earlier run: resume it, or name a new folder")
         if distributed.is_first():
             work.mkdir(parents=True, exist_ok=True)
-            write_json(file, plan)
+            write_json(file, settings)
         return
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else plan
-    for key, value in plan[PRINTS].items():
-        if before.get(PRINTS, {}).get(key) != value:
-            raise KronyError(f"{work} is of a run with another {key}: resume with the same")
-    for key, value in plan.items():
+    before = read_json(file) if file.is_file() else settings
+    for key, value in settings[FINGERPRINTS].items():
+        if before.get(FINGERPRINTS, {}).get(key) != value:
+            raise KronyError(f"{work} belongs to a run with another {key}: resume with the same")
+    for key, value in settings.items():
         if before.get(key) != value:
             raise KronyError(
-                f"{work} is of a run with {key} {before.get(key)}, and now it is {value}: resume with the same options"
+                f"{work} belongs to a run with {key} {_shown(before.get(key))}, and now it is {_shown(value)}: resume "
+                "with the same options"
             )
+
+
+def _shown(value: Any) -> Any:
+    """A setting in a sentence: a list as its words."""
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else value
+
+
+def save_start(model: PreTrainedModel, work: Path) -> None:
+    """Writes the trainable parameters of ``model``, in its dtype, so that a run can give them back."""
+    if distributed.is_first():
+        state = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        save_file(state, work / START)
+
+
+def restore_start(model: PreTrainedModel, work: Path) -> None:
+    """Gives the parameters of ``model`` the values that ``save_start`` wrote."""
+    saved, parameters = load_file(work / START), dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in saved.items():
+            parameters[name].copy_(value)
 
 
 @contextmanager
-def room_needed(folder: Path) -> Iterator[None]:
-    """Turns a full disk, and what else can go wrong in writing to ``folder``, into one sentence; half of a checkpoint
-    is removed, and the last whole one stays.
+def explain_write_errors(folder: Path) -> Iterator[None]:
+    """Turns a full disk, and whatever else goes wrong in writing to ``folder``, into one sentence (KronyError).
+
+    An incomplete checkpoint is removed, and the last complete one stays.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = _reason(error)
+        reason = _why_not_written(error)
         if reason is None:
             raise
         for checkpoint in _checkpoints(folder):
-            if not _is_whole(checkpoint) and distributed.is_first():
+            if not _is_complete(checkpoint) and distributed.is_first():
                 shutil.rmtree(checkpoint, ignore_errors=True)
         last = find_last(folder)
-        then = "" if last is None else f": make room, and resume goes on from {last.name}"
+        then = "" if last is None else f": make room, and resume from {last.name}"
         raise KronyError(f"{folder} can't be written, {reason}{then}") from error
 
 
@@ -85,8 +110,8 @@ def room_needed(folder: Path) -> Iterator[None]:
 def loggers(work: Path) -> Iterator[list[TrainerCallback]]:
     """TensorBoard always, Weights & Biases where it is installed and set up; both write to ``work`` alone.
 
-    By default they would write to the working directory: the one when it logs before the training begins, the other
-    always. A run of Weights & Biases that the caller has begun is used, and left open.
+    By default Weights & Biases writes to the working directory, and so does TensorBoard when it logs before training
+    begins. A run of Weights & Biases that the caller has started is used, and left open.
     """
     board = TensorBoardCallback()
     board.logging_dir = board.logging_dir or str(work / "runs")
@@ -108,7 +133,7 @@ def loggers(work: Path) -> Iterator[list[TrainerCallback]]:
 
 
 def _wandb_is_set_up() -> bool:
-    """Whether it is installed, and somebody has logged in or said what to do without."""
+    """Whether it is installed, and somebody has logged in or set its mode."""
     from transformers.integrations import is_wandb_available
 
     if not is_wandb_available():
@@ -133,8 +158,8 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether Trainer came to its end: it writes its state last."""
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether everything was written: Trainer writes its state last."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -142,13 +167,13 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _reason(error: Exception) -> str | None:
+def _why_not_written(error: Exception) -> str | None:
     """Why something couldn't be written, or None where the error is about something else."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     text = str(error)
     if isinstance(error, SafetensorError):
         return text.rpartition("error: ")[2] if "I/O error" in text or "os error" in text else None
-    # torch's words when a file can't grow; they don't say why
+    # torch's messages when a file can't grow; they don't say why
     writing = any(words in text for words in ("PytorchStreamWriter failed", "iostream error", "inline_container"))
     return "the disk is full or its quota is used up" if writing else None

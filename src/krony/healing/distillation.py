@@ -1,7 +1,7 @@
-"""Learning from the original: how far the student's words and hidden states are from the teacher's.
+"""Learning from the original: how far the student's predictions and hidden states are from the teacher's.
 
-Hinton et al. 2015 for the words; the hidden states as in DistilBERT and TinyBERT, but relative to their own size, so
-that neither a layer nor a token of large activations speaks for all.
+Predictions as in Hinton et al. 2015. Hidden states as in DistilBERT and TinyBERT, but relative to their own size, so
+that no layer or token with large activations dominates the loss.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from krony.models.divergence import at_least_float32, divergence
 
 
 def distil(outputs: ModelOutput, wanted: ModelOutput, ids: Tensor, recipe: Recipe) -> Tensor:
-    """The loss of a student that is taught, a scalar.
+    """The loss of a student with a teacher, a scalar.
 
     Args:
-        outputs: what the student's forward pass gave for ``ids``; with ``hidden_states`` if ``recipe.hidden``.
-        wanted: what the teacher's gave.
+        outputs: output of the student's forward pass on ``ids``; with ``hidden_states`` if ``recipe.hidden``.
+        wanted: output of the teacher's.
         ids: token ids ``(batch, length)``.
     """
     loss = (1 - recipe.text) * divergence(outputs.logits, wanted.logits, recipe.temperature)
@@ -46,12 +46,11 @@ def distance(states: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
 
 
 def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, recipe: Recipe) -> None:
-    """Raises KronyError unless ``teacher`` can teach ``model`` by this recipe."""
+    """Raises KronyError unless ``teacher`` fits ``model`` and the recipe."""
     ours, theirs = model.config.get_text_config(), teacher.config.get_text_config()
     if theirs.vocab_size != ours.vocab_size:
         raise KronyError(
-            f"the teacher knows {theirs.vocab_size} tokens and the model {ours.vocab_size}: "
-            "it is no model of the same kind"
+            f"the teacher knows {theirs.vocab_size} tokens and the model {ours.vocab_size}: take the model's original"
         )
     sizes = [(config.num_hidden_layers, config.hidden_size) for config in (ours, theirs)]
     if recipe.hidden and sizes[0] != sizes[1]:

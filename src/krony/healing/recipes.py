@@ -3,50 +3,66 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from krony.errors import KronyError
+from krony.options import option
 
 EVALUATIONS = 10
+CHANGES, TAUGHT, MACHINE = "The recipe, changed", "With a teacher", "Memory and speed"  # headings of ``--help``
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train.
+    """How to train: step size, schedule and loss.
 
     Attributes:
-        sequences: rows a step, over all processes and accumulation steps.
-        batch: rows at once on one device at most; the rest is accumulated.
-        length: tokens a row.
-        learning_rate: the highest; a cosine leads to ``final_rate``, or it is constant if they are equal.
-        warm_up: steps, at most a fifth of all.
-        epochs: passes over the data.
-        evaluations: of the validation loss, spread over the run; a checkpoint goes with each.
-        patience: evaluations without a gain before it stops. A short run needs its last, small steps, so that it has
-            as much patience as there are evaluations; the best state is kept in any case.
-        weight_decay: of the factors; nothing else decays. 0.1 is the published code's.
-        factor_rate: the highest rate of factors and scalars, where it is not ``learning_rate``.
-        inherited_rate: the highest rate of what was inherited, where it is not ``learning_rate``.
-        temperature: with a teacher, both distributions are softened by it before they are compared.
-        text: with a teacher, the share of the loss that is the cross-entropy with the text itself, 0 to 1.
-        hidden: with a teacher, the weight of the distance between both models' hidden states.
+        epochs: passes over the training text.
+        sequences: rows per step, over all processes and accumulation steps.
+        length: tokens per row.
+        learning_rate: the highest learning rate. A cosine leads from it to ``final_rate``; it is constant if the two
+            are equal.
+        final_rate: the learning rate of the last step.
+        factor_rate: the highest learning rate of factors and scalars; None for ``learning_rate``.
+        inherited_rate: the highest learning rate of all other parameters; None for ``learning_rate``.
+        warm_up: steps over which the learning rate rises, at most a fifth of all steps.
+        weight_decay: decay of the factors; nothing else decays. 0.1 is the published code's.
+        temperature: with a teacher, softens both distributions before they are compared.
+        text: with a teacher, the share of the loss that is the cross-entropy with the text itself, from 0 to 1.
+        hidden: with a teacher, the weight of the distance between the hidden states of both models.
+        batch: at most so many rows at once on one device; gradients of the others are accumulated.
+        evaluations: how often the validation loss is measured during the run; each time a checkpoint is saved.
+        patience: evaluations without a gain after which training stops. A short run needs its last, small steps, so
+            its patience equals its evaluations; the best state is kept in any case.
+
+    Raises:
+        KronyError: a value that is out of range.
+
+    Example:
+        >>> Recipe(learning_rate=1e-3, sequences=4).length
+        512
     """
 
-    sequences: int
-    batch: int
-    length: int
-    learning_rate: float
-    final_rate: float
-    warm_up: int
-    epochs: float
-    patience: int = 3
+    epochs: float = option(1.0, "Passes over the training text.", panel=CHANGES)
+    sequences: int = option(2, "Rows per step.", panel=CHANGES)
+    length: int = option(512, "Tokens per row.", panel=CHANGES)
+    learning_rate: float = option(3e-4, "The highest learning rate.", panel=CHANGES)
+    factor_rate: float | None = option(
+        None, "The highest for factors and scalars.", flag="factor-learning-rate", panel=CHANGES
+    )
+    inherited_rate: float | None = option(
+        None, "The highest for all other parameters.", flag="inherited-learning-rate", panel=CHANGES
+    )
+    warm_up: int = option(50, "Steps until the learning rate is at its highest.", panel=CHANGES)
+    weight_decay: float = option(0.1, "Decay of the factors.", panel=CHANGES)
+    temperature: float = option(1.0, "Softens both distributions.", panel=TAUGHT)
+    text: float = option(0.0, "Share of the loss on the text itself, from 0 to 1.", panel=TAUGHT)
+    hidden: float = option(0.0, "Weight of the distance between the hidden states.", panel=TAUGHT)
+    batch: int = option(2, "At most N rows at once on one device.", metavar="N", panel=MACHINE)
+    final_rate: float = 3e-6
     evaluations: int = EVALUATIONS
-    weight_decay: float = 0.1
-    factor_rate: float | None = None
-    inherited_rate: float | None = None
-    temperature: float = 1.0
-    text: float = 0.0
-    hidden: float = 0.0
+    patience: int = 3
 
     def __post_init__(self) -> None:
         for name in ("sequences", "batch", "length", "evaluations", "patience"):
@@ -62,11 +78,42 @@ class Recipe:
         if not 0 <= self.text <= 1:
             raise KronyError(f"text is {self.text}: it is a share, from 0 to 1")
 
+    def changed(self, **changes: Any) -> Recipe:
+        """This recipe with other values.
 
+        The final learning rate keeps its ratio to the highest one, and a batch is at most a step, unless they are
+        given too. Raises KronyError for a value that is out of range.
+
+        >>> f"{RECIPES['quick'].changed(learning_rate=1e-3).final_rate:.0e}"
+        '1e-05'
+        """
+        if "learning_rate" in changes:
+            changes.setdefault("final_rate", self.final_rate / self.learning_rate * changes["learning_rate"])
+        if "sequences" in changes:
+            changes.setdefault("batch", min(self.batch, changes["sequences"]))
+        return replace(self, **changes)
+
+
+_PAPER = Recipe(
+    sequences=120, batch=24, length=1024, learning_rate=6e-5, final_rate=6e-6, warm_up=500, epochs=3.0
+)  # a step is 5 accumulated batches of 24 rows
 RECIPES = {
-    # small steps, many of them
-    "quick": Recipe(2, 2, 512, 3e-4, 3e-6, 50, 1.0, patience=EVALUATIONS, text=0.25),
-    "paper": Recipe(120, 24, 1024, 6e-5, 6e-6, 500, 3.0),  # 5 accumulation steps of 24 sequences
-    "paper-small": Recipe(120, 24, 1024, 6e-5, 6e-6, 500, 4.0),  # 4 epochs for the smaller models
-    "paper-final": Recipe(320, 20, 1024, 6e-6, 6e-6, 0, 1.0),  # from the best checkpoint of ``paper``
+    "quick": Recipe(patience=EVALUATIONS, text=0.25),  # small steps, many of them
+    "paper": _PAPER,
+    "paper-small": replace(_PAPER, epochs=4.0),  # the smaller models train for 4 epochs
+    "paper-final": replace(  # starts from the best checkpoint of ``paper``
+        _PAPER, sequences=320, batch=20, learning_rate=6e-6, warm_up=0, epochs=1.0
+    ),
 }
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of this name. Raises KronyError."""
+    if name not in RECIPES:
+        raise KronyError(f"recipe {name!r} is unknown: it is one of {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def default_freeze(name: str) -> str:
+    """What a named recipe freezes: ``quick`` the right factors, so that ``slim`` stays exact; the paper's nothing."""
+    return "right" if name == "quick" else "none"

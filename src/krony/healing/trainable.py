@@ -1,10 +1,10 @@
-"""Which parameters train, and at which rate."""
+"""Which parameters train, and at which learning rate."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,41 +16,28 @@ from krony.errors import KronyError
 from krony.healing.recipes import Recipe
 from krony.models.surgery import kronecker_layers
 
-FREEZE = ("none", "right", "inherited", "scalars", "embeddings")
-
-
-def parse_freeze(freeze: str) -> set[str]:
-    """The words of ``freeze``, which is one or more of ``FREEZE``, joined by commas. Raises KronyError."""
-    words = [word.strip() for word in freeze.split(",")]
-    for word in words:
-        if word not in FREEZE:
-            raise KronyError(f"freeze {word!r} is unknown: it is one of {', '.join(FREEZE)}, or several with commas")
-    if "none" in words and len(words) > 1:
-        raise KronyError(f"freeze {freeze!r} says both none and something: drop one")
-    return set(words) - {"none"}
-
 
 @contextmanager
-def trainable(model: PreTrainedModel, freeze: str, *, checkpointing: bool = False) -> Iterator[None]:
-    """Freezes what stays, and leaves dropout out: there is too little text to waste. All is undone at the end.
+def trainable(model: PreTrainedModel, frozen: Collection[str], *, checkpointing: bool = False) -> Iterator[None]:
+    """Freezes parameters and switches dropout off: there is too little text to waste. At the end all is as before.
 
     Args:
-        freeze: ``right`` keeps right factors (``slim`` stays exact), ``inherited`` all but the factors and scalars,
-            ``scalars`` the scalars (section 6 suggests 4), ``embeddings`` the embeddings and a head that is tied to
-            them, ``none`` nothing; or several, joined by commas.
+        frozen: words of ``krony.healing.options.FROZEN``: ``right`` freezes the right factors (``slim`` stays exact),
+            ``inherited`` all parameters but the factors and scalars, ``scalars`` the scalars (section 6 suggests 4),
+            ``embeddings`` the embeddings and a head that is tied to them.
         checkpointing: forget activations and compute them again: less memory, more time.
 
     Raises:
-        KronyError: an unknown word, a word about what the model has not, or nothing that is left to train.
+        KronyError: a word that names nothing in this model, or one that leaves nothing to train.
     """
-    frozen = _frozen(model, parse_freeze(freeze))
+    fixed = _frozen_parameters(model, frozen)
     before = [(p, p.requires_grad) for p in model.parameters()]
     rates = list(_dropout(model))
     logger = logging.getLogger("transformers.trainer")
     level = logger.level
     try:
         for parameter, _ in before:
-            parameter.requires_grad_(id(parameter) not in frozen)
+            parameter.requires_grad_(id(parameter) not in fixed)
         for module, name, _ in rates:
             setattr(module, name, 0.0)
         if checkpointing:
@@ -68,9 +55,7 @@ def trainable(model: PreTrainedModel, freeze: str, *, checkpointing: bool = Fals
 
 
 def _dropout(model: PreTrainedModel) -> Iterator[tuple[Any, str, float]]:
-    """Every rate of dropout: of the modules, and the numbers that layers such as OPT's and configs such as
-    Persimmon's keep for the function.
-    """
+    """Every dropout rate: those of Dropout modules, and the numbers that layers (OPT) or configs (Persimmon) keep."""
     for module in (*model.modules(), model.config.get_text_config()):
         for name, value in vars(module).items():
             is_rate = name == "p" if isinstance(module, nn.Dropout) else "drop" in name
@@ -80,9 +65,9 @@ def _dropout(model: PreTrainedModel) -> Iterator[tuple[Any, str, float]]:
 
 @contextmanager
 def full_precision(model: PreTrainedModel) -> Iterator[None]:
-    """Half-precision weights in float32 for as long, and in their own dtype again at the end.
+    """Converts half-precision weights to float32, and at the end back to their own dtype.
 
-    A step of AdamW is less than what bfloat16 tells apart: most weights would never move.
+    A step of AdamW is smaller than the spacing of bfloat16 numbers, so most weights would never move.
     """
     tensors = itertools.chain(model.parameters(), model.buffers())
     halves = [(t, t.dtype) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
@@ -96,7 +81,7 @@ def full_precision(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _checkpointing(model: PreTrainedModel, *, on: bool) -> None:
-    """The method was renamed in transformers 5."""
+    """Switches gradient checkpointing; a release of transformers 5 renamed the method."""
     verb = "enable" if on else "disable"
     method = getattr(model, f"activation_checkpointing_{verb}", None) or getattr(
         model, f"gradient_checkpointing_{verb}"
@@ -104,8 +89,8 @@ def _checkpointing(model: PreTrainedModel, *, on: bool) -> None:
     method()
 
 
-def _frozen(model: PreTrainedModel, words: set[str]) -> set[int]:
-    """The ids of the parameters that stay."""
+def _frozen_parameters(model: PreTrainedModel, words: Collection[str]) -> set[int]:
+    """The ids of the parameters that these words freeze."""
     layers = kronecker_layers(model).values()
     scalars = {id(layer.scalars) for layer in layers if layer.scalars is not None}
     factors = {id(p) for layer in layers for p in (layer.weight, layer.right)}
@@ -119,7 +104,7 @@ def _frozen(model: PreTrainedModel, words: set[str]) -> set[int]:
         frozen |= {id(layer.right) for layer in layers}
     if "scalars" in words:
         if not scalars:
-            raise KronyError("freeze scalars: this model has none (krony compress --scalars gives it some)")
+            raise KronyError("freeze scalars: this model has no scalars (krony compress --scalars adds them)")
         frozen |= scalars
     if "embeddings" in words:
         frozen |= {id(p) for p in model.get_input_embeddings().parameters()}
@@ -127,18 +112,18 @@ def _frozen(model: PreTrainedModel, words: set[str]) -> set[int]:
 
 
 def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW over what trains: factors decay, what was inherited and scalars don't; each kind at its rate.
+    """AdamW over the trainable parameters: only factors decay, and each kind has its learning rate.
 
-    Betas are the published code's (``train.py``), which the paper doesn't give.
+    The betas are those of the published code (``train.py``); the paper gives none.
     """
     layers = kronecker_layers(model).values()
     factors = {id(p) for layer in layers for p in (layer.weight, layer.right)}
     scalars = {id(layer.scalars) for layer in layers if layer.scalars is not None}
     training = [p for p in model.parameters() if p.requires_grad]
-    own, rest = recipe.factor_rate or recipe.learning_rate, recipe.inherited_rate or recipe.learning_rate
+    factor_rate, other_rate = recipe.factor_rate or recipe.learning_rate, recipe.inherited_rate or recipe.learning_rate
     groups = [
-        {"params": [p for p in training if id(p) in factors], "weight_decay": recipe.weight_decay, "lr": own},
-        {"params": [p for p in training if id(p) in scalars], "weight_decay": 0.0, "lr": own},
-        {"params": [p for p in training if id(p) not in factors | scalars], "weight_decay": 0.0, "lr": rest},
+        {"params": [p for p in training if id(p) in factors], "weight_decay": recipe.weight_decay, "lr": factor_rate},
+        {"params": [p for p in training if id(p) in scalars], "weight_decay": 0.0, "lr": factor_rate},
+        {"params": [p for p in training if id(p) not in factors | scalars], "weight_decay": 0.0, "lr": other_rate},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, betas=(0.9, 0.95))

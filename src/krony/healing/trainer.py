@@ -1,0 +1,116 @@
+"""transformers' Trainer with krony's optimiser, loss and validation, and what it does between two steps."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from krony.errors import KronyError
+from krony.healing.checkpoints import find_last
+from krony.healing.distillation import distil
+from krony.healing.recipes import Recipe
+from krony.healing.trainable import adamw
+from krony.healing.validation import validation_loss
+from krony.runtime import distributed
+from krony.runtime.progress import Progress
+from krony.runtime.signals import Interrupt, Pending
+
+
+class HealingTrainer(Trainer):
+    """transformers' Trainer with krony's optimiser, an exact validation loss, and a teacher if there is one."""
+
+    def __init__(self, recipe: Recipe, teacher: PreTrainedModel | None, **options: Any) -> None:
+        super().__init__(**options)
+        self.recipe = recipe
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
+        # all rows have one length, so the mean over a step is the mean of its batches' means, for any loss
+        self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with the recipe's learning rates and decay."""
+        if self.optimizer is None:  # type: ignore[has-type]
+            self.optimizer = adamw(model or self.model, self.recipe)
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Any:
+        """The cross-entropy with the text, or in training the distance from the teacher."""
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, **options)
+        asked = {"input_ids": inputs["input_ids"], "use_cache": False, "output_hidden_states": self.recipe.hidden > 0}
+        with torch.no_grad(), self.accelerator.autocast():
+            wanted = self.teacher(**asked)
+        outputs = model(**asked)
+        loss = distil(outputs, wanted, inputs["input_ids"], self.recipe)
+        return (loss, outputs) if options.get("return_outputs") else loss
+
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
+    ) -> EvalLoopOutput:
+        """The validation loss. Trainer's own repeats rows until every process has a full batch, and counts them."""
+        self.model.eval()
+        rows = self.eval_dataset
+        loss = validation_loss(self.model, rows, batch=self.args.per_device_eval_batch_size)
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(rows))
+
+
+class ShowProgress(TrainerCallback):
+    """Tells ``progress`` the step, the loss and the tokens per second."""
+
+    def __init__(self, progress: Progress, tokens_per_step: int) -> None:
+        self.progress, self.tokens_per_step = progress, tokens_per_step
+        self.start, self.first_step, self.loss = time.perf_counter(), 0, ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.start, self.first_step = time.perf_counter(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        tokens = (state.global_step - self.first_step) * self.tokens_per_step
+        pace = tokens / (time.perf_counter() - self.start)
+        self.progress(state.global_step, state.max_steps, f"{self.loss}{pace:,.0f} tokens/s")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.loss = f"loss {logs['loss']:.3f}, "
+
+
+class StopAtBadLoss(TrainerCallback):
+    """Raises KronyError when a loss is not a finite number."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        for key, name in (("loss", "loss"), ("eval_loss", "validation loss")):
+            value = (logs or {}).get(key)
+            if value is None or math.isfinite(value):
+                continue
+            if state.global_step == 0:
+                raise KronyError(f"the {name} is {value} before any training: this model is damaged")
+            last = find_last(Path(args.output_dir))
+            then = "there is no checkpoint yet"
+            if last is not None:
+                then = f"{last}, the last checkpoint, is a model to start from"
+            raise KronyError(f"the {name} is {value} at step {state.global_step}: lower the learning rate; {then}")
+
+
+class SaveAtSignal(TrainerCallback):
+    """Saves a checkpoint after the step in which a signal came to any process, and ends the run in all of them."""
+
+    def __init__(self, stop: Pending) -> None:
+        self.stop, self.stopping = stop, False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not distributed.all_agree(not self.stop):
+            self.stopping = control.should_save = control.should_log = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.stopping:
+            distributed.all_agree(True)  # no process ends while the first one writes
+            self.stop.check()
+            raise Interrupt(signal.SIGTERM)  # the signal came to another process
