@@ -60,7 +60,8 @@ def workplace(tmp_path, monkeypatch, tokenizer):
     for name, file in [("wikitext-2", "wiki.test.tokens"), ("lambada", "lambada_test_plain_text.txt")]:
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / file).write_text("some words and a last one\n" * 4)
-    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "some words to train on. " * 1000}) + "\n")
+    documents = [json.dumps({"text": f"document {number} has some words to train on. " * 60}) for number in range(40)]
+    (tmp_path / "train.jsonl").write_text("\n".join(documents))
     return tmp_path
 
 
