@@ -64,16 +64,19 @@ import pathlib, sys, time
 from transformers import AutoTokenizer
 from krony.data import prepare as preparation
 preparation.BATCH, preparation.KEPT_EVERY = 4, 200
-preparation.prepare({data!r}, AutoTokenizer.from_pretrained({tokenizer!r}), pathlib.Path({out!r}),
+tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})
+if {together}:
+    print("ready", flush=True)
+    sys.stdin.readline()
+preparation.prepare({data!r}, tokenizer, pathlib.Path({out!r}),
                     progress=lambda *_: time.sleep({pause}))
 """
 
 
-def worker(file, tokenizer, tmp_path, pause=0.02, **options):
+def worker(file, tokenizer, tmp_path, pause=0.02, together=False, **options):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    script = WORKER.format(
-        data=str(file), tokenizer=str(tmp_path / "tokenizer"), out=str(tmp_path / "out"), pause=pause
-    )
+    where = {"data": str(file), "tokenizer": str(tmp_path / "tokenizer"), "out": str(tmp_path / "out")}
+    script = WORKER.format(**where, pause=pause, together=together)
     return subprocess.Popen([sys.executable, "-c", script], text=True, **options)
 
 
@@ -190,7 +193,12 @@ def test_mistakes(file, tokenizer, tmp_path):
 
 def test_two_at_once_into_one_folder(file, documents, tokenizer, tmp_path):
     """One does the work, and every other is refused and told who holds the folder."""
-    processes = [worker(file, tokenizer, tmp_path, stderr=subprocess.PIPE) for _ in range(3)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    processes = [worker(file, tokenizer, tmp_path, pause=0.05, together=True, **pipes) for _ in range(3)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
     said = {process.pid: process.communicate()[1] for process in processes}
     done = [process.pid for process in processes if process.returncode == 0]
     assert len(done) == 1, said

@@ -15,7 +15,7 @@ MAIN = """
 import os, signal, sys, time
 from krony.runtime import signals
 from krony.runtime.signals import Stopped, deferred, interruptible
-signals.SETTLING = 0.2
+signals.SETTLING = 0.5
 
 def work():
     {work}
@@ -79,17 +79,17 @@ def test_the_signal_of_a_launcher_right_after_the_terminals_changes_nothing():
 
 
 def test_a_second_sigterm_waits_and_a_second_ctrl_c_does_not():
-    endless = SAFE_POINTS.replace("time.sleep(0.5)", 'print("saving", flush=True); time.sleep(1)')
+    endless = SAFE_POINTS.replace("time.sleep(0.5)", 'print("saving", flush=True); time.sleep(2)')
     process = started(endless)
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == "saving\n"
-    time.sleep(0.3)
+    time.sleep(0.8)
     process.send_signal(signal.SIGTERM)
     assert process.communicate()[0] == "saved\n" and process.returncode == 143
     process = started(endless)
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "saving\n"
-    time.sleep(0.3)
+    time.sleep(0.8)
     process.send_signal(signal.SIGINT)
     assert process.communicate()[0] == "" and process.returncode == 130
 

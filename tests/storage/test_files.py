@@ -191,22 +191,27 @@ def test_files_that_cannot_be_written(tmp_path):
 
 
 WRITER = """
-import sys, time
+import sys
 from pathlib import Path
 from krony.storage.files import fresh_folder
 with fresh_folder(Path(sys.argv[1])) as folder:
     (folder / "a").write_text("x")
-    time.sleep(1)
+    print("at work", flush=True)
+    sys.stdin.read()
 """
 
 
 def test_two_writers_of_one_folder(tmp_path):
     """The second is refused before its work, not after it."""
     command = [sys.executable, "-c", WRITER, str(tmp_path / "out")]
-    writers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [writer.communicate()[1] for writer in writers]
-    first = [writer.returncode for writer in writers].index(0)
-    assert f"KronyError: {tmp_path}/out is in use by process {writers[first].pid} on" in said[1 - first]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(command, **pipes)
+    assert first.stdout.readline() == "at work\n"
+    second = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+    assert second.returncode == 1 and second.stdout == ""
+    assert f"KronyError: {tmp_path}/out is in use by process {first.pid} on" in second.stderr
+    first.communicate()
+    assert first.returncode == 0
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
 
 
