@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 from krony import KronyConfig, KronyError, compress
 from krony.models.export import slim
 from krony.models.loading import load_model
+from krony.models.source import ModelSource
 from krony.models.surgery import find_groups, kronecker_layers, layer_index, plain_config
-from krony.streaming import stream as streaming
+from krony.streaming.plan import prepare
+from krony.streaming.stream import run
 
 PAGE = Path(__file__).parents[1] / "docs/architectures.md"
 LLAMA_LIKE = {
@@ -118,7 +120,7 @@ def test_an_architecture_works(name, ids, tmp_path):
     start = ids[:1, :8]
     assert loaded.generate(start, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (1, 12)
 
-    streaming.run(streaming.prepare(tmp_path / "source", config), tmp_path / "stream", calibration=text)
+    run(prepare(ModelSource.find(str(tmp_path / "source")), config), tmp_path / "stream", calibration=text)
     assert torch.equal(load_model(str(tmp_path / "stream"))(ids).logits, logits)
 
     dense = load_model(str(tmp_path / "saved")).dequantize()

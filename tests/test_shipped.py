@@ -8,7 +8,7 @@ import torch
 
 import krony
 from data_folder import DATA, needs_data
-from krony.models.loading import DEMO
+from krony.models.source import DEMO
 from krony.models.surgery import count_parameters
 
 CARD = (DEMO / "README.md").read_text()

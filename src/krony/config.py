@@ -57,7 +57,9 @@ class KronyConfig:
     """
 
     scheme: str = option(
-        "", "Size: 81M, 96M (GPT-2 124M only), 1536x768, 1024x256:4 or keep=0.5. krony schemes MODEL lists them."
+        "",
+        "Size: 81M, 96M (GPT-2 124M only), 1536x768, 1024x256:4 or keep=0.5. krony schemes MODEL lists them.",
+        show_default=False,
     )
     init: str = option("neurons", "How factors start: neurons, als, van-loan, permuted, prune, svd or random.")
     allocation: str = option(
@@ -98,8 +100,6 @@ class KronyConfig:
             object.__setattr__(self, "scheme", f"keep={keep:g}")
         if not isinstance(self.scheme, str):
             raise KronyError(f"scheme is {self.scheme!r}, not text: write '81M', '1536x768' or 'keep=0.5'")
-        if not self.scheme:
-            raise KronyError("a size is missing: KronyConfig(keep=0.5) keeps half of the neurons of every MLP")
         _check_choice("allocation", self.allocation, ALLOCATIONS)
         _check_choice("reinit", self.reinit, (None, "all"))
         self._check_scalars()

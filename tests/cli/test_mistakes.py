@@ -46,7 +46,7 @@ def test_compress_options(refused, gpt2_folder, tmp_path, options, words):
 def test_an_unknown_init_and_rescale_of_another(refused, gpt2_folder, tmp_path):
     arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5", "--init")
     assert "init 'magic' is unknown: it is one of" in refused(*arguments, "magic")
-    assert "--rescale is of init van-loan and permuted" in refused(*arguments, "prune", "--no-rescale")
+    assert "--rescale works with init van-loan and permuted" in refused(*arguments, "prune", "--no-rescale")
     for init in ("van-loan", "permuted", "svd", "random"):
         assert f"and the init is {init}: leave it out" in refused(*arguments, init, "--epsilon", 0.1)
     single = (*arguments, "permuted", "--modules", "c_fc", "--dry-run")  # before anything is read
@@ -55,10 +55,10 @@ def test_an_unknown_init_and_rescale_of_another(refused, gpt2_folder, tmp_path):
 
 def test_calibration(refused, gpt2_folder, tmp_path):
     arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5")
-    assert "init neurons needs text like that the model is for" in refused(*arguments)
+    assert "init neurons needs text similar to what the model will see in use" in refused(*arguments)
     assert "wikitext-2 is a test set" in refused(*arguments, "--calibration", "wikitext-2")
     assert "nowhere.txt" in refused(*arguments, "--calibration", "nowhere.txt")
-    assert "max_width is of allocation global" in refused(*arguments, "--max-width", 64)
+    assert "max_width works with allocation global" in refused(*arguments, "--max-width", 64)
     assert "global follows the costs of init neurons" in refused(*arguments, *VAN_LOAN, "--allocation", "global")
     (tmp_path / "short.txt").write_text("a few words")
     short = ("--calibration", tmp_path / "short.txt")
@@ -187,7 +187,7 @@ def test_figures_pictures_and_pages_that_cannot_be_written(refused, gpt2_folder,
 def test_out_of_memory(refused, gpt2_folder, tmp_path, monkeypatch, error):
     """torch raises it as a RuntimeError; another RuntimeError is a defect, and shows where it is."""
     import krony.compression.compress
-    import krony.models.loading
+    import krony.models.source
 
     def fail(*_, **__):
         raise error
@@ -196,7 +196,7 @@ def test_out_of_memory(refused, gpt2_folder, tmp_path, monkeypatch, error):
     arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5", *VAN_LOAN, "--no-stream")
     assert "there is not enough memory" in refused(*arguments)
     with monkeypatch.context() as while_loading:
-        while_loading.setattr(krony.models.loading.AutoModelForCausalLM, "from_pretrained", fail)
+        while_loading.setattr(krony.models.source.AutoModelForCausalLM, "from_pretrained", fail)
         assert refused(*arguments).startswith("error: there is not enough memory")
     with monkeypatch.context() as at_the_first_tokens:
         at_the_first_tokens.setattr(transformers.GPT2LMHeadModel, "forward", fail)
@@ -214,9 +214,9 @@ def test_what_allocation_cannot_share_out(refused, gpt2_folder, tmp_path):
     fine = (*arguments, "--scheme", "keep=0.5", "--multiple-of", 1)
     assert "multiple_of 1 makes more portions of 192 neurons than a layer can have factors" in refused(*fine)
     coarse = (*arguments, "--scheme", "keep=0.25", "--multiple-of", 64)
-    assert "scheme keep=0.25 keeps 48 neurons a layer, and allocation global gives each at least 64" in refused(*coarse)
+    assert "scheme keep=0.25 keeps 48 neurons per layer, and allocation global gives each layer at least 64" in refused(*coarse)
     narrow = (*arguments, "--scheme", "keep=0.5", "--max-width", 4)
-    assert "max_width 4 is less than the 8 neurons that a layer keeps at least" in refused(*narrow)
+    assert "max_width 4 is less than 8 neurons, which every layer keeps at least" in refused(*narrow)
     assert "no scheme is within 51,000 parameters" in refused(*arguments, "--params", 51_000, "--multiple-of", 64)
 
 

@@ -49,7 +49,7 @@ def test_report_errors_are_those_of_the_layers(model):
 def test_what_is_no_config_and_no_list_of_texts(tokenizer):
     with pytest.raises(KronyError, match="compress takes a KronyConfig"):
         compress(gpt2(), "keep=0.5")
-    with pytest.raises(KronyError, match=r"scheme 0\.5 is no text"):
+    with pytest.raises(KronyError, match=r"scheme is 0\.5, not text"):
         KronyConfig(0.5)
     with pytest.raises(KronyError, match="calibration is one string: give a list of texts"):
         compress(gpt2(), KronyConfig("keep=0.5"), calibration="some text " * 99, tokenizer=tokenizer)

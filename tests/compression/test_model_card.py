@@ -15,7 +15,7 @@ def test_what_is_not_known_has_no_column():
 def test_ratios_are_to_the_original():
     known = FIGURES | {"perplexity_original": 20.0, "control": {"perplexity_after": 16.0}}
     assert healed_table(known).columns == ["", "validation perplexity", "of the original"]
-    names = ["before", "after", "the original", "the original, trained alike"]
+    names = ["before", "after", "the original", "the original, trained too"]
     assert healed_table(known).rows == [
         [name, *cells]
         for name, *cells in zip(
@@ -31,3 +31,39 @@ def test_options_that_are_not_the_default_are_named():
     card = model_card("gpt2", report, "errors of outputs measured on 512 tokens of t.txt")
     assert "initialisation `van-loan`, layers `odd`, rescale `False`, seed `3`, errors of outputs measured on" in card
     assert f"| {report.layers[0].name} | 96x48 | 2x1 | 1 | {report.layers[0].error:.4f} |" in card
+
+
+def front_matter(card):
+    import yaml
+
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_the_metadata_is_what_the_hub_takes(tmp_path, gpt2_folder):
+    report = compress(gpt2(), KronyConfig("keep=0.5", init="van-loan"))
+    known = front_matter(model_card("openai-community/gpt2", report))
+    assert known["base_model"] == "openai-community/gpt2"
+    assert known["pipeline_tag"] == "text-generation" and known["library_name"] == "transformers"
+    for local in ("demo", str(gpt2_folder), "./somewhere/else"):
+        card = model_card(local, report)
+        assert "base_model" not in front_matter(card)
+        assert str(gpt2_folder) not in card
+    assert front_matter(model_card("demo", report))["license"] == "apache-2.0"  # from the demo's own card
+
+
+def test_a_second_step_inherits_the_first_ones_base(tmp_path):
+    report = compress(gpt2(), KronyConfig("keep=0.5", init="van-loan"))
+    (tmp_path / "README.md").write_text(model_card("openai-community/gpt2", report))
+    known = front_matter(healed_card(str(tmp_path), FIGURES))
+    assert known["base_model"] == "openai-community/gpt2"
+    (entry,) = known["model-index"][0]["results"]
+    assert entry["metrics"] == [{"type": "perplexity", "value": 24.0}]
+
+
+def test_a_card_that_cannot_be_read_is_left_out(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: [\n---\n\xff")
+    assert front_matter(healed_card(str(tmp_path), FIGURES))["library_name"] == "transformers"
+
+
+def test_the_card_says_what_happens_without_krony():
+    assert "don't set\n`ignore_mismatched_sizes`" in healed_card("gpt2", FIGURES)

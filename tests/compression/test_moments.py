@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_a_damaged_cache_is_named(model, ids, tmp_path):
     calibration = Calibration(model, groups, ids, cache=tmp_path)
     list(calibration)
     (calibration.folder / "00000.safetensors").write_bytes(b"nothing")
-    with pytest.raises(KronyError, match=r"00000\.safetensors: this kept calibration is damaged, delete it"):
+    with pytest.raises(KronyError, match=r"00000\.safetensors is a damaged calibration: delete it"):
         list(Calibration(model, groups, ids, cache=tmp_path))
 
 
@@ -239,7 +240,7 @@ def test_two_processes_share_the_work(family, ids, tmp_path):
     model = BUILDERS[family]()
     expected = [m.hidden.matrix for m in Calibration(model, find_groups(model), ids)]
     script = tmp_path / "worker.py"
-    tests = str(__import__("pathlib").Path(__file__).parent)
+    tests = str(Path(__file__).parents[1])
     script.write_text(WORKER.format(tests=tests, family=family, out=str(tmp_path / "rank")))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -247,3 +248,25 @@ def test_two_processes_share_the_work(family, ids, tmp_path):
     for rank in (0, 1):
         for a, b in zip(expected, torch.load(tmp_path / f"rank{rank}"), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda t: t["inputs.matrix"].fill_(float("nan")), "not finite"),
+        (lambda t: t["hidden.matrix"].diagonal().neg_(), "negative diagonal"),
+        (lambda t: t["hidden.matrix"][0, 1].add_(1e4), "not symmetric"),
+        (lambda t: t.update({"inputs.mean": torch.zeros(3)}), "has shape"),
+        (lambda t: t.pop("tokens"), "tokens is missing"),
+    ],
+)
+def test_values_in_the_cache_that_cannot_be_moments(model, ids, tmp_path, spoil, why):
+    from safetensors.torch import load_file, save_file
+
+    list(Calibration(model, find_groups(model), ids, cache=tmp_path))
+    file = sorted(tmp_path.rglob("*.safetensors"))[0]
+    tensors = load_file(file)
+    spoil(tensors)
+    save_file(tensors, file)
+    with pytest.raises(KronyError, match=f"{file.name} is a damaged calibration.*{why}"):
+        list(Calibration(model, find_groups(model), ids, cache=tmp_path))

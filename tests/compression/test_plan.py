@@ -5,7 +5,7 @@ import torch
 
 from krony import KronyConfig, KronyError, compress
 from krony.compression.plan import parameters_after, portion, within
-from krony.models.loading import empty_model
+from krony.models.source import empty_model
 from krony.models.surgery import count_parameters, find_groups
 from small_models import BUILDERS, gpt2
 

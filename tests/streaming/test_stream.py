@@ -22,10 +22,12 @@ import krony
 from krony import KronyConfig, KronyError, compress
 from krony.cli import main
 from krony.models.loading import load_model
+from krony.models.source import ModelSource
 from krony.storage.locks import working_in
 from krony.storage.shards import Shards, TensorFile
 from krony.storage.tensor_files import Checkpoint, read_header
-from krony.streaming import stream as streaming
+from krony.streaming.plan import choose, prepare
+from krony.streaming.stream import run
 from small_models import BUILDERS, gpt2, llama
 
 CALIBRATED = ("neurons", "als", "svd")
@@ -53,8 +55,8 @@ def both_ways(source: Path, config: KronyConfig, tmp_path: Path, reads: bool = F
     model = load_model(str(source))
     report = compress(model, config, calibration=ids)
     model.save_pretrained(tmp_path / "memory")
-    plan = streaming.prepare(source, config, reads=reads)
-    streamed = streaming.run(plan, tmp_path / "stream", calibration=ids, **options)
+    plan = prepare(ModelSource.find(str(source)), config, reads=reads)
+    streamed = run(plan, tmp_path / "stream", calibration=ids, **options)
     assert streamed.layers == report.layers and streamed.made_with == report.made_with
     assert (streamed.params_before, streamed.params_after) == (report.params_before, report.params_after)
     return tmp_path / "memory", tmp_path / "stream"
@@ -84,14 +86,14 @@ def test_the_errors_of_outputs_where_text_is_given_and_not_needed(family, init, 
     memory, stream = both_ways(tmp_path / "source", KronyConfig("keep=0.5", init=init), tmp_path, reads=True)
     assert digest(memory) == digest(stream)
     with pytest.raises(KronyError, match="the plan was made without"):
-        plan = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init=init))
-        streaming.run(plan, tmp_path / "other", calibration=text())
+        plan = prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init=init))
+        run(plan, tmp_path / "other", calibration=text())
 
 
 def test_a_plan_that_is_run_twice_gives_the_same(tmp_path):
     gpt2().save_pretrained(tmp_path / "source")
-    plan = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"))
-    assert streaming.run(plan, tmp_path / "one").made_with == streaming.run(plan, tmp_path / "two").made_with
+    plan = prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init="prune"))
+    assert run(plan, tmp_path / "one").made_with == run(plan, tmp_path / "two").made_with
     assert (tmp_path / "one/config.json").read_text() == (tmp_path / "two/config.json").read_text()
 
 
@@ -100,9 +102,9 @@ def test_what_is_too_large_for_the_wanted_dtype_is_refused(tmp_path):
     with torch.no_grad():
         model.transformer.ln_f.weight[3] = 1e6
     model.save_pretrained(tmp_path / "source")
-    plan = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"), dtype="float16")
+    plan = prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init="prune"), dtype="float16")
     with pytest.raises(KronyError, match=r"ln_f\.weight has values that are not finite in float16"):
-        streaming.run(plan, tmp_path / "out")
+        run(plan, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
@@ -151,48 +153,56 @@ def test_an_interrupted_run_goes_on_where_it_stopped(init, tmp_path):
     out = tmp_path / "out"
     for at in (1, 3):
         with pytest.raises(KeyboardInterrupt):
-            streaming.run(streaming.prepare(tmp_path / "source", config), out, calibration=ids, progress=Stop(at))
+            run(prepare(ModelSource.find(str(tmp_path / "source")), config), out, calibration=ids, progress=Stop(at))
         assert not out.exists() and (tmp_path / "out.work").is_dir()
     last, said = Stop(), []
-    streaming.run(streaming.prepare(tmp_path / "source", config), out, calibration=ids, progress=last, say=said.append)
-    assert last.seen == [3] and said == ["going on after model.layers.2, unit 3 of 4"]
+    run(
+        prepare(ModelSource.find(str(tmp_path / "source")), config),
+        out,
+        calibration=ids,
+        progress=last,
+        say=said.append,
+    )
+    assert last.seen == [3] and said == ["resuming after model.layers.2, unit 3 of 4"]
     assert digest(out) == digest(memory) and not (tmp_path / "out.work").exists()
 
 
 def test_interrupted_before_anything_is_done_nothing_is_left(tmp_path):
     llama().save_pretrained(tmp_path / "source")
-    stream = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"))
+    stream = prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init="prune"))
     with pytest.raises(KeyboardInterrupt):
-        streaming.run(stream, tmp_path / "out", progress=Stop(0))
+        run(stream, tmp_path / "out", progress=Stop(0))
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_other_settings_do_not_go_on_from_there(tmp_path):
     llama().save_pretrained(tmp_path / "source")
-    first = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"))
+    first = prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init="prune"))
     with pytest.raises(KeyboardInterrupt):
-        streaming.run(first, tmp_path / "out", progress=Stop(2))
-    other = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.75", init="prune"))
-    with pytest.raises(KronyError, match=r'out.work is of a run with scheme "keep=0.5" \(now "keep=0.75"\)'):
-        streaming.run(other, tmp_path / "out")
+        run(first, tmp_path / "out", progress=Stop(2))
+    other = prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.75", init="prune"))
+    with pytest.raises(KronyError, match=r'out.work is from a run with scheme "keep=0.5" \(now "keep=0.75"\)'):
+        run(other, tmp_path / "out")
     file = tmp_path / "source/model.safetensors"
     os.utime(file, (0, 0))
-    with pytest.raises(KronyError, match=r"out.work is of a run with files"):
-        streaming.run(streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune")), tmp_path / "out")
+    with pytest.raises(KronyError, match=r"out.work is from a run with files"):
+        run(
+            prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init="prune")), tmp_path / "out"
+        )
 
 
 def test_two_processes_do_not_work_at_one_out(tmp_path):
     llama().save_pretrained(tmp_path / "source")
     lock = working_in(tmp_path / "out.work")
-    stream = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"))
+    stream = prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init="prune"))
     with ThreadPoolExecutor(1) as other:  # to a lock, another thread is what another process is
         other.submit(lock.__enter__).result()
         with pytest.raises(KronyError, match=f"out is in use by process {os.getpid()} on "):
-            streaming.run(stream, tmp_path / "out")
+            run(stream, tmp_path / "out")
         other.submit(lock.__exit__, None, None, None).result()
     (tmp_path / "out.work/checkpoint-3").mkdir(parents=True)
     with pytest.raises(KronyError, match="is in the way"):
-        streaming.run(stream, tmp_path / "out")
+        run(stream, tmp_path / "out")
     assert (tmp_path / "out.work/checkpoint-3").is_dir()
 
 
@@ -201,7 +211,9 @@ import os, signal, sys, torch
 from pathlib import Path
 from krony import KronyConfig
 from krony.storage import shards
-from krony.streaming import stream as streaming
+from krony.models.source import ModelSource
+from krony.streaming.plan import choose, prepare
+from krony.streaming.stream import run
 count, at, own = 0, int(sys.argv[4]), shards.TensorFile.put
 def put(self, name, values, at_element=0, **options):
     global count
@@ -212,8 +224,8 @@ def put(self, name, values, at_element=0, **options):
     own(self, name, values, options.get("at", at_element))
 shards.TensorFile.put = put
 ids = torch.randint(0, 256, (20, 64), generator=torch.Generator().manual_seed(2)) if sys.argv[3] == "neurons" else None
-stream = streaming.prepare(Path(sys.argv[1]), KronyConfig("keep=0.5", init=sys.argv[3]))
-streaming.run(stream, Path(sys.argv[2]), calibration=ids)
+stream = prepare(ModelSource.find(str(Path(sys.argv[1]))), KronyConfig("keep=0.5", init=sys.argv[3]))
+run(stream, Path(sys.argv[2]), calibration=ids)
 """
 
 
@@ -227,8 +239,8 @@ def test_a_killed_process_is_gone_on_from(init, moments, tmp_path):
         done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     ids = text() if init in CALIBRATED else None
-    stream, last = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init=init)), Stop()
-    streaming.run(stream, tmp_path / "out", calibration=ids, progress=last)
+    stream, last = prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init=init)), Stop()
+    run(stream, tmp_path / "out", calibration=ids, progress=last)
     assert last.seen[0] > 0
     assert digest(tmp_path / "out") == digest(memory) and not (tmp_path / "out.work").exists()
 
@@ -302,21 +314,21 @@ def test_values_that_are_not_finite_are_named_and_nothing_is_left(tmp_path):
     with torch.no_grad():
         model.model.layers[2].self_attn.q_proj.weight[0, 0] = float("inf")
     model.save_pretrained(tmp_path / "source")
-    stream = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="van-loan"))
+    stream = prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init="van-loan"))
     with pytest.raises(KronyError, match=r"model\.safetensors: model\.layers\.2\.self_attn\.q_proj\.weight has values"):
-        streaming.run(stream, tmp_path / "out")
+        run(stream, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize("init", ["van-loan", "neurons"])
 def test_a_full_disk_leaves_nothing(init, tmp_path):
     llama().save_pretrained(tmp_path / "source")
-    stream = streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init=init))
+    stream = prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init=init))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(KronyError, match=r"model\.safetensors can't be written: File too large"):
-            streaming.run(stream, tmp_path / "out", calibration=text() if init in CALIBRATED else None)
+            run(stream, tmp_path / "out", calibration=text() if init in CALIBRATED else None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
@@ -328,15 +340,15 @@ def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "source/model.safetensors", {"format": "pt"})
     with pytest.raises(KronyError, match=r"incomplete: there is no model\.layers\.1\.mlp\.up_proj\.weight"):
-        streaming.prepare(tmp_path / "source", KronyConfig("keep=0.5", init="prune"))
+        prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init="prune"))
 
 
 REFUSED = [
     (["--init", "neurons", "--allocation", "global"], "--allocation global needs the gradient"),
     (["--init", "neurons", "--reconstruct", "3"], "--reconstruct needs the gradient"),
     (["--init", "neurons", "--tune", "3"], "--tune needs the gradient"),
-    (["--init", "random", "--reinit", "all"], "--reinit draws the whole model anew"),
-    (["--init", "prune", "--device", "auto"], "--device auto spreads the whole model"),
+    (["--init", "random", "--reinit", "all"], "--reinit draws the full model at random"),
+    (["--init", "prune", "--device", "auto"], "--device auto spreads the full model over devices"),
 ]
 
 
@@ -354,13 +366,13 @@ def test_the_rule_which_way_is_taken(gpt2_folder, monkeypatch):
     def way(init, wanted=None, reads=False, **options):
         config = KronyConfig("keep=0.5", init=init, **options)
         asked = {"wanted": wanted, "dtype": "auto", "device": "cpu", "reads": reads}
-        return streaming.choose(str(gpt2_folder), config, **asked) is not None
+        return choose(ModelSource.find(str(gpt2_folder)), config, **asked) is not None
 
     assert way("van-loan") and way("prune") and way("random") and not way("van-loan", wanted=False)
     assert not way("neurons") and way("neurons", wanted=True)
     assert not way("neurons", allocation="global")
     assert not way("van-loan", reads=True) and way("van-loan", wanted=True, reads=True)
-    monkeypatch.setattr(streaming, "memory", lambda: 100_000)  # a small machine
+    monkeypatch.setattr("krony.streaming.plan.memory", lambda: 100_000)  # a small machine
     assert way("neurons") and not way("neurons", wanted=False)
 
 
@@ -376,8 +388,8 @@ def test_a_dry_run_tells_the_bytes(init, gpt2_folder, tmp_path, monkeypatch, cap
     assert "layer by layer" in capsys.readouterr().out and said["stream"]
     assert said["read_bytes"] == Checkpoint(gpt2_folder).bytes
     assert (said["kept_bytes"] > 0) == (init == "neurons")
-    stream = streaming.prepare(gpt2_folder, KronyConfig("keep=0.5", init=init))
-    streaming.run(stream, tmp_path / "out", calibration=text() if init in CALIBRATED else None)
+    stream = prepare(ModelSource.find(str(gpt2_folder)), KronyConfig("keep=0.5", init=init))
+    run(stream, tmp_path / "out", calibration=text() if init in CALIBRATED else None)
     assert said["write_bytes"] == Checkpoint(tmp_path / "out").bytes
     assert said["params_after"] == krony.models.surgery.count_parameters(load_model(str(tmp_path / "out")))
 

@@ -1,7 +1,7 @@
 """Turns a verb's parameter that is a dataclass into one option per field, so that an option is written down once.
 
-A field made by ``krony.options.option`` brings its help. ``Changes(SomeClass)`` makes every option optional and gives the
-verb a dictionary of those that were set.
+A field made by ``krony.options.option`` brings its help. ``Changes(SomeClass)`` makes every option optional and gives
+the verb a dictionary of those that were set.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -97,5 +97,5 @@ def _option(name: str, field: Field, kind: Any, changes: bool) -> inspect.Parame
     settings["rich_help_panel"] = said.get("panel")
     info = typer.Option(*names, help=said.get("help", ""), **settings)
     optional = default is None and type(None) not in get_args(kind)
-    annotation = Annotated[Union[kind, None] if optional else kind, info]  # noqa: UP007
+    annotation: Any = Annotated[Optional[kind] if optional else kind, info]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -9,11 +9,40 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from krony.compression.plan import CompressionPlan, portion
 from krony.errors import KronyError
+from krony.init.base import Moments
+from krony.kronecker.algebra import KronShape
+from krony.models.surgery import take_out
+from krony.runtime.progress import Progress
+
+
+def allocate(
+    model: nn.Module, settled: CompressionPlan, moments: Iterable[Moments | None], progress: Progress
+) -> dict[str, KronShape]:
+    """The split of every matrix, by name; layers that stay dense are left out."""
+    groups, config, shapes = settled.groups, settled.config, settled.shapes
+    if config.allocation == "uniform":
+        return shapes
+    first = shapes[groups[0].sites[0].name]  # (groups, width) ⊗ (r, 1), k factors
+    width, unit = first.rows, portion(first.rows, config.multiple_of)
+    curves, cost_curve = [], config.initialisation.cost_curve
+    assert cost_curve is not None  # ``plan`` refuses others
+    for done, (group, known) in enumerate(zip(groups, moments, strict=True)):
+        progress(done, len(groups), "allocation")
+        assert known is not None and known.hidden is not None  # of an MLP's down matrix there always are some
+        weight, bias = take_out(model, group.sites[-1].name)
+        curves.append(cost_curve(weight, bias, known, width - unit))
+    kept = allocate_widths(curves, unit, first.m1 * first.factors * len(groups), config.max_width)
+    made = {}
+    for group, count in zip(groups, kept, strict=True):
+        for site in group.sites if count < width else ():
+            made[site.name] = site.shape(f"{unit}x{first.columns}:{count // unit}")
+    return made
 
 
 def allocate_widths(costs: Sequence[Tensor], unit: int, budget: int, max_width: int | None = None) -> list[int]:

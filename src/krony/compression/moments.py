@@ -33,12 +33,14 @@ from krony._version import __version__
 from krony.errors import KronyError
 from krony.init.base import Moments, SecondMoment
 from krony.models.loading import context_length
+from krony.models.modes import evaluating
 from krony.models.surgery import Group, enclosing_layer
 from krony.runtime import distributed
 from krony.runtime.progress import Progress, silent
 
 BATCH_TOKENS = 4096  # tokens a forward pass
-SENSITIVITY_TOKENS = 16_384  # enough for a matrix of the model's width; a backward pass is dear
+SENSITIVITY_TOKENS = 16_384  # enough for a matrix of the model's width; a backward pass is expensive
+ROUNDING = 1e-3  # relative difference between the halves of a symmetric matrix that float32 sums may leave
 ABANDONED = 24 * 3600  # seconds after which a half-written file has nobody to finish it
 MEMORY = 4 * 1024**3  # bytes of sums held at once; a model that needs more is read in several passes
 
@@ -102,9 +104,11 @@ class Calibration:
 
     def _load(self, index: int) -> Moments:
         try:
-            return _unpack(load_file(self._file(index)))
-        except (OSError, SafetensorError, KeyError) as error:
-            raise KronyError(f"{self._file(index)}: this kept calibration is damaged, delete it: {error}") from None
+            return _unpack(load_file(self._file(index)), self.groups[index])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise KronyError(
+                f"{self._file(index)} is a damaged calibration: delete it, and the text is read again ({error})"
+            ) from None
 
     def _store(self, index: int, moments: Moments) -> None:
         file = self._file(index)
@@ -135,21 +139,19 @@ class Calibration:
         """One pass over the text for these groups."""
         sums = [MomentAccumulator(self.model, group, self.token_weighting, self.sensitivity) for group in groups]
         ids = distributed.shard(self.ids)
-        sensitive = (
-            min(len(ids), -(-SENSITIVITY_TOKENS // (ids.shape[1] * distributed.count()))) if self.sensitivity else 0
-        )
-        training = self.model.training
-        self.model.eval()
+        first = 0  # sequences that measure the sensitivity too
+        if self.sensitivity:
+            first = min(len(ids), -(-SENSITIVITY_TOKENS // (ids.shape[1] * distributed.count())))
         try:
-            for rows in batches(ids[:sensitive], BATCH_TOKENS // 4):  # a backward pass keeps what it needs
-                self.progress(0, len(ids), "calibration, sensitivity")
-                _backward(self.model, rows.to(self.model.device))
-            for done, rows in enumerate(batches(ids[sensitive:], BATCH_TOKENS)):
-                self.progress(sensitive + done * len(rows), len(ids), "calibration")
-                with torch.no_grad():
-                    self.model.base_model(input_ids=rows.to(self.model.device), use_cache=False)  # no logits needed
+            with evaluating(self.model):
+                for rows in batches(ids[:first], BATCH_TOKENS // 4):  # a backward pass keeps what it needs
+                    self.progress(0, len(ids), "calibration, sensitivity")
+                    _backward(self.model, rows.to(self.model.device))
+                for done, rows in enumerate(batches(ids[first:], BATCH_TOKENS)):
+                    self.progress(first + done * len(rows), len(ids), "calibration")
+                    with torch.no_grad():  # the base model alone: no logits are needed
+                        self.model.base_model(input_ids=rows.to(self.model.device), use_cache=False)
         finally:
-            self.model.train(training)
             for one in sums:
                 one.remove()
         return [one.moments(self.ids.numel()) for one in sums]
@@ -246,19 +248,14 @@ def batches(ids: Tensor, tokens: int) -> tuple[Tensor, ...]:
 
 
 def _backward(model: PreTrainedModel, ids: Tensor) -> None:
-    """Runs forward and backward on ``ids: (sequences, length)`` for the hooks' sake; no weight gets a gradient."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    """Runs forward and backward on ``ids: (sequences, length)`` for the hooks; no weight may ask for a gradient."""
     first = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
     try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
         with torch.enable_grad():
             likelihoods = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)  # (b, length, vocab)
             likelihoods.gather(-1, _draw(likelihoods, ids)).sum().backward()
     finally:
         first.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 @torch.no_grad()
@@ -305,7 +302,9 @@ def _pack(moments: Moments) -> dict[str, Tensor]:
     return tensors
 
 
-def _unpack(stored: dict[str, Tensor]) -> Moments:
+def _unpack(stored: dict[str, Tensor], group: Group) -> Moments:
+    """The moments of ``group`` in a file of the cache. Raises KeyError or ValueError for values that can't be some."""
+    _check_stored(stored, group)
     seconds = {
         key: SecondMoment(stored[f"{key}.matrix"].double(), stored[f"{key}.mean"].double())
         for key in ("inputs", "hidden")
@@ -313,3 +312,22 @@ def _unpack(stored: dict[str, Tensor]) -> Moments:
     }
     sensitivity = stored["sensitivity"].double() if "sensitivity" in stored else None
     return Moments(seconds["inputs"], seconds.get("hidden"), int(stored["tokens"]), sensitivity)
+
+
+def _check_stored(stored: dict[str, Tensor], group: Group) -> None:
+    """Raises ValueError unless shapes are the group's, values are finite, and second moments can be some."""
+    into, out = group.sites[0].in_features, group.sites[-1].out_features
+    sizes = {"inputs": into} | ({"hidden": group.sites[-1].in_features} if group.is_mlp else {})
+    shapes = {f"{key}.matrix": (n, n) for key, n in sizes.items()} | {f"{key}.mean": (n,) for key, n in sizes.items()}
+    shapes |= {"tokens": (), "sensitivity": (out, out)}
+    for name in shapes.keys() - {"sensitivity"} - stored.keys():
+        raise ValueError(f"{name} is missing")
+    for name, value in stored.items():
+        if tuple(value.shape) != shapes.get(name):
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, not {shapes.get(name)}")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{name} has values that are not finite")
+        if value.ndim == 2 and (value.diagonal() < 0).any():
+            raise ValueError(f"{name} has a negative diagonal, and it is a sum of squares")
+        if value.ndim == 2 and (value - value.T).abs().max() > ROUNDING * value.abs().max():
+            raise ValueError(f"{name} is not symmetric")

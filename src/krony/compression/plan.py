@@ -1,31 +1,112 @@
-"""What a compression makes of a model's size, told before it is done; and the scheme for a size that is wished."""
+"""What a compression will do, known before it is done: the layers, their shapes, and the model's size afterwards."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 from transformers import PreTrainedModel
 
+from krony.compression.reconstruction import check_reconstructible
 from krony.config import KronyConfig
 from krony.errors import KronyError
 from krony.init.registry import INITIALISATIONS
 from krony.kronecker import schemes
 from krony.kronecker.algebra import KronShape
-from krony.models.surgery import Group, count_parameters, embedding_shape, find_groups, is_tied, layout
+from krony.models.surgery import Group, count_parameters, embedding_shape, find_groups, is_tied, model_shape
+
+LIBRARIES = 600 * 1000**2  # bytes of a Python that has imported torch and transformers
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionPlan:
+    """What ``compress`` will replace; made from a model that may lie on the meta device.
+
+    Attributes:
+        config: the options.
+        groups: the layers that are compressed together, in the order of the model.
+        shapes: module name -> split, before allocation shares the budget among the layers.
+        embedding: name and split of the input embedding; None if it stays dense.
+        params_before: unique parameters of the model.
+        params_after: unique parameters that it has afterwards, at most: with ``allocation="global"`` a layer that
+            stays dense has no right factors, so it can be slightly fewer.
+    """
+
+    config: KronyConfig
+    groups: list[Group]
+    shapes: dict[str, KronShape]
+    embedding: tuple[str, KronShape] | None
+    params_before: int
+    params_after: int
+
+    @property
+    def replaced_parameters(self) -> int:
+        """How many of the original's parameters are replaced."""
+        return sum(site.out_features * site.in_features for group in self.groups for site in group.sites)
+
+    @property
+    def new_parameters(self) -> int:
+        """How many parameters take their place."""
+        return self.params_after - self.params_before + self.replaced_parameters
+
+    def working_memory(self, itemsize: int, reads_text: bool) -> int:
+        """About how many bytes computing the factors takes besides the weights, the libraries included.
+
+        ``itemsize`` is the bytes per weight.
+        """
+        sites = [site for group in self.groups for site in group.sites]
+        matrix = max(site.out_features * site.in_features for site in sites)
+        if not reads_text:  # W, its rearrangement and its approximation in float64
+            return LIBRARIES + (4 * 8 + 2 * itemsize) * matrix
+        wide = max(site.in_features for site in sites)  # second moments, their inverse, and updates in float64
+        return LIBRARIES + 4 * 8 * wide**2 + 3 * 8 * matrix
+
+    def memory_bytes(self, itemsize: int, reads_text: bool) -> int:
+        """About how many bytes ``compress`` needs with the model in memory."""
+        held = itemsize * (self.params_before + self.params_after) + self.working_memory(itemsize, reads_text)
+        if self.config.tune:  # the original too, and in float32: new weights, a copy, gradients, AdamW's two moments
+            held += itemsize * self.params_before + 5 * 4 * self.new_parameters
+        return held
+
+
+def plan(model: PreTrainedModel, config: KronyConfig) -> CompressionPlan:
+    """Settles what ``compress`` will do with ``model``, which may lie on the meta device.
+
+    Raises KronyError if the scheme does not fit, nothing matches, or an option can't work with this model.
+    """
+    if not config.scheme:
+        raise KronyError("a size is missing: KronyConfig(keep=0.5) keeps half of the neurons of every MLP")
+    groups = find_groups(model, config.modules, config.layers)
+    mlps = find_groups(model) if config.modules == "mlp" else groups
+    schemes.check_name(config.scheme, model_shape(model, mlps))
+    if config.allocation == "global":
+        check_global(groups, config)
+        check_share(groups, config)
+    shapes = uniform_shapes(groups, config)
+    for group in groups:
+        names = [site.name for site in group.sites]
+        is_mlp = group.is_mlp and len(names) > 1
+        config.initialisation.check(names, [shapes[name] for name in names], is_mlp=is_mlp)
+        if config.reconstruct:
+            check_reconstructible(model, group)
+    return CompressionPlan(
+        config=config,
+        groups=groups,
+        shapes=shapes,
+        embedding=None if config.embedding is None else embedding_shape(model, config.embedding),
+        params_before=count_parameters(model),
+        params_after=parameters_after(model, groups, config),
+    )
 
 
 def parameters_after(model: PreTrainedModel, groups: list[Group], config: KronyConfig) -> int:
-    """Unique parameters that ``compress`` leaves at most, scalars and embedding counted; for a model on meta too.
-
-    With ``allocation="global"`` a layer that stays whole has no factors, so it can be a little less.
-    """
+    """Unique parameters that ``compress`` leaves at most, scalars and embedding counted."""
     count = count_parameters(model)
     for shape in uniform_shapes(groups, config).values():
         count += _parameters(shape, config) - shape.rows * shape.columns
     if config.allocation == "global":
-        count += _more_by_allocation(groups, config)
+        count += _extra_of_allocation(groups, config)
     if config.embedding is not None:
         _, shape = embedding_shape(model, config.embedding)
         count += shape.parameters - (0 if is_tied(model) else shape.rows * shape.columns)  # a tied head stays
@@ -33,12 +114,12 @@ def parameters_after(model: PreTrainedModel, groups: list[Group], config: KronyC
 
 
 def within(model: PreTrainedModel, config: KronyConfig, parameters: int) -> KronyConfig:
-    """``config`` with the scheme that makes the largest model of at most so many parameters. Raises KronyError."""
+    """``config`` with the scheme of the largest model that has at most ``parameters``. Raises KronyError."""
     groups = find_groups(model, config.modules, config.layers)
     if config.allocation == "global":
         check_global(groups, config)
     scheme = schemes.for_budget(
-        layout(model, groups),
+        model_shape(model, groups),
         parameters,
         neurons=config.initialisation.whole_neurons,
         size=lambda scheme: _size(model, groups, replace(config, scheme=scheme)),
@@ -46,42 +127,10 @@ def within(model: PreTrainedModel, config: KronyConfig, parameters: int) -> Kron
     return replace(config, scheme=scheme)
 
 
-def _size(model: PreTrainedModel, groups: list[Group], config: KronyConfig) -> int | None:
-    """``parameters_after``, or None where the scheme can't be had."""
-    if config.allocation == "global" and _kept_by_allocation(groups, config) is None:
-        return None
-    return parameters_after(model, groups, config)
-
-
-def _parameters(shape: KronShape, config: KronyConfig) -> int:
-    return shape.parameters + shape.factors * config.has_scalars(shape.factors)
-
-
-def _more_by_allocation(groups: list[Group], config: KronyConfig) -> int:
-    """What right factors and scalars take more, and ``max_width`` less, when neurons are given to the layers."""
-    kept, more = _kept_by_allocation(groups, config) or 0.0, 0.0
-    for site in (site for group in groups for site in group.sites):
-        shape = site.shape(config.scheme)
-        shape = shape.transposed if site.is_turned else shape  # (groups, width) ⊗ (r, 1), k factors
-        unit = portion(shape.rows, config.multiple_of)
-        each = shape.rows // unit + config.has_scalars(2)  # of a portion: its right factor, and its scalar
-        more += kept * shape.columns + kept / unit * each - _parameters(shape, config)
-    return math.ceil(more)
-
-
-def _kept_by_allocation(groups: list[Group], config: KronyConfig) -> float | None:
-    """How many neurons a layer keeps in the mean; None where that is less than one portion each."""
-    shape = groups[0].sites[0].shape(config.scheme)
-    unit = portion(shape.rows, config.multiple_of)
-    total = shape.m1 * shape.factors * len(groups) // unit * unit
-    ceiling = min(shape.rows, config.max_width or shape.rows) // unit * unit
-    return min(total / len(groups), ceiling) if total >= unit * len(groups) and ceiling else None
-
-
 def uniform_shapes(groups: list[Group], config: KronyConfig) -> dict[str, KronShape]:
-    """The split of every matrix when each layer gets the same scheme. Raises KronyError if it fits one of them not."""
-    shapes = {site.name: site.shape(config.scheme) for group in groups for site in group.sites}
-    return {name: config.initialisation.shape(shape) for name, shape in shapes.items()}
+    """The split of every matrix when each layer gets the same scheme. Raises KronyError if one of them doesn't fit."""
+    shape = config.initialisation.shape
+    return {site.name: shape(site.shape(config.scheme)) for group in groups for site in group.sites}
 
 
 def check_global(groups: list[Group], config: KronyConfig) -> None:
@@ -102,18 +151,17 @@ def check_global(groups: list[Group], config: KronyConfig) -> None:
 
 
 def check_share(groups: list[Group], config: KronyConfig) -> None:
-    """Raises KronyError where allocation global has less than a portion for every layer."""
-    if _kept_by_allocation(groups, config) is None:
-        raise KronyError(_too_little_to_share(groups, config))
-
-
-def _too_little_to_share(groups: list[Group], config: KronyConfig) -> str:
+    """Raises KronyError where allocation global has less than one portion for every layer."""
+    if _kept_by_allocation(groups, config) is not None:
+        return
     shape = groups[0].sites[0].shape(config.scheme)
     unit = portion(shape.rows, config.multiple_of)
     if config.max_width is not None and config.max_width < unit:
-        return f"max_width {config.max_width} is less than the {unit} neurons that a layer keeps at least"
+        raise KronyError(f"max_width {config.max_width} is less than {unit} neurons, which every layer keeps at least")
     kept = shape.m1 * shape.factors
-    return f"scheme {config.scheme} keeps {kept} neurons a layer, and allocation global gives each at least {unit}"
+    raise KronyError(
+        f"scheme {config.scheme} keeps {kept} neurons per layer, and allocation global gives each layer at least {unit}"
+    )
 
 
 @cache
@@ -124,3 +172,35 @@ def portion(width: int, multiple_of: int | None) -> int:
     if width % multiple_of:
         raise KronyError(f"multiple_of {multiple_of} does not divide the hidden width {width}")
     return multiple_of
+
+
+def _size(model: PreTrainedModel, groups: list[Group], config: KronyConfig) -> int | None:
+    """``parameters_after``, or None for a scheme that allocation can't give."""
+    if config.allocation == "global" and _kept_by_allocation(groups, config) is None:
+        return None
+    return parameters_after(model, groups, config)
+
+
+def _parameters(shape: KronShape, config: KronyConfig) -> int:
+    return shape.parameters + shape.factors * config.has_scalars(shape.factors)
+
+
+def _extra_of_allocation(groups: list[Group], config: KronyConfig) -> int:
+    """Parameters that allocation adds by right factors and scalars, less those that ``max_width`` saves."""
+    kept, extra = _kept_by_allocation(groups, config) or 0.0, 0.0
+    for site in (site for group in groups for site in group.sites):
+        shape = site.shape(config.scheme)
+        shape = shape.transposed if site.is_turned else shape  # (groups, width) ⊗ (r, 1), k factors
+        unit = portion(shape.rows, config.multiple_of)
+        each = shape.rows // unit + config.has_scalars(2)  # of one portion: its right factor, and its scalar
+        extra += kept * shape.columns + kept / unit * each - _parameters(shape, config)
+    return math.ceil(extra)
+
+
+def _kept_by_allocation(groups: list[Group], config: KronyConfig) -> float | None:
+    """How many neurons a layer keeps on average; None where that is less than one portion each."""
+    shape = groups[0].sites[0].shape(config.scheme)
+    unit = portion(shape.rows, config.multiple_of)
+    total = shape.m1 * shape.factors * len(groups) // unit * unit
+    ceiling = min(shape.rows, config.max_width or shape.rows) // unit * unit
+    return min(total / len(groups), ceiling) if total >= unit * len(groups) and ceiling else None

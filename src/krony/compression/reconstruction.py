@@ -23,6 +23,7 @@ from krony.compression.descent import relative_adamw
 from krony.compression.moments import BATCH_TOKENS, MEMORY, token_weights
 from krony.errors import KronyError
 from krony.kronecker.linear import KroneckerLinear
+from krony.models.modes import evaluating
 from krony.models.surgery import Group, enclosing_layer, put_in
 from krony.runtime.hardware import fast_dtype
 from krony.runtime.progress import Progress
@@ -102,14 +103,13 @@ def _record(
 
     for index, group in enumerate(groups):
         watch(index, group)
-    training, batch = model.training, max(1, BATCH_TOKENS // ids.shape[1])
-    model.eval()
+    batch = max(1, BATCH_TOKENS // ids.shape[1])
     try:
-        for start in range(0, len(ids), batch):
-            progress(start, len(ids), "activations")
-            model.base_model(input_ids=ids[start : start + batch].to(model.device), use_cache=False)
+        with evaluating(model):
+            for start in range(0, len(ids), batch):
+                progress(start, len(ids), "activations")
+                model.base_model(input_ids=ids[start : start + batch].to(model.device), use_cache=False)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     joined = [torch.cat(w) for w in weights]

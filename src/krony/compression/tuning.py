@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from krony.compression.descent import relative_adamw
 from krony.models.divergence import divergence
+from krony.models.modes import evaluating
 from krony.models.surgery import kronecker_layers
 from krony.runtime.hardware import fast_dtype
 from krony.runtime.progress import Progress, silent
@@ -78,22 +79,17 @@ def tune(
 
 @contextlib.contextmanager
 def _training(model: PreTrainedModel, layers: list) -> Iterator[list[nn.Parameter]]:
-    """The compressed layers in float32, and they alone with gradients; dropout off."""
-    mode, asked = model.training, [(p, p.requires_grad) for p in model.parameters()]
-    model.eval().requires_grad_(False)
-    parameters = []
+    """The compressed layers in float32, and only they with gradients; dropout is off."""
     for layer in layers:
         layer.float()
-        parameters += [p for p in (layer.weight, layer.scalars, layer.bias) if p is not None]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield parameters
-    finally:
-        for parameter, before in asked:
-            parameter.requires_grad_(before)
-            parameter.grad = None
-        model.train(mode)
+    parameters = [p for layer in layers for p in (layer.weight, layer.scalars, layer.bias) if p is not None]
+    with evaluating(model):
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            yield parameters
+        finally:
+            model.zero_grad()
 
 
 def _descend(

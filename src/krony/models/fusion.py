@@ -1,7 +1,8 @@
-"""MLPs of Kronecker layers that run as one step: found in a model, and given a forward of their own.
+"""Fused MLPs: finds the MLPs of Kronecker layers in a model and lets one function compute each of them.
 
-Their class changes, their parameters, names and submodules don't. An MLP whose layers are watched by hooks, or were
-replaced by others, runs as its own class says.
+The class of such an MLP changes; its parameters, names and submodules don't. An MLP runs as its own class defines it
+where hooks watch its layers or other modules replaced them. The body around the layers lets them reuse derived tensors
+while it continues a key-value cache (``krony.kronecker.derived``).
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from krony.kronecker.derived import reuse_while_decoding, stop_reusing
 from krony.kronecker.fused_mlp import fused_forward
 from krony.kronecker.linear import KroneckerLinear
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The names of an MLP's submodules: ``after(down(act(ups[0](x)) * ups[1](x)))``, or with one of ``ups``."""
+    """The names of an MLP's submodules: ``after(down(act(ups[0](x)) * ups[1](x)))``, without ``ups[1]`` if not gated."""
 
     ups: tuple[str, ...]
     act: str
@@ -27,7 +29,9 @@ class Parts:
 
 
 def fuse(model: nn.Module) -> None:
-    """Makes every MLP of Kronecker layers in ``model`` that can run as one step do so, in place."""
+    """Fuses every MLP of Kronecker layers in ``model`` that allows it, in place. Fusing twice changes nothing."""
+    for body in _bodies(model):
+        reuse_while_decoding(body)
     for module in list(model.modules()):
         if isinstance(module, FusedMLP) or not any(isinstance(c, KroneckerLinear) for c in module.children()):
             continue
@@ -38,15 +42,34 @@ def fuse(model: nn.Module) -> None:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Gives the fused MLPs of ``model`` their own class again, in place."""
+    """Undoes ``fuse``: the fused MLPs of ``model`` have their own class again, in place."""
+    for body in _bodies(model):
+        stop_reusing(body)
     for module in model.modules():
         if isinstance(module, FusedMLP):
             module.__class__ = type(module).__bases__[1]
             del module.krony_parts
 
 
+def _bodies(model: nn.Module) -> list[nn.Module]:
+    """The innermost model of transformers around each Kronecker layer: its forward takes the key-value cache."""
+    from transformers import PreTrainedModel  # this module is imported while transformers is being imported
+
+    found: dict[nn.Module, None] = {}
+
+    def visit(module: nn.Module, body: nn.Module | None) -> None:
+        body = module if isinstance(module, PreTrainedModel) else body
+        if isinstance(module, KroneckerLinear) and body is not None:
+            found[body] = None
+        for child in module.children():
+            visit(child, body)
+
+    visit(model, None)
+    return list(found)
+
+
 def find_parts(module: nn.Module) -> Parts | None:
-    """What the forward of ``module`` does with its submodules, if that is an MLP and nothing else."""
+    """The submodules that the forward of ``module`` calls, if it is an MLP and does nothing else; None if it isn't."""
     from torch.fx import Graph, Tracer
 
     class Leaves(Tracer):
@@ -55,7 +78,7 @@ def find_parts(module: nn.Module) -> Parts | None:
 
     try:
         graph: Graph = Leaves().trace(module)
-    except Exception:  # whatever a forward that isn't straight raises
+    except Exception:  # a forward with control flow can raise anything
         return None
     *steps, output = [node for node in graph.nodes if not (node.op == "placeholder" and not node.users)]
     after: list[str] = []
@@ -76,11 +99,11 @@ def find_parts(module: nn.Module) -> Parts | None:
         return None
     if len({up.args[0] for up in ups}) != 1 or len(steps) != 4 + len(after) + 2 * (len(ups) - 1):
         return None
-    return Parts(tuple(str(up.target) for up in ups), str(pair[0].target), down, tuple(after))
+    return Parts(ups=tuple(str(up.target) for up in ups), act=str(pair[0].target), down=down, after=tuple(after))
 
 
 def _calls_one(node: Any) -> bool:
-    """Whether this is a call of a submodule with one argument."""
+    """Whether the node calls a submodule with one argument."""
     return getattr(node, "op", "") == "call_module" and len(node.args) == 1 and not node.kwargs
 
 
@@ -89,7 +112,7 @@ def _is_up(module: nn.Module, node: Any) -> bool:
 
 
 def _fits(module: nn.Module, parts: Parts) -> bool:
-    """Whether all are Kronecker layers whose hidden features are grouped alike."""
+    """Whether all are Kronecker layers whose hidden features are in the same groups."""
     ups, down = [module.get_submodule(name) for name in parts.ups], module.get_submodule(parts.down)
     layers = [*ups, down]
     if not all(type(layer) is KroneckerLinear for layer in layers):
@@ -113,15 +136,15 @@ def _rebuild(own: type[nn.Module]) -> nn.Module:
 
 
 class FusedMLP(nn.Module):
-    """What ``fuse`` puts before an MLP's own class; ``krony_parts`` says which submodule is what."""
+    """The base class that ``fuse`` puts before an MLP's own class; ``krony_parts`` names its submodules."""
 
     krony_parts: Parts
 
     def __reduce_ex__(self, _: Any) -> tuple:
-        return _rebuild, (type(self).__bases__[1],), self.__dict__.copy()  # pickle can't find a class made on the fly
+        return _rebuild, (type(self).__bases__[1],), self.__dict__.copy()  # pickle can't find a class made at run time
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the MLP's own class computes it."""
+        """The output of the MLP's own class."""
         parts, children = self.krony_parts, self._modules
         ups, down = [children[name] for name in parts.ups], children[parts.down]
         act = children[parts.act]
@@ -138,7 +161,7 @@ def _is_plain(module: nn.Module | None) -> bool:
 
 
 def _is_watched(module: nn.Module | None) -> bool:
-    """Whether someone relies on this module being called: hooks, or a forward that was put over its own."""
+    """Whether a user relies on this module being called: it has hooks, or an instance's own forward."""
     return module is None or bool(
         module._forward_hooks
         or module._forward_pre_hooks

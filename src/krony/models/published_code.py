@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig, PreTrainedModel
 
-from krony.config import KronyConfig
 from krony.errors import KronyError
 from krony.kronecker.algebra import KronShape
 from krony.kronecker.linear import KroneckerLinear
@@ -110,8 +109,7 @@ def from_reference(
             raise KronyError(f"{_theirs(name)} makes {sizes[0]}, and the rest of the checkpoint needs {sizes[1]}")
     model.load_state_dict(given, assign=True)
     model.tie_weights()
-    quantizer.attach_quantizer(model, KronyConfig(str(min(shapes, key=str)), init="van-loan"))
-    model.config.quantization_config.made_with["init"] = "reference"
+    quantizer.attach_quantizer(model, {"scheme": str(min(shapes, key=str)), "init": "reference", "seed": 0})
     return model.eval()
 
 

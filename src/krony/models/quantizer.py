@@ -15,7 +15,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from krony._version import __version__
-from krony.config import KronyConfig
 from krony.errors import KronyError
 from krony.kronecker.algebra import KronShape
 from krony.kronecker.embedding import KroneckerEmbedding
@@ -131,8 +130,11 @@ def _empty_embedding(original: nn.Embedding, name: str, shape: KronShape) -> Kro
     return KroneckerEmbedding(shape, device=weight.device, dtype=weight.dtype)
 
 
-def attach_quantizer(model: PreTrainedModel, config: KronyConfig, calibration_tokens: int | None = None) -> None:
-    """Gives a model compressed in memory what ``save_pretrained`` needs, and its MLPs their one step."""
+def attach_quantizer(model: PreTrainedModel, made_with: dict[str, Any]) -> None:
+    """Gives a model that was compressed in memory what ``save_pretrained`` needs, and fuses its MLPs.
+
+    ``made_with`` says how it was compressed, for the record.
+    """
     fuse(model)
     modules = {
         name: {
@@ -146,9 +148,7 @@ def attach_quantizer(model: PreTrainedModel, config: KronyConfig, calibration_to
     for name, embedding in kronecker_embeddings(model).items():
         s = embedding.shape
         modules[name] = {"left": list(s.left), "right": list(s.right), "factors": 1, "scalars": False}
-    made_with = {"krony": __version__} | config.non_default_options()
-    if calibration_tokens is not None:
-        made_with["calibration_tokens"] = calibration_tokens
+    made_with = {"krony": __version__} | made_with
     earlier = getattr(model.config, "quantization_config", None)
     if isinstance(earlier, KronyQuantizationConfig):  # other layers were compressed before
         made_with["earlier"] = earlier.made_with

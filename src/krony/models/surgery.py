@@ -124,7 +124,7 @@ def is_chosen(layer: int | None, layers: str) -> bool:
     return layer is not None and int(match[1]) <= layer <= int(match[2] or match[1])
 
 
-def layout(model: nn.Module, groups: list[Group]) -> ModelShape:
+def model_shape(model: nn.Module, groups: list[Group]) -> ModelShape:
     """What ``krony.kronecker.schemes`` needs to know of the model. Parameters that layers share are counted once."""
     return ModelShape(count_parameters(model), tuple(site.tall for group in groups for site in group.sites))
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from krony._version import __version__
+from krony.errors import KronyError
+
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
     """bfloat16 where this device multiplies matrices faster in it than in float32, else float32."""
@@ -35,11 +38,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torchs)
 
 
+def check_device(device: str) -> None:
+    """Raises KronyError unless there is a device of this name; ``auto`` leaves it to what there is."""
+    try:
+        torch.empty(0, device="cpu" if device == "auto" else device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that isn't there
+        raise KronyError(f"device {device!r} can't be used: {str(error).strip().splitlines()[0]}") from None
+
+
 def machine() -> dict[str, str | int]:
     """Processor, cores, and the versions of what decides: said beside every figure."""
     import transformers
-
-    import krony
 
     return {
         "processor": _processor(),
@@ -49,7 +58,7 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "krony": krony.__version__,
+        "krony": __version__,
     }
 
 

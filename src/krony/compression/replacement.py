@@ -1,0 +1,125 @@
+"""The layers that take the place of a model's matrices, and what each of them loses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from krony.compression.report import LayerReport
+from krony.config import KronyConfig
+from krony.errors import KronyError
+from krony.init.base import Factors, Moments, Target
+from krony.kronecker.algebra import KronShape
+from krony.kronecker.linear import KroneckerLinear
+from krony.models.surgery import Group, take_out
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A new layer, the factors it started from, and its errors."""
+
+    layer: KroneckerLinear
+    factors: Factors
+    report: LayerReport
+
+
+def replacements(
+    model: nn.Module,
+    group: Group,
+    shapes: dict[str, KronShape],
+    config: KronyConfig,
+    moments: Moments | None = None,
+    train: Callable[[dict[str, KroneckerLinear]], None] | None = None,
+) -> dict[str, Replacement]:
+    """The layers that take the place of a group's, with their errors; the model stays as it is.
+
+    Args:
+        shapes: module name -> split, for every layer of the group at least.
+        train: called with the new layers by name before their errors are measured.
+
+    Raises KronyError for a weight that is not finite.
+    """
+    targets = _targets(model, group, shapes)
+    made = config.initialisation.initialise(targets, config, moments)
+    layers = {t.name: _build(t, factors, config) for t, factors in zip(targets, made, strict=True)}
+    if train is not None:
+        train(layers)
+    return {
+        t.name: Replacement(layers[t.name], factors, _report(t, factors, layers[t.name], moments))
+        for t, factors in zip(targets, made, strict=True)
+    }
+
+
+def measured(
+    original: nn.Module,
+    group: Group,
+    shapes: dict[str, KronShape],
+    new: dict[str, Replacement],
+    moments: Moments | None,
+) -> dict[str, LayerReport]:
+    """The errors that the new layers of a group have now, by name."""
+    return {
+        target.name: _report(target, new[target.name].factors, new[target.name].layer, moments)
+        for target in _targets(original, group, shapes)
+    }
+
+
+def _targets(model: nn.Module, group: Group, shapes: dict[str, KronShape]) -> list[Target]:
+    targets = []
+    for site in group.sites:
+        weight, bias = take_out(model, site.name)
+        if not torch.isfinite(weight).all():
+            raise KronyError(f"{site.name}: its weight has values that are not finite, so there is nothing to fit")
+        targets.append(Target(site.name, site.role, weight, bias, shapes[site.name]))
+    return targets
+
+
+def _build(target: Target, factors: Factors, config: KronyConfig) -> KroneckerLinear:
+    """The layer that holds these factors, in the target's dtype and on its device."""
+    weight, shape = target.weight, target.shape
+    has_scalars = config.has_scalars(shape.factors)
+    layer = KroneckerLinear(
+        shape, bias=target.bias is not None, scalars=has_scalars, device=weight.device, dtype=weight.dtype
+    )
+    left, scalar = factors.left * factors.scale, 1.0
+    if has_scalars:
+        scalar = config.scalar_init if config.scalar_init is not None else factors.scale
+        left = left / scalar  # whatever the scalars start at, the matrix is the same
+    if layer.scalars is not None:
+        layer.scalars.fill_(scalar)
+    layer.weight.copy_(left)
+    layer.right.copy_(factors.right)
+    bias = target.bias if factors.bias is None else factors.bias
+    if layer.bias is not None and bias is not None:
+        layer.bias.copy_(bias)
+    return layer
+
+
+def _report(target: Target, factors: Factors, layer: KroneckerLinear, moments: Moments | None) -> LayerReport:
+    """The layer's errors: of the matrix, and of its outputs on the calibration text."""
+    second = None if moments is None else moments.of(target.role).matrix
+    weight = target.weight.double()
+    sizes = weight.norm().item(), 0.0 if second is None else _output_norm(weight, second)
+    lost = layer.dense_weight(torch.float64)
+    if factors.order is not None:
+        places = factors.order.argsort()  # back to the old places: C is larger than W
+        lost = lost[:, places] if target.role == "down" else lost[places]
+    lost.sub_(weight)  # in place: these are the largest matrices there are
+    calibrated = None if second is None else relative(_output_norm(lost, second), sizes[1])
+    error = relative(lost.norm().item(), sizes[0])
+    return LayerReport(
+        name=target.name, shape=target.shape, error=error, calibrated_error=calibrated, curve=factors.curve
+    )
+
+
+def _output_norm(weight: Tensor, second: Tensor) -> float:
+    """sqrt(tr(W C Wᵀ)): root mean square of the outputs."""
+    return ((weight @ second.to(weight.device)) * weight).sum().clamp_min(0).sqrt().item()
+
+
+def relative(part: float, whole: float) -> float:
+    """``part / whole``; 0 where the whole is nothing."""
+    return part / whole if whole > 0 else 0.0

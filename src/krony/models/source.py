@@ -1,0 +1,181 @@
+"""MODEL: a folder or a hub name, resolved once to its config and its files; each way to fail is one sentence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from krony.errors import KronyError
+from krony.models import quantizer
+from krony.models.folder_checks import check_finite, check_folder, check_weights
+from krony.runtime.hardware import check_device, is_out_of_memory
+
+DEMO = Path(__file__).parents[1] / "shipped" / "demo"  # the model called ``demo``
+GPT2_NAMES = ("gpt2", "openai-community/gpt2")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model as the user names it, after its folder was checked and its config was read.
+
+    Attributes:
+        name: what the user wrote.
+        folder: the folder with its files; None for a name on the hub.
+        config: its config.
+    """
+
+    name: str
+    folder: Path | None
+    config: PretrainedConfig
+
+    @classmethod
+    def find(cls, name: str) -> ModelSource:
+        """Checks the folder and reads the config; GPT-2 124M's is known by name and needs no hub. Raises KronyError."""
+        if name in GPT2_NAMES and not Path(name).exists():
+            return cls(name, None, GPT2Config())
+        where = _locate(name)
+        with LoadingErrors(name):
+            config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+        return cls(name, where if isinstance(where, Path) else None, config)
+
+    @property
+    def where(self) -> str:
+        """What transformers finds the model by."""
+        return self.name if self.folder is None else str(self.folder)
+
+    @property
+    def is_compressed(self) -> bool:
+        return getattr(self.config, "quantization_config", None) is not None
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device, with the Kronecker layers that it has. Raises KronyError."""
+        model = empty_model(self.config)
+        if self.is_compressed:
+            with LoadingErrors(self.name):
+                quantizer.put_layers_in(model, self.config.quantization_config)
+        return model
+
+    def dtype(self, dtype: str | torch.dtype = "auto") -> str | torch.dtype:
+        """The dtype that the model is loaded in: ``demo`` is stored in half precision only to be small."""
+        return torch.float32 if self.name == "demo" and dtype == "auto" else parse_dtype(dtype)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer. Raises KronyError if there is none."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.where, trust_remote_code=False)
+        except Exception as error:  # transformers raises whatever the tokenizer's parts do
+            raise KronyError(f"{self.name}: no tokenizer can be loaded from there: {first_line(error)}") from None
+        if not tokenizer("a")["input_ids"]:  # from a folder without one, transformers makes some that know no text
+            raise KronyError(f"{self.name}: no tokenizer can be loaded from there: tokenizer.json is missing")
+        return tokenizer
+
+    def load(self, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
+        """The model in eval mode, from safetensors only; ``krony.load_model`` says the rest."""
+        check_device(device)
+        options: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
+        if self.folder is not None:
+            check_weights(self.folder, self.skeleton())
+        with LoadingErrors(self.name):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.where,
+                dtype=self.dtype(dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **options,
+            )
+        if missing := sorted(info["missing_keys"]):
+            raise KronyError(
+                f"{self.name}: the weights are incomplete: {missing[0]} and {len(missing) - 1} more are missing"
+            )
+        model = (model if device == "auto" else model.to(device)).eval()
+        check_finite(model, self.name)
+        _check_runs(model, self.name)
+        return model
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The dense model that a config describes, on the meta device: shapes without memory. Raises KronyError."""
+    with torch.device("meta"), LoadingErrors(config.name_or_path or type(config).__name__):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """``auto``, or the torch dtype of this name. Raises KronyError."""
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise KronyError(f"dtype {dtype!r} is unknown: it is auto or one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _locate(name: str) -> str | Path:
+    """What transformers finds the model by. Raises KronyError where it would answer with a page about the hub."""
+    if name == "demo":
+        return DEMO
+    if "\0" in name:
+        raise KronyError(f"{name!r} is not a name of a folder: it contains a NUL")
+    path = Path(name)
+    if path.is_file():
+        raise KronyError(f"{name} is a file: MODEL is a folder with config.json and model.safetensors, or a hub name")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise KronyError(f"{name} holds no model: there is no config.json in it")
+    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or not name
+    if looks_like_a_path and not path.is_dir():
+        raise KronyError(f"{name!r}: there is no such folder")
+    if path.is_dir():
+        check_folder(path)
+        return path
+    return name
+
+
+@torch.inference_mode()
+def _check_runs(model: PreTrainedModel, name: str) -> None:
+    """Two tokens go through the model: a config can fit its weights and still not run. Raises KronyError."""
+    with LoadingErrors(name, "by its config.json it can't run"):
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+
+
+class LoadingErrors:
+    """Turns what transformers and safetensors raise while loading ``name`` into one sentence."""
+
+    def __init__(self, name: str, otherwise: str = "it can't be loaded as a causal language model") -> None:
+        self.name, self.otherwise = name, otherwise
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, KronyError):
+            raise KronyError(f"{self.name}: {error}") from None
+        if isinstance(error, Exception) and not is_out_of_memory(error):  # which says nothing about the model
+            raise KronyError(f"{self.name}: {self._sentence(error)}") from error
+
+    def _sentence(self, error: Exception) -> str:
+        if isinstance(error, SafetensorError):
+            return f"its weights are damaged, fetch or write them again ({first_line(error)})"
+        if isinstance(error, OSError) and not Path(self.name).is_dir():
+            return "there is no such folder, and it can't be fetched from the hub (no network, or no such name)"
+        if isinstance(error, RuntimeError) and "mismatched" in str(error):
+            return "its weights have other shapes than its config.json says"
+        return f"{self.otherwise}: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    text = f"{error} is unknown" if isinstance(error, KeyError) else str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,197 @@
+"""A compression that goes layer by layer, settled before it runs: what is read and written, and in how much memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from krony.compression.plan import LIBRARIES, CompressionPlan, plan
+from krony.config import KronyConfig
+from krony.errors import KronyError
+from krony.kronecker.linear import KroneckerLinear
+from krony.models.source import ModelSource, empty_model, parse_dtype
+from krony.models.surgery import put_in
+from krony.runtime import distributed
+from krony.runtime.hardware import check_device, memory
+from krony.storage.shards import TensorLayout, total
+from krony.storage.tensor_files import Checkpoint, Entry
+from krony.streaming.blockwise import stack_name
+from krony.streaming.tensors import file_names, find_entries, saved_tensors
+
+REST = "embeddings, head and norms"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """A compression that is planned and not yet run; ``prepare`` makes it.
+
+    Attributes:
+        folder: the model's folder.
+        settled: what is replaced by what.
+        source: the model as it is, on the meta device.
+        target: the compressed model, on the meta device.
+        entries: where each tensor of the source lies in the files.
+        layout: what is written, by the target model's names.
+        names: what the files call it.
+        reads: whether it reads calibration text.
+    """
+
+    folder: Path
+    settled: CompressionPlan
+    source: PreTrainedModel
+    target: PreTrainedModel
+    entries: dict[str, Entry]
+    layout: TensorLayout
+    names: dict[str, str]
+    reads: bool
+
+    @property
+    def config(self) -> KronyConfig:
+        return self.settled.config
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(entry.bytes for entry in set(self.entries.values()))  # tied names lead to one
+
+    @property
+    def write_bytes(self) -> int:
+        return total(self.layout)
+
+    def kept_bytes(self, tokens: int) -> int:
+        """What ``OUT.work`` holds besides: the hidden states that enter a layer and those that leave it."""
+        if not self.reads:
+            return 0
+        return 2 * tokens * self.source.get_input_embeddings().weight.shape[1] * self.source.dtype.itemsize
+
+    @property
+    def memory_bytes(self) -> int:
+        """About how much memory the run needs at its height, the libraries included."""
+        working = self.settled.working_memory(self.source.dtype.itemsize, self.reads)
+        if not self.reads:
+            return working
+        layers = [_bytes_of(self.source.get_submodule(name)) for name in self._layers()]
+        table = _bytes_of(self.source.get_input_embeddings())
+        return max(layers) + max(working, table + LIBRARIES)  # the embeddings are needed before any moments are used
+
+    def units(self) -> list[str]:
+        """What is done one after the other: every layer by name, then all the rest."""
+        return [*self._layers(), REST]
+
+    def _layers(self) -> list[str]:
+        inside = [group for group in self.settled.groups if group.layer is not None or self.reads]
+        if not inside:
+            return []
+        stack = stack_name(inside, self.source)
+        return [f"{stack}.{n}" for n in range(len(self.source.get_submodule(stack)))]  # type: ignore[arg-type]
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def choose(
+    source: ModelSource, config: KronyConfig, *, wanted: bool | None, dtype: str, device: str, reads: bool = False
+) -> Stream | None:
+    """The plan for compressing layer by layer, or None for loading the model.
+
+    Args:
+        reads: whether calibration text is given, whatever the initialisation needs.
+        wanted: what the user says; None follows the rule: a folder is streamed if the initialisation looks at one
+            matrix at a time and no text is read, and otherwise if its weights are more than half of the machine's
+            memory.
+
+    Raises:
+        KronyError: it is wanted and can't be done, the folder is damaged, or there is no such device.
+    """
+    check_device(device)
+    why = _obstacle(source, config, device)
+    if wanted and why:
+        raise KronyError(f"--stream: {source.name} can't be compressed layer by layer: {why}")
+    if wanted is False or source.folder is None or why:
+        return None
+    one_by_one = config.initialisation.per_matrix and not reads
+    if wanted is None and not one_by_one and 2 * Checkpoint(source.folder).bytes <= memory():
+        return None
+    return _settle(source, source.folder, config, dtype=dtype, reads=reads)
+
+
+def _obstacle(source: ModelSource, config: KronyConfig, device: str = "cpu") -> str | None:
+    """Why a compression can't go layer by layer, in words; None if it can."""
+    if source.folder is None:
+        return "it takes a folder, so fetch the model first (hf download NAME --local-dir FOLDER)"
+    if config.allocation == "global":
+        return "--allocation global needs the gradient through the full model"
+    for option in ("reconstruct", "tune"):
+        if getattr(config, option):
+            return f"--{option} needs the gradient through the full model"
+    if config.embedding is not None:
+        return "--embedding unties the head, which is outside the layers"
+    if config.reinit:
+        return "--reinit draws the full model at random"
+    if device == "auto":
+        return "--device auto spreads the full model over devices"
+    if distributed.count() > 1:
+        return f"it takes one process, and there are {distributed.count()}"
+    if source.is_compressed:
+        return "it is compressed already"
+    if file_names(source.skeleton()) is None:
+        return f"transformers rearranges the tensors of a {source.config.model_type} while it loads them"
+    return None
+
+
+def prepare(
+    source: ModelSource, config: KronyConfig, *, dtype: str | torch.dtype = "auto", reads: bool = False
+) -> Stream:
+    """Reads the headers of the model's files and settles what will be written. Raises KronyError.
+
+    ``reads`` says that calibration text will be given although the initialisation doesn't need it.
+    """
+    why = _obstacle(source, config)
+    if why or source.folder is None:
+        raise KronyError(f"{source.name} can't be compressed layer by layer: {why}")
+    return _settle(source, source.folder, config, dtype=dtype, reads=reads)
+
+
+def _settle(where: ModelSource, folder: Path, config: KronyConfig, *, dtype: str | torch.dtype, reads: bool) -> Stream:
+    checkpoint = Checkpoint(folder)
+    model_config = where.config
+    model_config.dtype = _dtype(where.dtype(dtype), model_config.dtype, checkpoint)
+    source, target = empty_model(model_config).eval(), empty_model(model_config)
+    settled = plan(source, config)
+    for name, shape in settled.shapes.items():
+        old: Any = source.get_submodule(name)
+        new = KroneckerLinear(
+            shape,
+            bias=old.bias is not None,
+            scalars=config.has_scalars(shape.factors),
+            device="meta",
+            dtype=old.weight.dtype,
+        )
+        put_in(target, name, new)
+    stream = Stream(
+        folder=folder,
+        settled=settled,
+        source=source,
+        target=target,
+        entries=find_entries(source, checkpoint),
+        layout={name: (value.dtype, tuple(value.shape)) for name, value in saved_tensors(target).items()},
+        names=file_names(target) or {},
+        reads=reads or config.initialisation.needs_text,
+    )
+    stream.units()  # there is one stack of layers
+    return stream
+
+
+def _dtype(wanted: str | torch.dtype, configured: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that loading would give: the wanted one, the config's, or that of the first tensor with a fraction."""
+    dtype = parse_dtype(wanted)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if isinstance(configured, torch.dtype):
+        return configured
+    return next((e.dtype for e in checkpoint.entries.values() if e.dtype.is_floating_point), torch.float32)
