@@ -20,7 +20,7 @@ GUIDES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "options",
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^(krony .*?)(?:\s+#.*)?$", re.MULTILINE)
 # In place of the pages' numbers, for time.
-SMALL = {"--tune": "4", "--reconstruct": "4", "--max-tokens": "16384", "--calibration-tokens": "4096"}
+SMALL = {"--tune": "4", "--reconstruct": "4", "--max-tokens": "8192", "--calibration-tokens": "4096"}
 # Texts and models that the guides speak of, made before their commands run.
 BEFORE = {"docs/healing.md": ["krony compress gpt2 gpt2-half --scheme keep=0.5 --calibration python-docs"]}
 BEFORE["docs/deployment.md"] = BEFORE["docs/streaming.md"] = BEFORE["docs/healing.md"]
@@ -73,8 +73,7 @@ def run(command: str, monkeypatch, capsys) -> None:
     for option, value in SMALL.items():
         if option in arguments:
             arguments[arguments.index(option) + 1] = value
-    if arguments[1] == "eval":
-        arguments += ["--data-dir", "data"]
+    arguments += {"eval": ["--data-dir", "data"], "bench": ["--rounds", "1"]}.get(arguments[1], [])
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as exit:
         main()
@@ -99,7 +98,7 @@ def test_the_python_runs(name, workplace, monkeypatch, capsys):
     for code in fenced(name, "python"):
         if "torchao" in code and find_spec("torchao") is None:
             continue  # which only benchmarks install
-        exec(compile(code.replace("300_000", "16_384"), name, "exec"), {})
+        exec(compile(code.replace("300_000", "8_192"), name, "exec"), {})
 
 
 def results(name: str) -> dict:
