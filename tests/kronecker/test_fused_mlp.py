@@ -1,4 +1,4 @@
-"""MLPs in one step against the same layers multiplied out."""
+"""Fused MLPs against the dense matrices of the same layers."""
 
 import copy
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from krony.kronecker.algebra import KronShape
-from krony.kronecker.fused_mlp import joined
+from krony.kronecker.fused_mlp import fused_forward
 from krony.kronecker.linear import KroneckerLinear
 
 
@@ -46,9 +46,9 @@ def check(ups, act, down, tokens=(2, 3), paths=((None, None),)):
             for layer in (*ups, down):
                 layer.train(mode)
             with torch.no_grad():
-                for _ in range(2):  # the second finds what was kept
-                    torch.testing.assert_close(joined(x, ups, act, down), expected)
-            actual = joined(x, ups, act, down)
+                for _ in range(2):
+                    torch.testing.assert_close(fused_forward(x, ups, act, down), expected)
+            actual = fused_forward(x, ups, act, down)
             torch.testing.assert_close(actual, expected)
             torch.testing.assert_close(torch.autograd.grad(actual, [x, *parameters], cotangent), wanted)
 
@@ -126,16 +126,16 @@ def test_dropped_neurons_are_not_computed():
             layer.eval()
             layer.path = "right" if layer is down else "left"
         act, x = Counting(), torch.randn(7, 6, dtype=torch.float64)
-        joined(x, ups, act, down)
+        fused_forward(x, ups, act, down)
         assert act.seen == 7 * 5 * 2  # two neurons of each group of four
         down.right.view(2, 4)[1, 3] = 1  # the fourth counts again: a constant would not do
         ups[0].right.view(2, 4)[1, 3] = 1
-        torch.testing.assert_close(joined(x, ups, act, down), reference(x, ups, F.silu, down))
+        torch.testing.assert_close(fused_forward(x, ups, act, down), reference(x, ups, F.silu, down))
     act = Counting()
     for layer in (*ups, down):
         layer.train()
         layer.right.requires_grad_(False)
-    joined(x, ups, act, down).sum().backward()
+    fused_forward(x, ups, act, down).sum().backward()
     assert act.seen == 7 * 5 * 3 and ups[0].weight.grad is not None  # while training, if they are frozen
 
 
@@ -151,28 +151,28 @@ def test_autocast_and_lower_precision(shape, training):
     expected = reference(x, ups, act, down)
     with torch.set_grad_enabled(training):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = joined(x, ups, act, down)
+            y = fused_forward(x, ups, act, down)
         assert (y.float() - expected).norm() / expected.norm() < 0.03
         if training:
             y.float().sum().backward()
             assert all(p.grad is not None and p.grad.isfinite().all() for p in down.parameters())
         for layer in (*ups, down):
             layer.bfloat16()
-        y = joined(x.bfloat16(), ups, act, down)
+        y = fused_forward(x.bfloat16(), ups, act, down)
         assert y.dtype == torch.bfloat16 and (y.float() - expected).norm() / expected.norm() < 0.03
 
 
-def test_what_is_kept_follows_the_factors():
+def test_every_call_reads_the_factors():
     ups, down = layers_of(KronShape(5, 6, 4, 1))
     x, act = torch.randn(3, 6, dtype=torch.float64), ACT2FN["silu"]
     for layer in (*ups, down):
         layer.eval()
     with torch.no_grad():
-        joined(x, ups, act, down)
+        fused_forward(x, ups, act, down)
         for layer, name in ((ups[0], "right"), (ups[0], "bias"), (down, "right"), (down, "weight"), (down, "bias")):
-            getattr(layer, name).mul_(2)
-            torch.testing.assert_close(joined(x, ups, act, down), reference(x, ups, act, down))
+            getattr(layer, name).data.mul_(2)
+            torch.testing.assert_close(fused_forward(x, ups, act, down), reference(x, ups, act, down))
         other = copy.deepcopy(down)
         ups[0].load_state_dict(layers_of(KronShape(5, 6, 4, 1), seed=1)[0][0].state_dict())
-        torch.testing.assert_close(joined(x, ups, act, down), reference(x, ups, act, down))
-        torch.testing.assert_close(joined(x, ups, act, other), reference(x, ups, act, other))
+        torch.testing.assert_close(fused_forward(x, ups, act, down), reference(x, ups, act, down))
+        torch.testing.assert_close(fused_forward(x, ups, act, other), reference(x, ups, act, other))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 import krony
 from krony import KronyConfig, compress
 from krony.kronecker.linear import KroneckerLinear
-from krony.models.fusion import FusedMLP, find_parts, join
+from krony.models.fusion import FusedMLP, find_parts, fuse
 from small_models import BUILDERS, _random, gpt2, llama
 
 SCHEMES = ["keep=0.5", "keep=0.75", "48x48", "24x16:2", "48x24:4"]
@@ -28,7 +28,7 @@ def mlps(model):
 
 @pytest.mark.parametrize("family", list(BUILDERS))
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_joined_models_give_the_dense_logits_and_gradients(family, scheme, ids):
+def test_fused_models_give_the_dense_logits_and_gradients(family, scheme, ids):
     wide = {"n_inner": 192} if family == "gpt2" else {"intermediate_size": 192}
     model = compressed(BUILDERS[family](**wide), scheme)
     assert len(mlps(model)) == 3
@@ -136,7 +136,7 @@ def test_other_forwards_are_left_alone():
         lambda m, x: x if x.sum() > 0 else m.down(m.act(m.up(x))),
     ):
         holder = nn.Sequential(Mixed(change))
-        join(holder)
+        fuse(holder)
         assert type(holder[0]) is Mixed
 
 

@@ -20,7 +20,7 @@ from krony.kronecker.linear import KroneckerLinear
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The names of an MLP's submodules: ``after(down(act(ups[0](x)) * ups[1](x)))``, without ``ups[1]`` if not gated."""
+    """The names of an MLP's submodules: ``after(down(act(ups[0](x)) * ups[1](x)))``, or of one up layer."""
 
     ups: tuple[str, ...]
     act: str
