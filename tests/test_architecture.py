@@ -11,7 +11,7 @@ ROOT = Path(krony.__file__).parent
 
 # From the bottom up: a package imports from earlier floors and from its own files, never from its neighbours or above.
 FLOORS = [
-    ["errors", "options", "pages", "_version"],
+    ["errors", "options", "pages", "pictures", "_version"],
     ["kronecker", "storage", "runtime"],
     ["init", "models", "data"],
     ["config"],

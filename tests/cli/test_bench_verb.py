@@ -37,7 +37,7 @@ def test_random_and_a_forced_path(krony, gpt2_folder, tmp_path):
         (("--path", "fast"), "path 'fast' is unknown: it is one of left, right, dense"),
         (("--rounds", 0), "rounds is 0"),
         (("--sweep-lengths", "1,x"), "--sweep-lengths 1,x: it takes numbers such as"),
-        (("--length", 100, "--context", 4), "takes 64 tokens at most"),
+        (("--length", 100, "--context", 4), "takes at most 64 tokens"),
         (("--scheme", "100x7"), "does not divide"),
         (("--plot", "p.png"), "ends in .svg"),
         (("--report", "nowhere/r.html"), "there is no folder nowhere"),

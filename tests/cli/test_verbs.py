@@ -202,7 +202,7 @@ def test_inspect_compares_with_the_base(krony, compressed, gpt2_folder):
     assert layer["kept"] == pytest.approx(1.0, rel=1e-5)  # adaptive normalisation
     assert layer["error"] == pytest.approx(((dense - made).norm() / dense.norm()).item(), rel=1e-4)
     assert layer["singular_values"][0] == pytest.approx(torch.linalg.matrix_norm(made, 2).item(), rel=1e-4)
-    assert layer["path"] == layer["decode_path"] == "left" and layer["joined"]
+    assert layer["path"] == layer["decode_path"] == "left" and layer["fused"]
     assert "0.52 of the dense matrix's multiply-adds" in layer["why"] and layer["why"] in done.err
     assert krony("inspect", gpt2_folder).code == 0
 
@@ -210,7 +210,7 @@ def test_inspect_compares_with_the_base(krony, compressed, gpt2_folder):
 def test_pictures_and_pages(krony, compressed, gpt2_folder, tmp_path):
     assert krony("inspect", compressed, "--base", gpt2_folder, "--plot", tmp_path / "p.svg").code == 0
     picture = (tmp_path / "p.svg").read_text()
-    assert "relative error, Frobenius norm" in picture and "transformer.h.2.mlp.c_proj" in picture
+    assert "relative error, Frobenius norm" in picture and "mlp.c_proj" in picture
     options = ("--data", "python-docs", "--max-tokens", 200, "--report", tmp_path / "r.html", "--json", "-")
     done = krony("eval", compressed, *options)
     assert f"{done.json['results'][0]['perplexity']:,.2f}" in (tmp_path / "r.html").read_text()
@@ -219,6 +219,7 @@ def test_pictures_and_pages(krony, compressed, gpt2_folder, tmp_path):
 def test_generate(krony, compressed):
     done = krony("generate", compressed, "--prompt", "The", "--max-new-tokens", "5", "--json", "-")
     assert done.json["text"].startswith("The") and done.json["new_tokens"] <= 5
+    assert done.json["stopped"] == ("max_new_tokens" if done.json["new_tokens"] == 5 else "end of text")
     warm = [krony("generate", compressed, "--prompt", "The", "--temperature", "1", "--seed", s).out for s in (1, 1, 2)]
     assert warm[0] == warm[1] != warm[2]
 

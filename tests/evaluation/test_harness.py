@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import logging
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +35,7 @@ metric_list:
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
-    """Writes a task over passages; the harness keeps its copy of the data in ``tmp_path``."""
+    """Writes a task over passages; the harness caches the data in ``tmp_path``."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -50,7 +53,7 @@ def task(tmp_path, monkeypatch):
 @needs_data
 @pytest.mark.parametrize("kind", ["plain", "openai"])
 def test_lambada_has_the_accuracy_of_krony_eval(kind, task):
-    """All 5,153 passages give the same figure too (0.0833 on the OpenAI variant); here are enough to be right by."""
+    """All 5,153 passages give the same figure too (0.0833 on the OpenAI variant); a part of them is enough here."""
     if kind == "plain":
         passages = (DATA / "lambada/lambada_test_plain_text.txt").read_text().splitlines()[:120]
     else:
@@ -95,6 +98,30 @@ def test_tasks_that_are_not_known_or_whose_data_cannot_be_had(tokenizer):
             run_tasks(gpt2(), tokenizer, [task])
 
 
+@needs_harness
+def test_loggers_are_as_they_were(task, tokenizer):
+    """Only the harness's own are quiet, and only while it runs; the root logger belongs to the application."""
+    import lm_eval.tasks
+
+    names = [None, "lm_eval", lm_eval.tasks.__name__, "datasets"]
+    for number, name in enumerate(names):
+        logging.getLogger(name).setLevel(logging.INFO + number)
+    try:
+        run_tasks(gpt2(), tokenizer, [task("quiet", ["one two", "three four"])])
+        with pytest.raises(krony.KronyError):
+            run_tasks(gpt2(), tokenizer, ["no_such_task"])
+        assert [logging.getLogger(name).level - logging.INFO for name in names] == [0, 1, 2, 3]
+    finally:
+        for name, level in zip(names, (logging.WARNING, 0, 0, logging.WARNING), strict=True):
+            logging.getLogger(name).setLevel(level)
+
+
+def test_no_file_of_the_package_touches_the_root_logger():
+    for path in Path(krony.__file__).parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"getLogger\(\)|basicConfig|logging\.root|logging\.disable\(", text), path
+
+
 def test_without_the_harness(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(krony.KronyError, match=r"pip install lm-eval"):
@@ -113,7 +140,7 @@ def test_counts_of_parameters(gpt2_folder, monkeypatch, capsys):
     said = capsys.readouterr()
     figures = json.loads(said.out)
     assert figures["params_untied"] == figures["params"] + 257 * 48
-    assert f"{figures['params_untied']:,} with the head apart" in said.err
+    assert f"{figures['params_untied']:,} with the head counted separately" in said.err
     monkeypatch.setattr(sys, "argv", ["krony", "eval", str(gpt2_folder), "--count", "twice"])
     with pytest.raises(SystemExit) as exit:
         main()

@@ -1,6 +1,13 @@
-"""Both protocols against a few lines of plain transformers, and last-word accuracy against one passage at a time."""
+"""Both protocols against a few lines of plain transformers, and last-word accuracy against one passage at a time.
 
+Several processes get the result of one.
+"""
+
+import json
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -54,7 +61,7 @@ def test_paper_protocol_is_the_published_script(model, tokenizer, text_file, win
 
 
 @pytest.mark.parametrize(("window", "stride"), [(64, 64), (64, 16)])
-def test_token_protocol_weighs_every_token_alike(model, tokenizer, text_file, window, stride):
+def test_token_protocol_weights_every_token_equally(model, tokenizer, text_file, window, stride):
     ids = join_documents([TEXT], tokenizer)
     nlls, counts = published_script(model, ids, window, stride)
     result = evaluate(model, tokenizer, text_file, protocol="token", window=window, stride=stride)
@@ -135,10 +142,16 @@ def test_a_passage_longer_than_the_context_has_a_last_word_too(tokenizer):
     assert last_word_accuracy(model, tokenizer, [f"{long}abc", f"{long}abd"]) == 1 / 2
 
 
-def test_dropout_is_off_and_the_mode_is_kept(tokenizer, text_file):
+def test_dropout_is_off_and_the_modes_are_restored(tokenizer, text_file):
     model = gpt2(resid_pdrop=0.5)
     expected = evaluate(model.eval(), tokenizer, text_file).perplexity
-    assert evaluate(model.train(), tokenizer, text_file).perplexity == expected and model.training
+    model.train()
+    model.transformer.h[1].eval()
+    model.transformer.wte.requires_grad_(False)
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert evaluate(model, tokenizer, text_file).perplexity == expected and model.training
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert not model.transformer.wte.weight.requires_grad and model.transformer.wpe.weight.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -147,7 +160,9 @@ def test_dropout_is_off_and_the_mode_is_kept(tokenizer, text_file):
         ({"protocol": "best"}, "protocol 'best' is unknown: it is paper or token"),
         ({"window": 65}, "a window of 65 tokens: this model takes from 2 to 64"),
         ({"window": 1}, "a window of 1 tokens"),
-        ({"stride": 65}, "a stride of 65 tokens: from 1 to the window, 64"),
+        ({"window": 0}, "a window of 0 tokens: at least 2"),
+        ({"stride": 0}, "a stride of 0 tokens"),
+        ({"stride": 65}, "a stride of 65 tokens: it takes a number from 1 to the window, 64"),
         ({"max_tokens": 1}, "max_tokens is 1"),
     ],
 )
@@ -157,7 +172,7 @@ def test_options_that_make_no_sense(tokenizer, text_file, options, words):
 
 
 def test_a_tokenizer_of_another_model(tokenizer, text_file):
-    with pytest.raises(KronyError, match="this tokenizer is another model's"):
+    with pytest.raises(KronyError, match="the tokenizer belongs to another model"):
         evaluate(gpt2(vocab_size=50), tokenizer, text_file)
 
 
@@ -165,3 +180,37 @@ def test_text_of_one_token(tokenizer, tmp_path):
     (tmp_path / "t.txt").write_text("x")
     with pytest.raises(KronyError, match="has 1 tokens: there is nothing to predict"):
         evaluate(gpt2(), tokenizer, str(tmp_path / "t.txt"))
+
+
+@pytest.fixture
+def passages(tmp_path, text_file):
+    """A text, and LAMBADA as a folder that holds it."""
+    (tmp_path / "lambada").mkdir()
+    words = ("yes", "no", "perhaps", "so", "never", "always", "soon")
+    lines = [f"he said {word} and then {'again and ' * n}he said {word}" for n, word in enumerate(words)]
+    (tmp_path / "lambada/lambada_test_plain_text.txt").write_text("\n".join(lines))
+    return ["--data", text_file, "--data", "lambada", "--data-dir", str(tmp_path)]
+
+
+def evaluated(folder, options, processes, out):
+    """The figures of ``krony eval`` in this many processes, and what they printed."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "krony", "eval", str(folder), *options, "--json", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(out.read_text()), done.stdout
+
+
+@pytest.mark.parametrize("protocol", ["paper", "token"])
+def test_several_processes_get_the_figures_of_one(protocol, gpt2_folder, passages, tmp_path):
+    """Exact for any number of processes: windows that overlap, a short last one, fewer windows than processes."""
+    options = [*passages, "--protocol", protocol, "--window", "50", "--stride", "37", "--dtype", "float64"]
+    expected, said = evaluated(gpt2_folder, options, 1, tmp_path / "1.json")
+    for processes in (2, 3):
+        found, printed = evaluated(gpt2_folder, options, processes, tmp_path / f"{processes}.json")
+        assert found == expected and printed == said
+    few = ["--max-tokens", "60", *options]  # two windows
+    expected, _ = evaluated(gpt2_folder, few, 1, tmp_path / "4.json")
+    assert evaluated(gpt2_folder, few, 3, tmp_path / "5.json")[0] == expected
+    assert expected["results"][0]["tokens"] == 59

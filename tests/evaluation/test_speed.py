@@ -6,31 +6,25 @@ import pytest
 import torch
 
 from krony import KronyConfig, KronyError, compress
-from krony.evaluation.speed import (
-    Settings,
-    Subject,
-    alternate,
-    bench,
-    peak_bytes,
-    peak_of,
-    random_model,
-    store,
-    to_json,
-)
+from krony.evaluation.memory import peak_bytes, peak_of
+from krony.evaluation.settings import SpeedSettings
+from krony.evaluation.speed import ModelSpeed, Subject, bench, make_subject, random_model, to_json
+from krony.evaluation.speed_tables import ratio_picture, table
+from krony.evaluation.workloads import alternate
 from small_models import gpt2
 
-QUICK = Settings(batch=2, length=8, context=4, new_tokens=3, rounds=2)
+QUICK = SpeedSettings(batch=2, length=8, context=4, new_tokens=3, rounds=2)
 
 
 @pytest.fixture(scope="module")
 def subjects():
     dense, small = gpt2(), gpt2()
     compress(small, KronyConfig("keep=0.5", init="van-loan"))
-    return [store("dense", dense, loads=1), store("small keep=0.5", small, loads=1)]
+    return [make_subject("dense", dense, loads=1), make_subject("small keep=0.5", small, loads=1)]
 
 
 def test_every_figure_and_its_ratio(subjects):
-    settings = Settings(batch=2, length=8, context=4, new_tokens=3, rounds=2, batches=(1, 2), lengths=(4,))
+    settings = SpeedSettings(batch=2, length=8, context=4, new_tokens=3, rounds=2, batches=(1, 2), lengths=(4,))
     before = {name: value.clone() for name, value in subjects[1].model.state_dict().items()}
     rows = bench(subjects, settings)
     figures = to_json(rows, settings)
@@ -53,12 +47,12 @@ def test_every_figure_and_its_ratio(subjects):
 
 
 def test_without_training(subjects):
-    rows = bench(subjects[:1], Settings(length=4, context=2, new_tokens=1, rounds=1, train=False))
+    rows = bench(subjects[:1], SpeedSettings(length=4, context=2, new_tokens=1, rounds=1, train=False))
     written = rows[0].to_json()
     assert written["train_tokens_per_s"] is None and written["ratio"]["train"] is None
 
 
-def test_turns_alternate_and_the_first_round_is_left_out():
+def test_models_take_turns_and_the_first_round_is_not_counted():
     seen = []
 
     def work(model):
@@ -79,7 +73,7 @@ def test_memory_is_that_of_tensors():
     assert peak_of(call) == 6800
 
 
-def test_peak_counts_weights_once_and_what_layers_keep():
+def test_peak_counts_weights_once_and_cached_tensors():
     model = gpt2()  # its head is tied to the embedding
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     ids = torch.zeros(1, 8, dtype=torch.long)
@@ -88,19 +82,19 @@ def test_peak_counts_weights_once_and_what_layers_keep():
     compress(model, KronyConfig("keep=0.5", init="van-loan"))
     small = peak_bytes(model, ids)
     assert small < plain
-    kept = copy.deepcopy(model)
-    for module in kept.modules():
+    cached = copy.deepcopy(model)
+    for module in cached.modules():
         if hasattr(module, "path"):
             module.path = "dense"
-    assert peak_bytes(kept, ids) - small > 5 * 192 * 48 * 4  # six matrices, made and kept
+    assert peak_bytes(cached, ids) - small > 5 * 192 * 48 * 4  # six matrices, multiplied out and cached
 
 
 def test_bytes_are_those_on_disk(tmp_path):
     model = gpt2()
     model.save_pretrained(tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
-    assert store("x", model, tmp_path, loads=1).bytes == store("x", model, loads=1).bytes == size
-    unloadable = store("x", model, loads=0)
+    assert make_subject("x", model, tmp_path, loads=1).bytes == make_subject("x", model, loads=1).bytes == size
+    unloadable = make_subject("x", model, loads=0)
     assert unloadable.load_seconds is None and abs(unloadable.bytes - size) < 0.02 * size + 10_000
 
 
@@ -111,14 +105,25 @@ def test_random_models_are_those_of_the_config_and_the_seed(gpt2_folder):
 
 
 def test_too_long_for_the_model_and_other_mistakes(subjects):
-    with pytest.raises(KronyError, match="dense takes 64 tokens at most, and 65 are to be measured"):
-        bench(subjects, Settings(length=65, context=4, new_tokens=1))
+    with pytest.raises(KronyError, match="dense takes at most 64 tokens, and 65 are to be measured"):
+        bench(subjects, SpeedSettings(length=65, context=4, new_tokens=1))
     with pytest.raises(KronyError, match="128 are to be measured"):
-        bench(subjects, Settings(length=8))  # decode comes to 128
+        bench(subjects, SpeedSettings(length=8))  # decode needs 128
     with pytest.raises(KronyError, match="rounds is 0"):
-        Settings(rounds=0)
+        SpeedSettings(rounds=0)
     with pytest.raises(KronyError, match="from 1"):
-        Settings(lengths=(4, 0))
-    elsewhere = Subject("meta", gpt2().to("meta"), 0, 0.0)
+        SpeedSettings(lengths=(4, 0))
+    elsewhere = Subject(name="meta", model=gpt2().to("meta"), bytes=0, load_seconds=0.0)
     with pytest.raises(KronyError, match="measures on cpu and cuda, and meta is on meta"):
         bench([elsewhere], QUICK)
+
+
+def test_figures_come_back_from_json_and_the_picture_says_what_is_faster(subjects):
+    settings = SpeedSettings(length=8, context=4, new_tokens=1, rounds=1, train=False, lengths=(4, 8))
+    rows = bench(subjects, settings)
+    again = [ModelSpeed.from_json(figures) for figures in to_json(rows, settings)["models"]]
+    assert again == rows and table(again) == table(rows)
+    svg = ratio_picture(rows)
+    title = f"small keep=0.5 runs at {rows[1].ratio['prefill']:.2f} in prefill, {rows[1].ratio['decode']:.2f} in decode"
+    assert title in svg and "training" not in svg
+    assert "the others would be compared with" in ratio_picture(rows[:1])

@@ -9,8 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import krony
 from krony.kronecker.schemes import resolve
 from krony.reproduce.analogous_scheme import analogous_scheme
-from krony.reproduce.lines import TableOptions
 from krony.reproduce.norms import gaussian_control, table4
+from krony.reproduce.options import TableOptions
 from krony.reproduce.targets import TARGETS, reproduce
 
 

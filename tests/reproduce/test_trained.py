@@ -15,7 +15,7 @@ from krony.evaluation.perplexity import evaluate
 from krony.models.surgery import count_parameters
 from krony.reproduce.budgets import BUDGETS
 from krony.reproduce.figures import GPT2, SETS, TABLE5_81M
-from krony.reproduce.lines import TableOptions
+from krony.reproduce.options import TableOptions
 from krony.reproduce.targets import reproduce
 
 TRAINED = ("table5", "table6", "table7", "table8", "table9", "figure1")

@@ -1,30 +1,39 @@
-"""``krony eval``: perplexity and last-word accuracy."""
+"""``krony eval``: perplexity, last-word accuracy, and tasks of the lm-evaluation-harness."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from krony.cli.options import DataDir, Device, Dtype, Json, Model
+from krony.cli.expand import expand
+from krony.cli.options import Device, Dtype, Json, Model
 from krony.cli.output import Output, quiet_libraries
 from krony.errors import KronyError
+from krony.evaluation.settings import EvaluationOptions
+
+if TYPE_CHECKING:
+    from krony.evaluation.harness import TaskResult
+    from krony.evaluation.perplexity import Result
+    from krony.pages import Table
 
 
+@expand
 def run(
     model: Model,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME|FILE", help="wikitext-2, wikitext-103, lambada, python-docs, or a text/jsonl file."),
+        typer.Option(
+            metavar="NAME|FILE",
+            help="wikitext-2, wikitext-103, lambada, python-docs, or a text or jsonl file; can be repeated.",
+            show_default="wikitext-2",
+        ),
     ] = None,
-    data_dir: DataDir = None,
-    protocol: Annotated[str, typer.Option(help="paper: mean over windows; token: every token weighs alike.")] = "paper",
-    window: Annotated[
-        int | None, typer.Option(help="Tokens a window.", show_default="the context, at most 1024")
-    ] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens between windows.", show_default="the window")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Use the first so many tokens of each set.")] = None,
+    *,
+    options: EvaluationOptions,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -35,75 +44,91 @@ def run(
         int | None, typer.Option(min=1, metavar="N", help="Use the first N examples of each task.")
     ] = None,
     count: Annotated[
-        str, typer.Option(help="tied: a tied head once; untied: also apart from the embedding (Appendix B).")
+        str, typer.Option(help="tied: a tied head once. untied: also separately from the embedding (Appendix B).")
     ] = "tied",
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write the table as a page of its own.")
-    ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write the tables as a page.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     json_to: Json = None,
 ) -> None:
-    """Measure MODEL on standard data: perplexity, and the accuracy of the last word on LAMBADA."""
+    """Measure MODEL on standard data: perplexity, and the accuracy of the last word on LAMBADA.
+
+    Under torchrun the processes share the work; the figures are those of one process.
+    """
     to = Output(json_to)
-    from krony.storage.files import check_file, write_text
+    names = _check(tasks, limit, count, report, device)
+    from krony.evaluation.harness import run_tasks
+    from krony.evaluation.perplexity import evaluate
+    from krony.models.source import ModelSource
+    from krony.models.surgery import count_parameters, count_untied
+    from krony.runtime import distributed
+    from krony.storage.files import write_text
+
+    quiet_libraries()
+    source = ModelSource.find(model)
+    loaded = source.load(dtype=dtype, device=distributed.init(device))
+    tokenizer = source.tokenizer()
+    results = []
+    for name in data or ([] if names else ["wikitext-2"]):
+        with to.progress() as progress:
+            results.append(evaluate(loaded, tokenizer, name, **vars(options), progress=progress))
+    if not distributed.is_first():
+        return
+    done = run_tasks(loaded, tokenizer, names, limit=limit) if names else []
+    figures: dict[str, Any] = {"model": model, "params": count_parameters(loaded)}
+    figures["results"] = [result.to_json() for result in results]
+    sentence = f"{figures['params']:,} parameters; a head tied to the embedding is counted once"
+    if count == "untied":
+        figures["params_untied"] = count_untied(loaded)
+        sentence = f"{figures['params']:,} parameters; {figures['params_untied']:,} with the head counted separately"
+    if names:
+        figures["tasks"] = [result.to_json() for result in done]
+    to.say(f"{model}: {sentence}")
+    tables = _tables(results, done)
+    if report is not None:
+        write_text(report, _page(model, sentence, tables))
+    for _, table in tables:
+        to.table(table.columns, table.rows)
+    to.json(figures)
+
+
+def _check(tasks: str | None, limit: int | None, count: str, report: Path | None, device: str) -> list[str]:
+    """The names of the tasks. Raises KronyError for options that don't fit together."""
+    from krony.storage.files import check_file
 
     if report is not None:
         check_file(report, ".html")
     if count not in ("tied", "untied"):
         raise KronyError(f"--count {count}: it is tied or untied")
     if limit is not None and tasks is None:
-        raise KronyError("--limit is of --tasks, and there are none: for text take --max-tokens")
-    from krony.evaluation.harness import run_tasks
-    from krony.evaluation.perplexity import evaluate
-    from krony.models.loading import load_model, load_tokenizer
-    from krony.models.surgery import count_parameters, count_untied
-    from krony.pages import Table, page, paragraphs
-
-    quiet_libraries()
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device), load_tokenizer(model)
-    results = []
-    for name in data or ([] if tasks else ["wikitext-2"]):
-        with to.progress() as progress:
-            result = evaluate(
-                loaded,
-                tokenizer,
-                name,
-                data_dir=data_dir,
-                protocol=protocol,
-                window=window,
-                stride=stride,
-                max_tokens=max_tokens,
-                progress=progress,
-            )
-        results.append(result)
-    asked = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if tasks is not None and not asked:
+        raise KronyError("--limit works with --tasks, and there are none: for text use --max-tokens")
+    if device == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise KronyError("--device auto spreads a model over devices, and here each process has its own: use cuda")
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is not None and not names:
         raise KronyError("--tasks names no task: it takes names such as lambada_openai,piqa")
-    done = run_tasks(loaded, tokenizer, asked, limit=limit) if asked else []
-    params, untied = count_parameters(loaded), count_untied(loaded)
+    return names
+
+
+def _tables(results: Sequence[Result], tasks: Sequence[TaskResult]) -> list[tuple[str, Table]]:
+    """What was measured, as tables with headings."""
+    from krony.pages import Table
+
     rows = [
         [r.data, r.protocol, f"{r.window}", f"{r.stride}", f"{r.tokens:,}", f"{r.perplexity:,.2f}"]
         + ["" if r.accuracy is None else f"{r.accuracy:.2%}"]
         for r in results
     ]
-    apart = f"; {untied:,} with the head apart from the embedding" if count == "untied" else ""
-    to.say(f"{model}: {params:,} parameters{apart}")
-    table = Table(["data", "protocol", "window", "stride", "tokens", "perplexity", "last word"], rows)
-    harness = Table(
-        ["task", "metric", "value", "±"],
-        [[t.task, t.metric, f"{t.value:,.4f}", "" if t.error is None else f"{t.error:.4f}"] for t in done],
-    )
-    shown = [("Perplexity", table)] * bool(results) + [("Tasks", harness)] * bool(done)
-    if report is not None:
-        sentence = paragraphs(f"{params:,} parameters; a head tied to the embedding is counted once{apart}.")
-        parts = [(heading, sentence + t.html()) for heading, t in shown]
-        write_text(report, page(f"{model}, evaluated by krony", parts))
-    for _, shown_table in shown:
-        to.table(shown_table.columns, shown_table.rows)
-    figures: dict = {"model": model, "params": params, "results": [r.to_json() for r in results]}
-    if count == "untied":
-        figures["params_untied"] = untied
-    if asked:
-        figures["tasks"] = [t.to_json() for t in done]
-    to.json(figures)
+    task_rows = [[t.task, t.metric, f"{t.value:,.4f}", "" if t.error is None else f"{t.error:.4f}"] for t in tasks]
+    tables = [
+        ("Perplexity", Table(["data", "protocol", "window", "stride", "tokens", "perplexity", "last word"], rows)),
+        ("Tasks", Table(["task", "metric", "value", "±"], task_rows)),
+    ]
+    return [(heading, table) for heading, table in tables if table.rows]
+
+
+def _page(model: str, sentence: str, tables: Sequence[tuple[str, Table]]) -> str:
+    from krony.pages import page, paragraphs
+
+    parts = [(heading, paragraphs(f"{sentence}.") + table.html()) for heading, table in tables]
+    return page(f"{model}, evaluated by krony", parts)

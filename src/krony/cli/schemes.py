@@ -1,4 +1,4 @@
-"""``krony schemes``: what each scheme makes of a model."""
+"""``krony schemes``: the sizes that a model can be compressed to."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from krony.cli.options import Json, Model
-from krony.cli.output import Output
+from krony.cli.output import Output, quiet_libraries
 from krony.errors import KronyError
 
 
 def run(
     model: Model = "gpt2",
     everything: Annotated[
-        bool, typer.Option("--all", help="Every shape of full rank with one factor (the paper's Table 1).")
+        bool, typer.Option("--all", help="Every full-rank shape with one factor (the paper's Table 1).")
     ] = False,
     factors: Annotated[
         str | None, typer.Option(metavar="K,K,…", help="Each shape with these numbers of factors (Table 2).")
@@ -23,24 +23,24 @@ def run(
     layers: Annotated[str, typer.Option(help="all, odd, even, or a zero-based inclusive range such as 2-28.")] = "all",
     json_to: Json = None,
 ) -> None:
-    """List the schemes of a model: shapes, factors, rank, parameters, size. Reads the config only, no weights."""
+    """List the schemes of a model: shapes, factors, rank, parameters. Reads the config only, no weights."""
     out = Output(json_to)
-    from krony.cli.output import quiet_libraries
     from krony.kronecker import schemes
-    from krony.models import loading, surgery
+    from krony.models.source import ModelSource
+    from krony.models.surgery import find_groups, model_shape
 
     quiet_libraries()
-    empty = loading.empty_model(loading.load_config(model))
-    layout = surgery.layout(empty, surgery.find_groups(empty, modules, layers))
-    rows = schemes.table(layout, everything=everything, factors=_counts(factors))
+    empty = ModelSource.find(model).skeleton()
+    shape = model_shape(empty, find_groups(empty, modules, layers))
+    rows = schemes.table(shape, everything=everything, factors=_counts(factors))
     table = [
         [r.name, f"{r.shape.m1}x{r.shape.n1}", f"{r.shape.m2}x{r.shape.n2}", str(r.shape.factors), str(r.shape.rank)]
-        + [f"{r.shape.parameters:,}", f"{r.model_params:,}", f"{r.model_params / layout.parameters:.1%}"]
+        + [f"{r.shape.parameters:,}", f"{r.model_params:,}", f"{r.model_params / shape.parameters:.1%}"]
         for r in rows
     ]
-    high, wide = layout.matrices[0]
-    out.say(f"{model}: {layout.parameters:,} parameters, of which {len(layout.matrices)} matrices of {high}x{wide}")
-    out.table(["scheme", "left", "right", "factors", "rank", "a matrix", "the model", "of it"], table)
+    high, wide = shape.matrices[0]
+    out.say(f"{model}: {shape.parameters:,} parameters, with {len(shape.matrices)} matrices of {high}x{wide}")
+    out.table(["scheme", "left", "right", "factors", "rank", "per matrix", "in the model", "of original"], table)
     out.json([row.to_json() for row in rows])
 
 

@@ -17,25 +17,38 @@ from krony.kronecker.linear import KroneckerLinear
 from krony.models.fusion import FusedMLP
 from krony.models.surgery import find_groups, is_linear, kronecker_layers, original, take_out
 
-PREFILL = 512  # tokens that ``path`` is for
+PREFILL = 512  # tokens that ``path`` is chosen for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerView:
-    """One matrix of a model, and of the base it was compressed from.
+    """One matrix of a model, compared with that of the base model if there is one.
 
-    ``kept`` is the share of the base's Frobenius norm that is left (Table 4's percentage, as a fraction), ``error``
-    ‖W − Ŵ‖/‖W‖; both are None without a base. Where the initialisation moves hidden neurons they are put back first, to
-    where their MLP comes nearest to the base's. ``path`` is the forward path of a compressed layer at 512 tokens,
-    ``decode_path`` that at one, ``why`` the reason in words, and ``fused`` whether its MLP runs as one step
-    (``krony.models.fusion``).
+    Where the initialisation reorders hidden neurons, the comparison first puts them back in the order in which the MLP
+    comes nearest to the base's.
+
+    Attributes:
+        name: the layer's name in the model.
+        shape: ``(out, in)`` of a dense matrix, or the shapes of the factors.
+        frobenius: Frobenius norm.
+        l1: sum of the absolute values.
+        singular_values: the largest, the median and the smallest.
+        scalars: those of the factors, if there are any.
+        path: the forward path of a compressed layer for 512 tokens.
+        decode_path: its forward path for one token.
+        why: the reason for ``path``, in words.
+        fused: whether its MLP runs in one step (``krony.models.fusion``).
+        base_frobenius: Frobenius norm of the base's matrix; None without a base, as all that follow.
+        base_l1: sum of the absolute values of the base's matrix.
+        kept: share of the base's Frobenius norm that is left (the percentage of Table 4, as a fraction).
+        error: relative error ``‖W − Ŵ‖/‖W‖`` in the Frobenius norm.
     """
 
     name: str
     shape: str
     frobenius: float
     l1: float
-    singular_values: tuple[float, float, float]  # largest, median, smallest
+    singular_values: tuple[float, float, float]
     scalars: list[float] | None = None
     path: str | None = None
     decode_path: str | None = None
@@ -46,26 +59,37 @@ class LayerView:
     kept: float | None = None
     error: float | None = None
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
+        """The view for ``--json``."""
         return asdict(self)
 
 
 @torch.no_grad()
-def inspect(model: PreTrainedModel, base: PreTrainedModel | None = None) -> list[LayerView]:
-    """Looks at the compressed layers of ``model``, or at its MLPs if it is dense, in the order of the model.
+def inspect_model(model: PreTrainedModel, base: PreTrainedModel | None = None) -> list[LayerView]:
+    """Norms, singular values, scalars and forward paths of the compressed layers, or of the MLPs of a dense model.
 
     Args:
-        base: the model it was compressed from.
+        model: a causal LM, dense or compressed.
+        base: the model that it was compressed from; adds the share of the norm that is left, and the error.
+
+    Returns:
+        One view per matrix, in the order of the model.
 
     Raises:
-        KronyError: a model without MLPs, or a base that is compressed, or has no such layer or one of another size.
+        KronyError: a model without MLPs, or a base that is compressed, has no such layer, or has it in another size.
+
+    Examples:
+        >>> import krony
+        >>> views = krony.inspect_model(krony.demo_model())
+        >>> len(views), views[0].name, views[0].shape
+        (12, 'transformer.h.0.mlp.c_fc', '1024x256')
     """
     compressed = kronecker_layers(model)
     names = list(compressed) or [site.name for group in find_groups(model) for site in group.sites]
     if base is not None and kronecker_layers(base):
         raise KronyError("the base is a compressed model itself: name the model that this one was made from")
-    places = {} if base is None else _places(model, base)
-    return [_view(model, name, compressed.get(name), base, places.get(name)) for name in names]
+    orders = {} if base is None else _orders(model, base)
+    return [_view(model, name, compressed.get(name), base, orders.get(name)) for name in names]
 
 
 def _view(
@@ -73,17 +97,16 @@ def _view(
     name: str,
     layer: KroneckerLinear | None,
     base: PreTrainedModel | None,
-    place: Place | None,
+    order: NeuronOrder | None,
 ) -> LayerView:
     weight = take_out(model, name)[0].double() if layer is None else layer.dense_weight(torch.float64)
-    frobenius, l1 = weight.norm().item(), weight.abs().sum().item()
     values = torch.linalg.svdvals(weight)
-    compared: dict[str, Any] = {} if base is None else _compare(name, weight, base, place)
+    compared: dict[str, Any] = {} if base is None else _compare(name, weight, base, order)
     return LayerView(
         name=name,
         shape=f"{weight.shape[0]}x{weight.shape[1]}" if layer is None else str(layer.shape),
-        frobenius=frobenius,
-        l1=l1,
+        frobenius=weight.norm().item(),
+        l1=weight.abs().sum().item(),
         singular_values=(values[0].item(), values.median().item(), values[-1].item()),
         scalars=None if layer is None or layer.scalars is None else layer.scalars.tolist(),
         **({} if layer is None else _paths(model, name, layer)),
@@ -99,54 +122,58 @@ def _paths(model: PreTrainedModel, name: str, layer: KroneckerLinear) -> dict[st
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which hidden neuron of a compressed MLP stands for each of the base's, ``(n,)``: columns of a down matrix."""
+class NeuronOrder:
+    """Which hidden neuron of a compressed MLP corresponds to each of the base's, ``(n,)``.
+
+    ``is_down``: whether neurons are the columns of the matrix.
+    """
 
     order: Tensor
     is_down: bool
 
 
-def _places(model: PreTrainedModel, base: PreTrainedModel) -> dict[str, Place]:
-    """For every matrix of an MLP whose hidden neurons were moved.
+def _orders(model: PreTrainedModel, base: PreTrainedModel) -> dict[str, NeuronOrder]:
+    """The order of the hidden neurons for every matrix of an MLP that reorders them.
 
-    No file says where they went; it is where all matrices of the MLP together, each by its own size, come nearest.
+    No file holds it. It is the order in which all matrices of the MLP together, each relative to its norm, come nearest
+    to the base's.
     """
     made_with = getattr(getattr(model.config, "quantization_config", None), "made_with", {})
     method = INITIALISATIONS.get(made_with.get("init", ""))
     if method is None or not method.reorders_neurons:
         return {}
-    found: dict[str, Place] = {}
+    found: dict[str, NeuronOrder] = {}
     layers, linear = kronecker_layers(model), {name for name, module in base.named_modules() if is_linear(module)}
     for group in find_groups(original(model)):
         if not all(site.name in layers and site.name in linear for site in group.sites):
             continue
         gain: Any = 0.0  # (n of the base, n)
         for site in group.sites:
-            whole, new = take_out(base, site.name)[0].double(), layers[site.name].dense_weight(torch.float64)
-            if whole.shape != new.shape:
-                break  # ``_compare`` says so
-            whole, new = (whole.T, new.T) if site.role == "down" else (whole, new)  # (n, width)
-            gain = gain + whole @ new.T / whole.square().sum().clamp_min(torch.finfo(whole.dtype).tiny)
+            old, new = take_out(base, site.name)[0].double(), layers[site.name].dense_weight(torch.float64)
+            if old.shape != new.shape:
+                break  # ``_compare`` raises the error
+            old, new = (old.T, new.T) if site.role == "down" else (old, new)  # (n, width)
+            gain = gain + old @ new.T / old.square().sum().clamp_min(torch.finfo(old.dtype).tiny)
         else:
             order = assign(gain)
-            found |= {site.name: Place(order, site.role == "down") for site in group.sites}
+            found |= {site.name: NeuronOrder(order, site.role == "down") for site in group.sites}
     return found
 
 
-def _compare(name: str, weight: Tensor, base: PreTrainedModel, place: Place | None) -> dict[str, float]:
+def _compare(name: str, weight: Tensor, base: PreTrainedModel, order: NeuronOrder | None) -> dict[str, float]:
     try:
-        whole = take_out(base, name)[0].double()
+        old = take_out(base, name)[0].double()
     except AttributeError:
         raise KronyError(f"the base model has no layer {name}: it is not what this model was compressed from") from None
-    if whole.shape != weight.shape:
-        sizes = ["x".join(map(str, w.shape)) for w in (whole, weight)]
+    if old.shape != weight.shape:
+        sizes = ["x".join(map(str, w.shape)) for w in (old, weight)]
         raise KronyError(f"{name} is {sizes[0]} in the base model and {sizes[1]} here: the base is another model")
-    if place is not None:
-        weight = weight[:, place.order] if place.is_down else weight[place.order]
-    norm = whole.norm().item()
+    if order is not None:
+        weight = weight[:, order.order] if order.is_down else weight[order.order]
+    norm = old.norm().item()
     return {
         "base_frobenius": norm,
-        "base_l1": whole.abs().sum().item(),
+        "base_l1": old.abs().sum().item(),
         "kept": weight.norm().item() / norm if norm else 1.0,
-        "error": (whole - weight).norm().item() / norm if norm else 0.0,
+        "error": (old - weight).norm().item() / norm if norm else 0.0,
     }

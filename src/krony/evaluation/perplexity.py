@@ -1,17 +1,21 @@
 """Perplexity by two protocols, and the accuracy of the last word.
 
 ``paper`` is the published script's: rows joined by blank lines, windows of the context length, the mean of the
-windows' mean negative log-likelihoods. ``token`` weighs every token alike, and joins documents by the end-of-text
-token. On a file of one document they differ where windows differ in length, in the short last one; WikiText's rows are
-lines, so that there it is another text.
+windows' mean negative log-likelihoods. ``token`` weights every token equally, and joins documents by the end-of-text
+token. On a file with one document the two differ only where windows differ in length, which is the last one. WikiText's
+rows are lines, so there the text differs too.
+
+Several processes share the windows. Each window is computed as in one process, and every process adds up the same
+figures in the same order, so that the results are identical.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,27 +24,42 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.data.sets import TEST_SETS, join_documents, join_rows, load_texts
 from krony.errors import KronyError
+from krony.evaluation.settings import EvaluationOptions
 from krony.models.loading import context_length
+from krony.models.modes import evaluating
+from krony.runtime import distributed
 from krony.runtime.progress import Progress, silent
 
-PROTOCOLS = ("paper", "token")
 WINDOW = 1024  # GPT-2's context and the published script's
-BATCH_TOKENS = 4096  # tokens of LAMBADA passages a forward pass
+BATCH_TOKENS = 4096  # tokens of LAMBADA passages per forward pass
+
+Case = tuple[list[int], int]  # the token ids of a passage, and how many of them are its last word
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """A figure and all that is needed to get it again."""
+    """A figure, and all that is needed to measure it again.
+
+    Attributes:
+        data: the name of the set, or the file.
+        protocol: ``paper`` or ``token``.
+        tokens: tokens predicted.
+        perplexity: infinite where it exceeds the largest float.
+        accuracy: share of right last words, for a set that is made for it; otherwise None.
+        window: tokens per window.
+        stride: tokens between the starts of two windows.
+    """
 
     data: str
-    protocol: str  # paper or token
-    tokens: int  # predicted ones
+    protocol: str
+    tokens: int
     perplexity: float
-    accuracy: float | None  # of the last word, where the set is made for it
+    accuracy: float | None
     window: int
     stride: int
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
+        """The result for ``--json``."""
         return asdict(self)
 
 
@@ -56,40 +75,61 @@ def evaluate(
     max_tokens: int | None = None,
     progress: Progress = silent,
 ) -> Result:
-    """Perplexity of ``model`` on a named test set or a file, and the last-word accuracy on LAMBADA.
+    """Perplexity of ``model`` on a named test set or a file, and the accuracy of the last word on LAMBADA.
+
+    In a run of several processes (``torchrun``) every process calls it with the same model and text: they share the
+    work, and each gets the result that one process would get.
 
     Args:
+        model: a causal LM, dense or compressed; its modes are the same afterwards.
+        tokenizer: the model's.
         data: ``wikitext-2``, ``wikitext-103``, ``lambada``, ``python-docs``, or a text or jsonl file.
-        data_dir: folder that holds the named sets, instead of the hub.
-        window: tokens a window, at most the model's context; the smaller of the context and 1024 by default.
-        stride: tokens between the starts of windows; the window by default, so that none overlap.
-        max_tokens: use the first so many tokens only.
+        data_dir: folder that holds the named sets; None reads them from the hub.
+        protocol: ``paper`` is the mean over windows, ``token`` the mean over tokens.
+        window: tokens per window, from 2 to the model's context; None for the context, at most 1024.
+        stride: tokens between the starts of two windows; None for the window, so that windows don't overlap.
+        max_tokens: use the first N tokens only.
+        progress: called with the tokens done, all tokens, and what is measured.
 
     Raises:
         KronyError: unknown data or protocol, a window that the model can't take, too little text.
+
+    Examples:
+        >>> import krony
+        >>> model, tokenizer = krony.demo_model(), krony.load_tokenizer("demo")
+        >>> krony.evaluate(model, tokenizer, "python-docs", max_tokens=256).tokens
+        255
     """
-    window = window or min(context_length(model), WINDOW)
-    stride = stride or window
-    _check(model, protocol, window, stride, max_tokens)
-    rows = load_texts(data, None if data_dir is None else Path(data_dir))
+    folder = None if data_dir is None else Path(data_dir)
+    options = EvaluationOptions(data_dir=folder, protocol=protocol, window=window, stride=stride, max_tokens=max_tokens)
+    window, stride = _window_and_stride(model, options)
+    rows = load_texts(data, folder)
     ids = (join_rows if protocol == "paper" else join_documents)(rows, tokenizer)[:max_tokens]
     _check_ids(data, ids, model)
-    training = model.training
-    model.eval()
-    try:
+    accuracy = None
+    with evaluating(model):
         perplexity, tokens = measure_perplexity(
             model, ids, protocol=protocol, window=window, stride=stride, progress=progress
         )
-        accuracy = None
         if data in TEST_SETS and TEST_SETS[data].last_word:
             accuracy = last_word_accuracy(model, tokenizer, rows, max_tokens=max_tokens, progress=progress)
-    finally:
-        model.train(training)
-    return Result(data, protocol, tokens, perplexity, accuracy, window, stride)
+    return Result(
+        data=data,
+        protocol=protocol,
+        tokens=tokens,
+        perplexity=perplexity,
+        accuracy=accuracy,
+        window=window,
+        stride=stride,
+    )
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """``(start, end, fresh)`` of each window over ``length`` tokens: its last ``fresh`` tokens were in none before."""
+    """``(start, end, fresh)`` of each window over ``length`` tokens; no earlier window has its last ``fresh`` tokens.
+
+    >>> list(windows(10, window=4, stride=3))
+    [(0, 4, 4), (3, 7, 3), (6, 10, 3)]
+    """
     before = 0
     for start in range(0, length, stride):
         end = min(start + window, length)
@@ -103,63 +143,83 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 def measure_perplexity(
     model: PreTrainedModel, ids: Tensor, *, protocol: str, window: int, stride: int, progress: Progress = silent
 ) -> tuple[float, int]:
-    """Perplexity of token ids ``(n,)``, and how many of them were predicted.
+    """Perplexity of token ids ``(n,)`` for a model in eval mode, and how many tokens were predicted.
 
     The first token of a window that overlaps none has no context and isn't predicted; a window of one token counts
-    for nothing.
+    for nothing. Several processes share the windows.
     """
-    sums: list[float] = []
-    counts: list[int] = []
-    for start, end, fresh in windows(len(ids), window, stride):
+    pieces = list(windows(len(ids), window, stride))
+    losses = torch.zeros(len(pieces), dtype=torch.float64)  # nats of each window
+    counts = torch.tensor([min(fresh, end - start - 1) for start, end, fresh in pieces])
+    for index in range(distributed.rank(), len(pieces), distributed.count()):
+        start, end, _ = pieces[index]
         progress(end, len(ids), "perplexity")
-        piece = ids[None, start:end].to(model.device)  # (1, length)
-        predicted = min(fresh, end - start - 1)
-        if predicted == 0:
-            continue
-        logits = model(piece, use_cache=False).logits[0, -predicted - 1 : -1]  # (predicted, vocabulary)
-        sums.append(F.cross_entropy(logits.float(), piece[0, -predicted:], reduction="sum").item())
-        counts.append(predicted)
-    nll = sum(s / c for s, c in zip(sums, counts, strict=True)) / len(sums) if protocol == "paper" else 0.0
-    if protocol == "token":
-        nll = sum(sums) / sum(counts)
-    return (math.exp(nll) if nll < 700 else math.inf), sum(counts)
+        if counts[index]:
+            losses[index] = _loss(model, ids[start:end], int(counts[index]))
+    losses = distributed.all_reduce_sum(losses)  # every process has the figures of all windows
+    predicted = [(loss, count) for loss, count in zip(losses.tolist(), counts.tolist(), strict=True) if count]
+    if protocol == "paper":
+        nll = sum(loss / count for loss, count in predicted) / len(predicted)
+    else:
+        nll = sum(loss for loss, _ in predicted) / sum(count for _, count in predicted)
+    return (math.exp(nll) if nll < 700 else math.inf), int(counts.sum())
+
+
+def _loss(model: PreTrainedModel, piece: Tensor, predicted: int) -> float:
+    """The negative log-likelihood, in nats, of the last ``predicted`` tokens of ``piece``, ``(length,)``."""
+    piece = piece.to(model.device)
+    logits = model(piece[None], use_cache=False).logits[0, -predicted - 1 : -1]  # (predicted, vocabulary)
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(exact, piece[-predicted:], reduction="sum").item()
 
 
 @torch.inference_mode()
 def last_word_accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    passages: list[str],
+    passages: Sequence[str],
     *,
     max_tokens: int | None = None,
     progress: Progress = silent,
 ) -> float:
-    """Share of passages whose last word is, token by token, what the model holds most likely (LAMBADA's measure)."""
-    cases: list[tuple[list[int], int]] = []  # token ids, and how many of them are the last word
+    """Share of passages whose last word is, token by token, the most likely continuation (LAMBADA's measure).
+
+    Several processes share the passages.
+    """
+    cases = _cases(tokenizer, passages, context_length(model), max_tokens)
+    batches = list(_batches(cases))
+    right = torch.zeros((), dtype=torch.int64)
+    for done, batch in batches[distributed.rank() :: distributed.count()]:
+        progress(done, len(cases), "last words")
+        length = max(len(tokens) for tokens, _ in batch)
+        padded = [tokens + [0] * (length - len(tokens)) for tokens, _ in batch]  # on the right: nothing looks ahead
+        best = model(torch.tensor(padded, device=model.device), use_cache=False).logits.argmax(-1)  # (batch, length)
+        for row, (tokens, answer) in zip(best.tolist(), batch, strict=True):
+            end = len(tokens)
+            right += row[end - answer - 1 : end - 1] == tokens[end - answer :]
+    return int(distributed.all_reduce_sum(right)) / len(cases)
+
+
+def _cases(
+    tokenizer: PreTrainedTokenizerBase, passages: Sequence[str], longest: int, max_tokens: int | None
+) -> list[Case]:
+    """The passages as token ids, cut on the left to ``longest``; those within the first ``max_tokens`` tokens."""
+    cases: list[Case] = []
     used = 0
     for passage in passages:
         context, _, word = passage.rpartition(" ")
-        whole = tokenizer(f"{context} {word}")["input_ids"]
-        used += len(whole)
+        tokens = tokenizer(f"{context} {word}")["input_ids"]
+        used += len(tokens)
         if max_tokens is not None and used > max_tokens and cases:
             break
-        answer = len(whole) - len(tokenizer(context)["input_ids"])
-        cases.append((whole[-context_length(model) :], answer))
-    right = 0
-    for done, batch in _batches(cases):
-        progress(done, len(cases), "last words")
-        length = max(len(whole) for whole, _ in batch)
-        padded = [whole + [0] * (length - len(whole)) for whole, _ in batch]  # on the right: nothing looks ahead
-        best = model(torch.tensor(padded, device=model.device), use_cache=False).logits.argmax(-1)  # (batch, length)
-        for row, (whole, answer) in zip(best.tolist(), batch, strict=True):
-            end = len(whole)
-            right += row[end - answer - 1 : end - 1] == whole[end - answer :]
-    return right / len(cases)
+        answer = len(tokens) - len(tokenizer(context)["input_ids"])
+        cases.append((tokens[-longest:], answer))
+    return cases
 
 
-def _batches(cases: list[tuple[list[int], int]]) -> Iterator[tuple[int, list[tuple[list[int], int]]]]:
-    """Cases of like length together, with the number of cases done after each batch."""
-    batch: list[tuple[list[int], int]] = []
+def _batches(cases: list[Case]) -> Iterator[tuple[int, list[Case]]]:
+    """Cases of similar length together, with the number of cases done after each batch."""
+    batch: list[Case] = []
     for done, case in enumerate(sorted(cases, key=lambda c: len(c[0])), start=1):
         batch.append(case)
         if done == len(cases) or (len(batch) + 1) * len(case[0]) > BATCH_TOKENS:
@@ -167,15 +227,16 @@ def _batches(cases: list[tuple[list[int], int]]) -> Iterator[tuple[int, list[tup
             batch = []
 
 
-def _check(model: PreTrainedModel, protocol: str, window: int, stride: int, max_tokens: int | None) -> None:
-    if protocol not in PROTOCOLS:
-        raise KronyError(f"protocol {protocol!r} is unknown: it is {' or '.join(PROTOCOLS)}")
-    if not 2 <= window <= context_length(model):
-        raise KronyError(f"a window of {window} tokens: this model takes from 2 to {context_length(model)}")
-    if not 1 <= stride <= window:
-        raise KronyError(f"a stride of {stride} tokens: from 1 to the window, {window}")
-    if max_tokens is not None and max_tokens < 2:
-        raise KronyError(f"max_tokens is {max_tokens}: nothing can be predicted with fewer than 2")
+def _window_and_stride(model: PreTrainedModel, options: EvaluationOptions) -> tuple[int, int]:
+    """Tokens per window and between windows. Raises KronyError if the model can't take them."""
+    most = context_length(model)
+    window = min(most, WINDOW) if options.window is None else options.window
+    if window > most:
+        raise KronyError(f"a window of {window} tokens: this model takes from 2 to {most}")
+    stride = window if options.stride is None else options.stride
+    if stride > window:
+        raise KronyError(f"a stride of {stride} tokens: it takes a number from 1 to the window, {window}")
+    return window, stride
 
 
 def _check_ids(data: str, ids: Tensor, model: PreTrainedModel) -> None:
@@ -183,4 +244,6 @@ def _check_ids(data: str, ids: Tensor, model: PreTrainedModel) -> None:
         raise KronyError(f"{data} has {len(ids)} tokens: there is nothing to predict")
     known, highest = model.get_input_embeddings().weight.shape[0], int(ids.max())
     if highest >= known:
-        raise KronyError(f"{data} has token {highest}, the model knows {known}: this tokenizer is another model's")
+        raise KronyError(
+            f"{data} has token {highest}, and the model knows {known} tokens: the tokenizer belongs to another model"
+        )

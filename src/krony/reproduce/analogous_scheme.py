@@ -11,7 +11,7 @@ from krony.kronecker.algebra import KronShape
 from krony.kronecker.schemes import resolve
 from krony.models.loading import load_model
 from krony.models.surgery import find_groups
-from krony.reproduce.lines import TableOptions
+from krony.reproduce.options import TableOptions
 
 
 def tall_size(model: PreTrainedModel) -> tuple[int, int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from krony.kronecker.schemes import GPT2_PARAMETERS, ModelShape, resolve
 from krony.reproduce.figures import TABLE1, TABLE2, TABLE3
-from krony.reproduce.lines import Line, Outcome, TableOptions
+from krony.reproduce.lines import Line, Outcome
+from krony.reproduce.options import TableOptions
 
 GPT2 = ModelShape(GPT2_PARAMETERS, ((3072, 768),) * 24)
 

@@ -1,64 +1,12 @@
-"""What every table takes and returns: options, and lines with the paper's figure, krony's and the difference."""
+"""What every table returns: lines with the paper's figure, krony's and the difference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from krony.errors import KronyError
-from krony.models.source import GPT2_NAMES
 from krony.pages import Table
-from krony.runtime.progress import Progress, silent
-
-BUDGETS = ("quick", "full")
-
-
-def _ignore(sentence: str) -> None:
-    pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableOptions:
-    """What a table is run with.
-
-    Attributes:
-        model: a folder, a name on the hub or ``demo``, in place of GPT-2.
-        data_dir: folder with ``wikitext-2``, ``wikitext-103``, ``lambada`` and ``openwebtext``; None uses the hub.
-        data: text to train on, instead of OpenWebText.
-        budget: ``quick``, or ``full`` for the paper's numbers of tokens.
-        work: folder that keeps trained models' figures, so that other tables reuse them and a stopped run resumes;
-            None keeps nothing.
-        dry_run: say what would be trained, and stop.
-        device: where models run, such as ``cpu`` or ``cuda``.
-        seed: seed of everything random.
-        say: called with each sentence that is known before the training starts.
-        progress: called with the progress of long work.
-
-    Raises:
-        KronyError: an unknown budget.
-    """
-
-    model: str = "gpt2"
-    data_dir: Path | None = None
-    data: str | None = None
-    budget: str = "quick"
-    work: Path | None = None
-    dry_run: bool = False
-    device: str = "cpu"
-    seed: int = 0
-    say: Callable[[str], None] = _ignore
-    progress: Progress = silent
-
-    def __post_init__(self) -> None:
-        if self.budget not in BUDGETS:
-            raise KronyError(f"budget {self.budget!r} is unknown: it is {' or '.join(BUDGETS)}")
-
-    @property
-    def is_gpt2(self) -> bool:
-        """Whether the table runs with the paper's own model."""
-        return self.model in GPT2_NAMES
+from krony.pictures import lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +89,17 @@ class Outcome:
             columns.append("note")
             rows = [[*row, line.note] for row, line in zip(rows, self.lines, strict=True)]
         return Table(columns, rows)
+
+    def picture(self) -> str:
+        """The curves as SVG."""
+        ends = {name: points[-1][1] for name, points in self.curves.items()}
+        best, *others = sorted(ends, key=lambda name: ends[name])
+        last = max(share for points in self.curves.values() for share, _ in points)
+        title = f"After {last:.0%} of an epoch {best} is at {ends[best]:.3f} nats per token"
+        title += "".join(f", {name} at {ends[name]:.3f}" for name in others)
+        return lines(
+            self.curves, title=f"{title} (less is better)", x="share of an epoch", y="validation loss, nats per token"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The outcome for ``--json``."""

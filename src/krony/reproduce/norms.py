@@ -12,7 +12,8 @@ from krony.kronecker.schemes import resolve
 from krony.models.surgery import find_groups, take_out
 from krony.reproduce.analogous_scheme import analogous_scheme, load_base, model_sentences, tall_size
 from krony.reproduce.figures import TABLE4, Norms
-from krony.reproduce.lines import Line, Outcome, TableOptions
+from krony.reproduce.lines import Line, Outcome
+from krony.reproduce.options import TableOptions
 
 SCHEMES = {"96M": "1536x768", "92M": "1024x256:4"}
 # Per cent of a Gaussian 3072x768 matrix's norm that each scheme keeps, ± 0.05: a little over √(1/2) and √(4/9).

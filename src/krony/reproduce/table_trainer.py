@@ -32,7 +32,7 @@ from krony.models.modes import evaluating
 from krony.models.surgery import count_parameters, count_untied
 from krony.reproduce.budgets import BUDGETS
 from krony.reproduce.figures import SETS
-from krony.reproduce.lines import TableOptions
+from krony.reproduce.options import TableOptions
 from krony.reproduce.runs import MARKS, STAGES, Run, Trained, last_stage, read_figures, run_folder, write_figures
 
 OPENWEBTEXT = "Skylion007/openwebtext"

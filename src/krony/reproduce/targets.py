@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from krony.errors import KronyError
 from krony.reproduce import counting, norms, trained
-from krony.reproduce.lines import Outcome, TableOptions
+from krony.reproduce.lines import Outcome
+from krony.reproduce.options import TableOptions
 
 TARGETS: dict[str, Callable[[TableOptions], Outcome]] = {
     "table1": counting.table1,

@@ -14,7 +14,8 @@ from krony.models.loading import load_model
 from krony.reproduce import figures
 from krony.reproduce.analogous_scheme import analogous_scheme, load_base, model_sentences, tall_size
 from krony.reproduce.figures import SETS, Perplexities
-from krony.reproduce.lines import Line, Outcome, TableOptions
+from krony.reproduce.lines import Line, Outcome
+from krony.reproduce.options import TableOptions
 from krony.reproduce.runs import MARKS, Run, Trained
 from krony.reproduce.table_trainer import TableTrainer
 

@@ -35,7 +35,12 @@ def _leave() -> None:
 
 def is_first() -> bool:
     """Whether this is the process that writes files and prints."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def count() -> int:
@@ -51,7 +56,7 @@ def shard(rows: Tensor) -> Tensor:
     """
     if len(rows) < count():
         raise KronyError(f"{len(rows)} sequences are too few for {count()} processes: give more text")
-    return rows[dist.get_rank() :: count()] if dist.is_initialized() else rows
+    return rows[rank() :: count()]
 
 
 def all_reduce_sum(sums: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import krony
 from krony.cli import main
 from krony.models.surgery import count_parameters, kronecker_layers
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""The complete job on the model that comes with krony, offline."""
