@@ -1,8 +1,7 @@
 """krony: compress the MLPs of pretrained causal language models into sums of Kronecker products.
 
-Importing krony is cheap and is all that ``AutoModelForCausalLM.from_pretrained`` needs to load a compressed model:
-the quantizer is registered with transformers as soon as transformers loads its quantizers, in whichever order the two
-are imported.
+Importing krony is fast and is all that ``AutoModelForCausalLM.from_pretrained`` needs to load a compressed model:
+transformers learns about krony's layers as soon as it loads its quantizers, in whichever order the two are imported.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from krony._version import __version__
 from krony.errors import KronyError
 
 if TYPE_CHECKING:
-    from krony.compression.compress import CompressionReport as CompressionReport
     from krony.compression.compress import compress as compress
+    from krony.compression.report import CompressionReport as CompressionReport
     from krony.config import KronyConfig as KronyConfig
     from krony.data.calibration_set import calibration_set as calibration_set
+    from krony.evaluation.inspection import inspect_model as inspect_model
     from krony.evaluation.perplexity import evaluate as evaluate
     from krony.healing.heal import heal as heal
-    from krony.healing.options import HealOptions as HealOptions
     from krony.healing.recipes import RECIPES as RECIPES
     from krony.healing.recipes import Recipe as Recipe
     from krony.healing.report import HealReport as HealReport
@@ -31,13 +30,12 @@ if TYPE_CHECKING:
     from krony.models.loading import load_model as load_model
     from krony.models.loading import load_tokenizer as load_tokenizer
 
-# Where each public name lives; it is imported when it is first used.
-_HOMES = {
+# The module of each public name; it is imported when the name is first used.
+_MODULES = {
+    "CompressionReport": "krony.compression.report",
+    "HealReport": "krony.healing.report",
     "KroneckerLinear": "krony.kronecker.linear",
     "KronyConfig": "krony.config",
-    "CompressionReport": "krony.compression.compress",
-    "HealOptions": "krony.healing.options",
-    "HealReport": "krony.healing.report",
     "RECIPES": "krony.healing.recipes",
     "Recipe": "krony.healing.recipes",
     "calibration_set": "krony.data.calibration_set",
@@ -46,17 +44,18 @@ _HOMES = {
     "evaluate": "krony.evaluation.perplexity",
     "export_model": "krony.models.export",
     "heal": "krony.healing.heal",
+    "inspect_model": "krony.evaluation.inspection",
     "load_model": "krony.models.loading",
     "load_tokenizer": "krony.models.loading",
 }
 
-__all__ = ["KronyError", "__version__", *_HOMES]
+__all__ = ["KronyError", "__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'krony' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

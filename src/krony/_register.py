@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-THEIRS, OURS = "transformers.quantizers.auto", "krony.models.quantizer"
+TRANSFORMERS, KRONY = "transformers.quantizers.auto", "krony.models.quantizer"
 
 
 def register() -> None:
     """Registers now if transformers' quantizers are loaded, else right after they are."""
-    if THEIRS in sys.modules:
-        importlib.import_module(OURS)
+    if TRANSFORMERS in sys.modules:
+        importlib.import_module(KRONY)
     else:
         sys.meta_path.insert(0, _RegisterWhenLoaded())
 
@@ -27,7 +27,7 @@ class _RegisterWhenLoaded(importlib.abc.MetaPathFinder):
     """Imports krony.models.quantizer, which registers the quantizer, right after transformers' own quantizers."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name != THEIRS:
+        if name != TRANSFORMERS:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -36,7 +36,7 @@ class _RegisterWhenLoaded(importlib.abc.MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 load(module)
-                importlib.import_module(OURS)
+                importlib.import_module(KRONY)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -1,4 +1,4 @@
-"""Models whose MLPs run as one step: which do, that nothing else changes, and when they don't."""
+"""Fused MLPs in models: which MLPs are fused, that nothing else changes, and when an MLP runs layer by layer."""
 
 import copy
 import pickle

@@ -7,10 +7,18 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 import krony
 from krony import KronyConfig, KronyError, compress
+from krony.kronecker.linear import KroneckerLinear
 from krony.models.surgery import kronecker_layers
 from small_models import BUILDERS, gpt2, llama
 
@@ -161,3 +169,34 @@ def test_a_config_that_does_not_fit_is_named(damage, words, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(KronyError, match=words):
         krony.load_model(str(tmp_path))
+
+
+def test_the_body_alone_loads_and_is_saved(model, ids, tmp_path):
+    """AutoModel builds the model without its head: names lack the prefix that the file has."""
+    compress(model, KronyConfig("keep=0.5", init="van-loan"))
+    model.save_pretrained(tmp_path / "all")
+    body = AutoModel.from_pretrained(tmp_path / "all").eval()
+    with torch.no_grad():
+        expected = model.base_model(ids).last_hidden_state
+        torch.testing.assert_close(body(ids).last_hidden_state, expected, rtol=0, atol=0)
+        body.save_pretrained(tmp_path / "body")
+        again = AutoModel.from_pretrained(tmp_path / "body").eval()
+        torch.testing.assert_close(again(ids).last_hidden_state, expected, rtol=0, atol=0)
+
+
+def test_a_model_of_another_head_shares_the_body(ids, tmp_path):
+    model = gpt2()
+    compress(model, KronyConfig("keep=0.5", init="van-loan"))
+    model.save_pretrained(tmp_path)
+    other = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert isinstance(other.transformer.h[0].mlp.c_fc, KroneckerLinear)
+
+
+def test_without_krony_loading_stops_and_names_it(tmp_path):
+    model = gpt2()
+    compress(model, KronyConfig("keep=0.5", init="van-loan"))
+    model.save_pretrained(tmp_path)
+    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "size mismatch" in done.stderr
+    assert "Unknown quantization type, got krony" in done.stderr

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from krony._version import __version__
 from krony.cli import (
@@ -22,10 +24,20 @@ from krony.cli import (
     schemes,
 )
 from krony.cli.output import complain
-from krony.errors import KronyError
-from krony.runtime.signals import Stopped
+from krony.errors import KronyError, PromiseError
+from krony.runtime.signals import Stopped, interruptible
+
+
+class _Verbs(TyperGroup):
+    """Ctrl-C, SIGTERM and SIGHUP end every verb with one sentence; a verb may say a better one."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with interruptible(lambda: "nothing was written"):
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=_Verbs,
     help="Compress the MLPs of pretrained causal language models into sums of Kronecker products.",
     no_args_is_help=True,
     add_completion=False,
@@ -60,13 +72,20 @@ def _options(
 
 
 def main() -> None:
-    """The entry point: a user's mistake, or the system's refusal, ends with one sentence on stderr and exit code 2."""
+    """The entry point. Every error that a user can mend is one sentence on stderr.
+
+    Exit codes: 0 done, 1 done but a promise was not kept, 2 bad input or a refusal of the system, 128 + n stopped by
+    signal n.
+    """
     try:
         app()
         return
-    except Stopped as stopped:  # by Ctrl-C, SIGTERM or SIGHUP
+    except Stopped as stopped:
         complain(stopped.sentence, kind="stopped")
         sys.exit(stopped.code)
+    except PromiseError as error:
+        complain(str(error), kind="not done")
+        sys.exit(1)
     except KronyError as error:
         complain(str(error))
     except OSError as error:  # a full disk, a file that may not be read
@@ -78,6 +97,6 @@ def main() -> None:
             raise
         complain(
             "there is not enough memory: compress --stream holds one layer at a time, heal --batch and "
-            "--gradient-checkpointing take less at once, and so do shorter or fewer sequences"
+            "--gradient-checkpointing need less at once, and so do shorter or fewer sequences"
         )
     sys.exit(2)

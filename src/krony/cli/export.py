@@ -31,7 +31,7 @@ def run(
     """Write MODEL to OUT as a plain Hugging Face model that needs no krony."""
     words = Output(json_to, out)
     if multiple_of is not None and to != "slim":
-        raise KronyError(f"--multiple-of is of --to slim, and this is --to {to}: leave it out")
+        raise KronyError(f"--multiple-of works with --to slim, and this is --to {to}: leave it out")
     if to == "reference":
         _reference(words, model, out)
         return

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from krony.errors import KronyWarning
 from krony.runtime.progress import Progress
+from krony.storage.paths import printable
 
 
 def quiet_libraries() -> None:
@@ -31,10 +33,20 @@ def quiet_libraries() -> None:
 
 
 def complain(sentence: str, *, kind: str = "error", style: str = "red") -> None:
-    """Prints a user's mistake on stderr, or what is doubtful."""
+    """Prints a user's mistake or a warning on stderr, if there is still a terminal to print it to."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"{kind}:", sentence, style=style, markup=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with suppress(OSError):  # after SIGHUP there may be none
+        console.print(f"{kind}:", escaped(sentence), style=style, markup=False)
+
+
+def escaped(text: str) -> str:
+    """The text without what a terminal would act on: names in files may hold control characters.
+
+    Line breaks and tabs stay.
+    """
+    return "".join(part if part in "\n\t" else printable(part) for part in re.split(r"([\n\t])", text))
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -61,18 +73,19 @@ class Output:
 
     def say(self, sentence: str) -> None:
         """Prints a line."""
-        self.console.print(sentence, markup=False)
+        self.console.print(escaped(sentence), markup=False)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table; the first column is text, the others figures."""
         from rich import box
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+            table.add_column(Text(column), justify="left" if index == 0 else "right", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(escaped(cell)) for cell in row))
         self.console.print(table, soft_wrap=False)
 
     def json(self, payload: Any) -> None:
@@ -88,6 +101,7 @@ class Output:
     def progress(self) -> Iterator[Progress]:
         """A bar on stderr that lives as long as the block; nothing where stderr is no terminal."""
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         console = Console(stderr=True, quiet=self.console.quiet)
@@ -95,4 +109,6 @@ class Output:
         columns = (TextColumn("{task.description}"), BarColumn(), where, *times)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("", total=None)
-            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+            yield lambda done, total, what: bar.update(
+                task, completed=done, total=total, description=escape(escaped(what))
+            )

@@ -318,7 +318,9 @@ def _check_stored(stored: dict[str, Tensor], group: Group) -> None:
     """Raises ValueError unless shapes are the group's, values are finite, and second moments can be some."""
     into, out = group.sites[0].in_features, group.sites[-1].out_features
     sizes = {"inputs": into} | ({"hidden": group.sites[-1].in_features} if group.is_mlp else {})
-    shapes = {f"{key}.matrix": (n, n) for key, n in sizes.items()} | {f"{key}.mean": (n,) for key, n in sizes.items()}
+    shapes: dict[str, tuple[int, ...]] = {f"{key}.matrix": (n, n) for key, n in sizes.items()} | {
+        f"{key}.mean": (n,) for key, n in sizes.items()
+    }
     shapes |= {"tokens": (), "sensitivity": (out, out)}
     for name in shapes.keys() - {"sensitivity"} - stored.keys():
         raise ValueError(f"{name} is missing")

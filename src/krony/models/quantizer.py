@@ -101,9 +101,29 @@ def put_layers_in(model: PreTrainedModel, config: KronyQuantizationConfig | dict
         return
     if not isinstance(config.modules, dict):
         raise KronyError("config.json: quantization_config.modules is not a map of module names to shapes")
+    found = {}
     for name in config.modules:
+        own = _own_name(model, name)
+        if own is None:  # the head, in a model that is the body alone
+            continue
         shape, scalars = config.shape(name)
-        put_in(model, name, _empty_layer(model, name, shape, scalars))
+        put_in(model, own, _empty_layer(model, own, shape, scalars))
+        found[own] = config.modules[name]
+    config.modules = found
+
+
+def _own_name(model: PreTrainedModel, name: str) -> str | None:
+    """What ``model`` calls a layer: ``AutoModel`` builds the body alone, whose names lack the prefix of the others.
+
+    Returns None for a layer outside the body if ``model`` is the body.
+    """
+    there = dict(model.named_modules())
+    prefix = f"{model.base_model_prefix}."
+    if name in there:
+        return name
+    if model.base_model is model:
+        return name.removeprefix(prefix) if name.startswith(prefix) else None
+    return prefix + name if prefix + name in there else name
 
 
 def _empty_layer(

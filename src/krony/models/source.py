@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -25,6 +28,7 @@ from krony.runtime.hardware import check_device, is_out_of_memory
 
 DEMO = Path(__file__).parents[1] / "shipped" / "demo"  # the model called ``demo``
 GPT2_NAMES = ("gpt2", "openai-community/gpt2")
+HUB_SECONDS = 4.0  # how long the hub is waited for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -49,7 +53,7 @@ class ModelSource:
             return cls(name, None, GPT2Config())
         where = _locate(name)
         with LoadingErrors(name):
-            config = AutoConfig.from_pretrained(where, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(where, trust_remote_code=False, **_hub_options(where))
         return cls(name, where if isinstance(where, Path) else None, config)
 
     @property
@@ -76,7 +80,8 @@ class ModelSource:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer. Raises KronyError if there is none."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.where, trust_remote_code=False)
+            options = _hub_options(self.folder or self.name)
+            tokenizer = AutoTokenizer.from_pretrained(self.where, trust_remote_code=False, **options)
         except Exception as error:  # transformers raises whatever the tokenizer's parts do
             raise KronyError(f"{self.name}: no tokenizer can be loaded from there: {first_line(error)}") from None
         if not tokenizer("a")["input_ids"]:  # from a folder without one, transformers makes some that know no text
@@ -87,6 +92,7 @@ class ModelSource:
         """The model in eval mode, from safetensors only; ``krony.load_model`` says the rest."""
         check_device(device)
         options: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
+        options |= _hub_options(self.folder or self.name)
         if self.folder is not None:
             check_weights(self.folder, self.skeleton())
         with LoadingErrors(self.name):
@@ -143,6 +149,30 @@ def _locate(name: str) -> str | Path:
     return name
 
 
+def _hub_options(where: str | Path) -> dict[str, Any]:
+    """What loading from the hub needs; nothing for a folder. Raises KronyError for a name that the hub doesn't know."""
+    return {} if isinstance(where, Path) or _is_reachable(where) else {"local_files_only": True}
+
+
+@cache
+def _is_reachable(name: str) -> bool:
+    """Whether the hub answers for this name within a few seconds; without that, its client tries for half a minute.
+
+    Raises KronyError for a name that the hub doesn't know.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        HfApi().model_info(name, timeout=HUB_SECONDS)
+    except RepositoryNotFoundError:
+        raise KronyError(f"{name}: there is no such folder, and no such model on the hub that you may read") from None
+    except HFValidationError:
+        raise KronyError(f"{name!r}: there is no such folder, and it can't be a name on the hub") from None
+    except Exception:  # the http client's errors: no network, no answer in time
+        return False
+    return True
+
+
 @torch.inference_mode()
 def _check_runs(model: PreTrainedModel, name: str) -> None:
     """Two tokens go through the model: a config can fit its weights and still not run. Raises KronyError."""
@@ -169,7 +199,7 @@ class LoadingErrors:
         if isinstance(error, SafetensorError):
             return f"its weights are damaged, fetch or write them again ({first_line(error)})"
         if isinstance(error, OSError) and not Path(self.name).is_dir():
-            return "there is no such folder, and it can't be fetched from the hub (no network, or no such name)"
+            return "there is no such folder, it is not in the hub's cache, and the hub can't be reached (no network)"
         if isinstance(error, RuntimeError) and "mismatched" in str(error):
             return "its weights have other shapes than its config.json says"
         return f"{self.otherwise}: {first_line(error)}"

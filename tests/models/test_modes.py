@@ -1,0 +1,35 @@
+"""A model's mode is set for a while, and restored."""
+
+import pytest
+from torch import nn
+
+from krony.models.modes import evaluating
+
+
+def network() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), nn.Sequential(nn.Linear(2, 2)))
+    model.train()
+    model[1].eval()  # a submodule whose mode differs from the model's
+    model[2][0].weight.requires_grad_(False)
+    return model
+
+
+def state(model):
+    return [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+
+
+def test_every_submodule_and_parameter_is_as_it_was():
+    model = network()
+    before = state(model)
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
+        assert not any(p.requires_grad for p in model.parameters())
+    assert state(model) == before
+
+
+def test_after_an_error_too():
+    model = network()
+    before = state(model)
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        raise ZeroDivisionError
+    assert state(model) == before

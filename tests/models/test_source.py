@@ -1,0 +1,62 @@
+"""MODEL is resolved once; the hub is asked quickly."""
+
+import httpx2 as httpx
+import pytest
+import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from krony import KronyError
+from krony.models import source
+from krony.models.source import ModelSource
+
+
+@pytest.fixture(autouse=True)
+def no_memory_of_the_hub():
+    source._is_reachable.cache_clear()
+    yield
+    source._is_reachable.cache_clear()
+
+
+def hub(monkeypatch, error):
+    """A hub that answers with ``error``; returns how often it was asked, and for how long it may take."""
+    asked = []
+
+    def model_info(self, name, timeout=None):
+        asked.append(timeout)
+        raise error
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    return asked
+
+
+def test_without_network_it_is_asked_once_and_for_seconds(monkeypatch):
+    asked = hub(monkeypatch, OSError("no route"))
+    for _ in range(2):
+        with pytest.raises(KronyError, match="no-such/model: .*not in the hub's cache, and the hub can't be reached"):
+            ModelSource.find("no-such/model")
+    assert asked == [source.HUB_SECONDS] and source.HUB_SECONDS <= 5
+
+
+def test_a_name_that_the_hub_does_not_know(monkeypatch):
+    answer = httpx.Response(404, request=httpx.Request("GET", "https://hub"))
+    hub(monkeypatch, RepositoryNotFoundError("404", response=answer))
+    with pytest.raises(KronyError, match="no-such/model: there is no such folder, and no such model on the hub"):
+        ModelSource.find("no-such/model")
+
+
+def test_a_folder_is_resolved_once(gpt2_folder, monkeypatch):
+    checked = []
+    monkeypatch.setattr(source, "check_folder", checked.append)
+    found = ModelSource.find(str(gpt2_folder))
+    model, tokenizer = found.load(), found.tokenizer()
+    assert checked == [gpt2_folder] and found.folder == gpt2_folder
+    assert found.skeleton().device.type == "meta" and model.device.type == "cpu"
+    assert tokenizer("a")["input_ids"]
+
+
+def test_the_demo_is_loaded_in_float32():
+    found = ModelSource.find("demo")
+    assert found.dtype() == torch.float32 and found.dtype("bfloat16") == torch.bfloat16
+    assert not found.is_compressed
