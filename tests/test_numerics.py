@@ -1,4 +1,4 @@
-"""Matrices and activations that numerics stumble over: finite factors, bounded errors, whatever comes."""
+"""Matrices and activations that are hard for numerics: the factors are finite and the errors bounded."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def check(model, report, bound: float) -> None:
 @pytest.mark.parametrize("kind", list(WEIGHTS))
 @pytest.mark.parametrize("init", INITS)
 def test_odd_matrices(kind, init):
-    """In the middle layer's down matrix, which an MLP's output, and so the text's moments, depend on."""
+    """The down matrix of the middle layer is odd: later layers' activations, and so their moments, depend on it."""
     model = llama()
     with torch.no_grad():
         WEIGHTS[kind](model.model.layers[1].mlp.down_proj.weight)
@@ -62,8 +62,8 @@ def test_odd_matrices(kind, init):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("family", [gpt2, llama])
-def test_half_precision_is_as_good_as_its_digits(dtype, init, family):
-    """The errors are those of float32 but for the rounding of the dtype."""
+def test_half_precision_loses_only_rounding(dtype, init, family):
+    """The errors equal those of float32 up to the rounding of the dtype."""
     exact = compressed(family(), init)
     model = family().to(dtype)
     report = compressed(model, init)
@@ -76,8 +76,8 @@ def test_half_precision_is_as_good_as_its_digits(dtype, init, family):
 
 
 @pytest.mark.parametrize("init", ["neurons", "als", "svd"])
-def test_activations_that_never_change(init):
-    """Every hidden neuron says the same on every token: second moments of rank one, a covariance of zero."""
+def test_constant_activations(init):
+    """Every hidden neuron has the same activation on every token: second moments of rank one, a covariance of zero."""
     for model in (gpt2(), llama()):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -87,7 +87,7 @@ def test_activations_that_never_change(init):
 
 
 @pytest.mark.parametrize("init", ["neurons", "als", "svd"])
-def test_one_token_again_and_again(init):
+def test_a_text_of_one_repeated_token(init):
     model = llama()
     report = compress(model, KronyConfig("keep=0.5", init=init), calibration=torch.full((4, 16), 7))
     check(model, report, float("inf"))

@@ -12,7 +12,7 @@ from small_models import BUILDERS, gpt2
 CONFIG = krony.KronyConfig("keep=0.5", init="van-loan", embedding=2)
 
 
-def test_it_is_the_nearest_product(ids):
+def test_the_factors_are_the_nearest_product(ids):
     """Against numpy's SVD of the pairs of neighbours."""
     weight = BUILDERS["gpt2"]().get_input_embeddings().weight.detach().double()
     new = factorised(torch.nn.Embedding.from_pretrained(weight), embedding_shape(BUILDERS["gpt2"](), 2)[1])
@@ -23,23 +23,23 @@ def test_it_is_the_nearest_product(ids):
     torch.testing.assert_close(new(ids), best[ids], rtol=1e-9, atol=1e-9)
 
 
-def test_a_tied_head_keeps_the_whole_matrix_and_the_model_loads_again(model, ids, tmp_path):
-    whole = model.get_input_embeddings().weight.detach().clone()
+def test_a_tied_head_keeps_the_dense_matrix_and_the_model_loads_again(model, ids, tmp_path):
+    dense = model.get_input_embeddings().weight.detach().clone()
     before, counted = count_parameters(model), count_untied(model)
-    assert counted == before + whole.numel()
+    assert counted == before + dense.numel()
     report = krony.compress(model, CONFIG)
-    assert torch.equal(model.get_output_embeddings().weight, whole)
+    assert torch.equal(model.get_output_embeddings().weight, dense)
     (name,) = kronecker_embeddings(model)
     assert report.layers[-1].name == name and 0 < report.layers[-1].error < 1
     assert report.params_after == count_parameters(model) == count_untied(model)
     model.save_pretrained(tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(again.get_input_embeddings(), KroneckerEmbedding)
-    assert torch.equal(again.get_output_embeddings().weight, whole)
+    assert torch.equal(again.get_output_embeddings().weight, dense)
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_stopped_on_its_way_nothing_changes(monkeypatch):
+def test_after_an_interruption_the_model_is_unchanged(monkeypatch):
     model, original = gpt2(), gpt2()
     before = model.config.to_dict()
 
@@ -53,8 +53,8 @@ def test_stopped_on_its_way_nothing_changes(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
 
 
-def test_with_every_other_weight_drawn_anew_the_factors_are_the_originals():
-    """``reinit`` draws what is not compressed; the head of a tied embedding is not."""
+def test_reinit_leaves_the_factors_those_of_the_original():
+    """``reinit`` draws every weight at random that is not compressed; the head of a tied embedding is such a weight."""
     model, original = gpt2(), gpt2()
     krony.compress(model, krony.KronyConfig("keep=0.5", init="van-loan", embedding=2, reinit="all", seed=3))
     expected = factorised(original.transformer.wte, model.transformer.wte.shape)
@@ -62,7 +62,7 @@ def test_with_every_other_weight_drawn_anew_the_factors_are_the_originals():
     assert not torch.equal(model.lm_head.weight, original.lm_head.weight)
 
 
-def test_it_is_multiplied_out_again(ids):
+def test_export_makes_it_dense(ids):
     model = BUILDERS["gpt2"]()
     krony.compress(model, CONFIG)
     expected = model(ids).logits
@@ -71,7 +71,7 @@ def test_it_is_multiplied_out_again(ids):
     torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_it_is_trained():
+def test_both_factors_get_gradients():
     model = BUILDERS["gpt2"]()
     krony.compress(model, CONFIG)
     model(torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
@@ -80,12 +80,12 @@ def test_it_is_trained():
 
 
 @pytest.mark.parametrize("size", [0, 1, 5])
-def test_a_right_factor_that_does_not_fit(size):
+def test_a_right_factor_that_does_not_divide_the_width_is_refused(size):
     with pytest.raises(krony.KronyError, match=rf"embedding {size}: .* a divisor of the width 48"):
         krony.compress(BUILDERS["gpt2"](), krony.KronyConfig("keep=0.5", init="van-loan", embedding=size))
 
 
-def test_it_is_not_factorised_twice_and_a_wrong_shape_is_not_loaded(tmp_path):
+def test_a_second_factorisation_and_a_wrong_shape_are_refused(tmp_path):
     import json
 
     model = BUILDERS["gpt2"]()

@@ -32,7 +32,7 @@ def reference(x, ups, act, down):
 
 
 def check(ups, act, down, tokens=(2, 3), paths=((None, None),)):
-    """Output without and with gradients, and all gradients, by these paths."""
+    """Compares outputs without and with gradients, and all gradients, on each of these paths."""
     parameters = [p for layer in (*ups, down) for p in layer.parameters() if p.requires_grad]
     x = torch.randn(*tokens, ups[0].in_features, dtype=ups[0].weight.dtype, requires_grad=True)
     expected = reference(x, ups, act, down)
@@ -75,7 +75,7 @@ def test_any_shape(sides, factors, gated, bias, scalars, seed):
     check(ups, ACT2FN["gelu_new"], down)
 
 
-# Right factors with zeros, r x k: what is dropped, what is constant, what is scaled, and what only looks like it.
+# Right factors with zeros, r x k: dropped neurons, constant ones, scaled ones, and patterns that only look similar.
 PATTERNS = {
     "one of four": ([[1], [0], [0], [0]], [[1], [0], [0], [0]]),
     "dropped by the way down only": ([[1], [0.5], [2], [1]], [[1], [0], [0], [0.5]]),
@@ -106,7 +106,7 @@ def test_zeros_cost_nothing_and_change_nothing(pattern, gated, frozen, scalars):
 
 
 class Counting(nn.Module):
-    """An activation that counts what it is given."""
+    """An activation that counts its inputs."""
 
     def __init__(self):
         super().__init__()
@@ -128,7 +128,7 @@ def test_dropped_neurons_are_not_computed():
         act, x = Counting(), torch.randn(7, 6, dtype=torch.float64)
         fused_forward(x, ups, act, down)
         assert act.seen == 7 * 5 * 2  # two neurons of each group of four
-        down.right.view(2, 4)[1, 3] = 1  # the fourth counts again: a constant would not do
+        down.right.view(2, 4)[1, 3] = 1  # the fourth neuron depends on the input again
         ups[0].right.view(2, 4)[1, 3] = 1
         torch.testing.assert_close(fused_forward(x, ups, act, down), reference(x, ups, F.silu, down))
     act = Counting()

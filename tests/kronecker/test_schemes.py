@@ -1,4 +1,4 @@
-"""The paper's Tables 1 and 2 to the digit, names, fractions and budgets."""
+"""The paper's Tables 1 and 2 to the digit; names, fractions and budgets."""
 
 import pytest
 
@@ -45,7 +45,7 @@ def test_table_1_to_the_digit():
         assert rows[m1, n1]["rank"] == 768
 
 
-def test_every_listed_shape_is_of_full_rank_and_none_is_missing():
+def test_exactly_the_full_rank_shapes_are_listed():
     listed = {s.left for s in schemes.full_rank_shapes(192, 48)}
     for m1 in range(1, 193):
         for n1 in range(1, 49):
@@ -86,7 +86,7 @@ def test_a_name_on_another_model_proposes_a_fraction():
 def test_keep(scheme, left, factors):
     shape = schemes.resolve(scheme, 192, 48)
     assert (shape.left, shape.factors) == (left, factors)
-    assert shape.n2 == 1  # neurons stay whole
+    assert shape.n2 == 1  # neurons stay complete
 
 
 @pytest.mark.parametrize("scheme", ["keep=0", "keep=1", "keep=1.5", "keep=half", "keep=", "keep=1/0"])
@@ -95,7 +95,7 @@ def test_keep_takes_a_fraction(scheme):
         schemes.resolve(scheme, 192, 48)
 
 
-def test_a_share_that_cannot_be_had_names_the_nearest():
+def test_a_fraction_that_is_impossible_names_the_nearest():
     with pytest.raises(KronyError, match=r"the nearest is keep=0.5"):
         schemes.resolve("keep=0.55", 2, 2)
     with pytest.raises(KronyError, match="can't be grouped"):
@@ -130,6 +130,6 @@ def test_parameters_that_are_no_number_are_refused():
         schemes.parse_parameters("many")
 
 
-def test_matrices_that_differ_have_no_one_table():
+def test_matrices_that_differ_have_no_table():
     with pytest.raises(KronyError, match="differ in shape"):
         schemes.table(ModelShape(10, ((4, 2), (6, 2))))

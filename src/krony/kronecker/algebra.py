@@ -1,7 +1,7 @@
-"""MomentAccumulator of Kronecker products: shapes, counts, and the nearest one to a matrix.
+"""Sums of Kronecker products: shapes, counts, and the nearest one to a matrix.
 
-A factor pair is ``A ⊗ B`` with ``A: (m1, n1)`` and ``B: (m2, n2)``; a sum of k of them is kept stacked,
-``left: (k, m1, n1)`` and ``right: (k, m2, n2)``, and stands for a matrix ``W: (m1*m2, n1*n2)`` with
+A factor pair is ``A ⊗ B`` with ``A: (m1, n1)`` and ``B: (m2, n2)``. A sum of k pairs is stored stacked,
+``left: (k, m1, n1)`` and ``right: (k, m2, n2)``, and represents a matrix ``W: (m1*m2, n1*n2)`` with
 ``W[i*m2 + p, j*n2 + q] = Σ_f left[f, i, j] · right[f, p, q]``.
 """
 
@@ -14,12 +14,18 @@ from torch import Tensor
 
 from krony.errors import KronyError
 
-AT_ONCE = 2**20  # numbers of small Gram matrices that are made together
+BATCH = 2**20  # numbers in the small Gram matrices that one batched product makes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True)  # positional, unlike other records: m1, n1, m2, n2, k is the order of every formula
 class KronShape:
-    """How an ``(m1*m2, n1*n2)`` matrix is split into ``factors`` products of ``(m1, n1)`` by ``(m2, n2)``."""
+    """How an ``(m1*m2, n1*n2)`` matrix is split into ``factors`` products of ``(m1, n1)`` by ``(m2, n2)``.
+
+    Example:
+        >>> shape = KronShape.split(3072, 768, 1536, 768)
+        >>> shape.right, shape.parameters, shape.rank
+        ((2, 1), 1179650, 768)
+    """
 
     m1: int
     n1: int
@@ -31,7 +37,12 @@ class KronShape:
     def split(cls, rows: int, columns: int, m1: int, n1: int, factors: int = 1) -> KronShape:
         """The split of a ``rows`` by ``columns`` matrix whose left factors are ``(m1, n1)``.
 
-        Raises KronyError if they don't divide the matrix, or if there are more factors than its rearrangement's rank.
+        Raises:
+            KronyError: the left factors don't divide the matrix, or ``factors`` exceeds the rank of its rearrangement.
+
+        Example:
+            >>> KronShape.split(3072, 768, 1024, 256, factors=2)
+            KronShape(m1=1024, n1=256, m2=3, n2=3, factors=2)
         """
         if m1 < 1 or n1 < 1 or rows % m1 or columns % n1:
             raise KronyError(f"a left factor of {m1}x{n1} does not divide a matrix of {rows}x{columns}")
@@ -61,17 +72,17 @@ class KronShape:
 
     @property
     def max_factors(self) -> int:
-        """The largest rank of the rearranged matrix: with so many factors any matrix is reproduced."""
+        """The largest rank of the rearranged matrix: this many factors reproduce any matrix."""
         return min(self.m1 * self.n1, self.m2 * self.n2)
 
     @property
     def parameters(self) -> int:
-        """Elements of all factors, without scalars."""
+        """The number of elements of all factors, without scalars."""
         return self.factors * (self.m1 * self.n1 + self.m2 * self.n2)
 
     @property
     def rank(self) -> int:
-        """Largest rank the sum can have: rank(A ⊗ B) = rank(A) rank(B), and sums add (paper, section 3.2)."""
+        """The largest rank the sum can have: rank(A ⊗ B) = rank(A) rank(B), and sums add (paper, section 3.2)."""
         one = min(self.left) * min(self.right)
         return min(self.factors * one, self.rows, self.columns)
 
@@ -88,6 +99,11 @@ def dense(left: Tensor, right: Tensor, scalars: Tensor | None = None) -> Tensor:
     """The matrix ``Σ_f scalars[f] · left[f] ⊗ right[f]``: ``(k, m1, n1), (k, m2, n2), (k,) -> (m1*m2, n1*n2)``.
 
     ``torch.kron`` is avoided: it takes a view that fails on size-1 dimensions with odd strides.
+
+    Example:
+        >>> dense(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[1.0], [10.0]]]))
+        tensor([[ 1.,  2.],
+                [10., 20.]])
     """
     (_, m1, n1), (_, m2, n2) = left.shape, right.shape
     if scalars is not None:
@@ -104,22 +120,32 @@ def rearrange(weight: Tensor, shape: KronShape) -> Tensor:
 def nearest(weight: Tensor, shape: KronShape) -> tuple[Tensor, Tensor]:
     """The factors of the sum nearest to ``weight`` in Frobenius norm (Van Loan & Pitsianis 1993; paper, Algorithm 1).
 
-    Exact: the truncated SVD of R(W) by an eigendecomposition of the Gram matrix of R's short side. The products are
-    in ``weight``'s precision (at least float32) for short stretches, their sums and all else in float64.
-    Returns ``left: (k, m1, n1)`` and ``right: (k, m2, n2)`` in ``weight``'s dtype, strongest factor first, each
-    carrying the square root of its singular value.
+    Exact: the truncated SVD of R(W) by an eigendecomposition of the Gram matrix of R's short side. Short runs of
+    products are summed in ``weight``'s precision (at least float32), everything else in float64.
+
+    Args:
+        weight: ``(shape.rows, shape.columns)``.
+
+    Returns:
+        ``left: (k, m1, n1)`` and ``right: (k, m2, n2)`` in ``weight``'s dtype, strongest factor first. The square root
+        of each singular value goes into both.
+
+    Example:
+        >>> left, right = nearest(torch.tensor([[1.0, 2.0], [10.0, 20.0]]), KronShape(1, 2, 2, 1))
+        >>> torch.allclose(dense(left, right), torch.tensor([[1.0, 2.0], [10.0, 20.0]]))
+        True
     """
-    if weight.mT.is_contiguous() and not weight.is_contiguous():  # (A ⊗ B)ᵀ = Aᵀ ⊗ Bᵀ, in the order of memory
+    if weight.mT.is_contiguous() and not weight.is_contiguous():  # (A ⊗ B)ᵀ = Aᵀ ⊗ Bᵀ, read in the order of memory
         left, right = nearest(weight.mT, shape.transposed)
         return left.mT.contiguous(), right.mT.contiguous()
     blocks = weight.reshape(shape.m1, shape.m2, shape.n1, shape.n2)  # (i, p, j, q)
     tall = shape.m1 * shape.n1 >= shape.m2 * shape.n2
-    turned = blocks.permute((0, 1, 3, 2) if tall else (1, 0, 2, 3))  # one of the long side's dimensions to each end
-    r = turned.reshape(len(turned), -1, turned.shape[-1])  # (long 1, short, long 2)
+    permuted = blocks.permute((0, 1, 3, 2) if tall else (1, 0, 2, 3))  # the long side's dimensions first and last
+    r = permuted.reshape(len(permuted), -1, permuted.shape[-1])  # (long 1, short, long 2)
     r = r.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
     side = r.shape[1]
     gram = torch.zeros(side, side, dtype=torch.float64, device=weight.device)
-    for part in r.split(max(1, AT_ONCE // side**2)):
+    for part in r.split(max(1, BATCH // side**2)):
         gram += torch.bmm(part, part.mT).sum(0, dtype=torch.float64)
     _, vectors = torch.linalg.eigh(gram)  # ascending; (short, short)
     short = vectors[:, -shape.factors :].flip(1).T.contiguous()  # (k, short)

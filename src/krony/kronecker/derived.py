@@ -215,7 +215,7 @@ def _states(layers: tuple[nn.Module, ...]) -> tuple | None:
         ]
     except RuntimeError:  # inference tensors have no version, functional ones no address
         return None
-    if not states:  # parameters are kept elsewhere, as FSDP's first version does
+    if not states:  # the parameters are elsewhere, as in FSDP's first version
         return None
     device = next((parameter.device.type for parameter in layers[-1].parameters(recurse=False)), "cpu")
     states.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)

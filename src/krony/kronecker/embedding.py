@@ -1,29 +1,28 @@
 """KroneckerEmbedding: an embedding whose matrix is a Kronecker product, as in KnGPT2 (Edalati et al. 2021).
 
-``E ≈ A ⊗ B`` with ``A: (vocabulary, width/n)`` and a row ``B: (1, n)``: a token's vector is its row of A, each entry
-of which stands for n neighbours. The head keeps the whole matrix, so that a tied one becomes a matrix of its own: what
-the embedding saves the head costs again (the paper's Appendix B).
+``E ≈ A ⊗ B`` with ``A: (vocabulary, width/n)`` and a row ``B: (1, n)``: a token's vector is its row of A, of which each
+entry is multiplied by all of B. The head keeps the dense matrix. A head that was tied to the embedding becomes a matrix
+of its own, so that such a model grows; only an untied one gets smaller (the paper's Appendix B).
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from krony.kronecker.algebra import KronShape, dense, nearest
 
-if TYPE_CHECKING:  # this module is imported while transformers is being imported
-    pass
-
 
 class KroneckerEmbedding(nn.Module):
-    """``(...,)`` token ids -> ``(..., width)``.
+    """The vectors of token ids: ``(...,) -> (..., width)``. A new module's parameters are uninitialised.
 
     Parameters of the module:
-        weight: the left factor, ``(vocabulary, width/n)``; the name stops loading without krony, as in KroneckerLinear.
+        weight: the left factor, ``(vocabulary, width/n)``; its name stops loading without krony, as in KroneckerLinear.
         right: the right factor, ``(1, n)``.
+
+    Example:
+        >>> KroneckerEmbedding(KronShape(257, 24, 1, 2))(torch.tensor([3, 7])).shape
+        torch.Size([2, 48])
     """
 
     def __init__(
@@ -35,7 +34,7 @@ class KroneckerEmbedding(nn.Module):
         self.right = nn.Parameter(torch.empty(shape.right, device=device, dtype=dtype))
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix that the factors stand for, ``(vocabulary, width)``, in ``dtype`` or the factors' own."""
+        """The matrix that the factors represent, ``(vocabulary, width)``, in ``dtype`` or else the factors' own."""
         dtype = dtype or self.weight.dtype
         return dense(self.weight.to(dtype)[None], self.right.to(dtype)[None])
 
@@ -50,7 +49,11 @@ class KroneckerEmbedding(nn.Module):
 
 
 def factorised(embedding: nn.Embedding, shape: KronShape) -> KroneckerEmbedding:
-    """The nearest product to an embedding in Frobenius norm, in its dtype and on its device."""
+    """The product nearest to an embedding's matrix in Frobenius norm, in its dtype and on its device.
+
+    Args:
+        shape: one factor with a right factor of ``(1, n)``.
+    """
     weight = embedding.weight.detach()
     new = KroneckerEmbedding(shape, device=weight.device, dtype=weight.dtype)
     left, right = nearest(weight.double(), shape)

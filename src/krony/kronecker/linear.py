@@ -1,4 +1,4 @@
-"""KroneckerLinear: a linear layer whose weight is a sum of Kronecker products that is never multiplied out.
+"""KroneckerLinear: a linear layer whose weight is a sum of Kronecker products.
 
 The product ``(Σ_f s_f A_f ⊗ B_f) x`` is, with x read as an ``(n1, n2)`` matrix X, ``Σ_f s_f A_f X B_fᵀ``. Either factor
 may come first; which order is cheaper depends on the shapes. Where neither order beats the dense matrix, the layer

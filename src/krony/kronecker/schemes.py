@@ -1,11 +1,11 @@
-"""Schemes: which Kronecker shapes an MLP gets, by name, by shape, by the fraction kept, or by a parameter budget.
+"""Schemes: which Kronecker shapes an MLP gets, by name, by shape, by the fraction to keep, or by a parameter budget.
 
 A scheme is the shape of the left factor of the *tall* matrix of an MLP (``c_fc``, ``gate_proj``, ``up_proj``: hidden
-width by model width) and a number of factors; the matrix that leads back takes the transposed shape. It is written
+width by model width) and a number of factors; the down matrix takes the transposed shape. It is written
 
 - ``1536x768`` or ``1024x256:4`` (left factor, number of factors),
-- ``keep=0.5``: one factor per kept neuron of a group, left factor ``(hidden/r, width)``, k of r neurons kept,
-- or one of the paper's names (``67M`` … ``96M``), which mean GPT-2 124M and nothing else.
+- ``keep=0.5``: left factor ``(hidden/r, width)`` and k factors, which keep k of every r neurons,
+- or one of the paper's names (``67M`` … ``96M``), which are sizes of GPT-2 124M only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from krony.errors import KronyError
 from krony.kronecker.algebra import KronShape
@@ -29,20 +30,25 @@ PAPER_NAMES = {
 }
 MULTI_FACTOR = ("128x128", "256x64", "1024x256")  # the paper's MF1 (Table 1), MF1 (Table 2) and MF2
 
-KEEP_TOLERANCE = 0.01  # how far from the wished fraction k/r may lie
+KEEP_TOLERANCE = 0.01  # how far k/r may be from the requested fraction
 KEEP_GROUP = 64  # largest group of neurons that share a left factor's row
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a scheme needs to know of a model: all its parameters, and the matrices to replace, written tall."""
+    """A model's number of parameters and the shapes of the matrices to replace, written tall.
+
+    Example:
+        >>> ModelShape(124_439_808, ((3072, 768),) * 24).parameters_with("81M")
+        81972576
+    """
 
     parameters: int
     matrices: tuple[tuple[int, int], ...]  # (rows, columns) with the hidden width as rows
 
     @property
     def is_gpt2(self) -> bool:
-        """Whether this is GPT-2 124M, whose size the paper's names speak of."""
+        """Whether this is GPT-2 124M, the model that the paper's names are sizes of."""
         return self.parameters == GPT2_PARAMETERS and self.matrices == ((3072, 768),) * 24
 
     def parameters_with(self, scheme: str) -> int:
@@ -53,13 +59,14 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class SchemeRow:
-    """One line of ``krony schemes``: a scheme and what it makes of the model."""
+    """One line of ``krony schemes``: a scheme and the number of parameters of the compressed model."""
 
     name: str
     shape: KronShape
     model_params: int
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
+        """The entry of ``krony schemes --json``."""
         s = self.shape
         return {
             "name": self.name,
@@ -72,9 +79,9 @@ class SchemeRow:
         }
 
 
-def check_name(scheme: str, layout: ModelShape) -> None:
-    """Raises KronyError if ``scheme`` is one of the paper's names and the model isn't the one they speak of."""
-    if scheme in PAPER_NAMES and not layout.is_gpt2:
+def check_name(scheme: str, model: ModelShape) -> None:
+    """Raises KronyError if ``scheme`` is one of the paper's names and the model isn't GPT-2 124M."""
+    if scheme in PAPER_NAMES and not model.is_gpt2:
         shape = resolve(scheme, 3072, 768)
         raise KronyError(
             f"scheme {scheme} is the paper's name for a size of GPT-2 124M, and this is another model: "
@@ -85,7 +92,14 @@ def check_name(scheme: str, layout: ModelShape) -> None:
 def resolve(scheme: str, rows: int, columns: int) -> KronShape:
     """The split of a tall ``rows`` by ``columns`` matrix (hidden width by model width) that ``scheme`` means.
 
-    Raises KronyError for a scheme that is misspelt or does not divide the matrix.
+    Raises:
+        KronyError: the scheme is misspelt or does not divide the matrix.
+
+    Example:
+        >>> resolve("1024x256:2", 3072, 768)
+        KronShape(m1=1024, n1=256, m2=3, n2=3, factors=2)
+        >>> str(resolve("keep=0.75", 3072, 768)), str(resolve("81M", 3072, 768))
+        ('768x768:3', '768x768')
     """
     text = PAPER_NAMES.get(scheme, scheme)
     if text.startswith("keep="):
@@ -102,20 +116,20 @@ def resolve(scheme: str, rows: int, columns: int) -> KronShape:
 
 def _keep(text: str, rows: int, columns: int) -> KronShape:
     try:
-        wish = Fraction(text.removeprefix("keep="))
+        wanted = Fraction(text.removeprefix("keep="))
     except (ValueError, ZeroDivisionError):
         raise KronyError(f"scheme {text!r}: keep= takes a fraction between 0 and 1, such as keep=0.5") from None
-    if not 0 < wish < 1:
+    if not 0 < wanted < 1:
         raise KronyError(f"scheme {text!r}: keep= takes a fraction between 0 and 1, such as keep=0.5")
     options = [
-        (abs(Fraction(k, r) - wish), r, k)
+        (abs(Fraction(k, r) - wanted), r, k)
         for r in range(2, min(rows, KEEP_GROUP) + 1)
         if rows % r == 0
-        for k in {max(1, int(wish * r)), min(r - 1, int(wish * r) + 1)}
+        for k in {max(1, int(wanted * r)), min(r - 1, int(wanted * r) + 1)}
     ]
     if not options or (best := min(options))[0] > KEEP_TOLERANCE:
         near = f"; the nearest is keep={min(options)[2] / min(options)[1]:.3g}" if options else ""
-        raise KronyError(f"scheme {text!r}: {rows} hidden neurons can't be grouped so that this share is kept{near}")
+        raise KronyError(f"scheme {text!r}: {rows} hidden neurons can't be grouped to keep this fraction{near}")
     _, r, k = best
     return KronShape.split(rows, columns, rows // r, columns, k)
 
@@ -123,8 +137,12 @@ def _keep(text: str, rows: int, columns: int) -> KronShape:
 def full_rank_shapes(rows: int, columns: int) -> Iterator[KronShape]:
     """Every one-factor split whose rank can be full (paper, Table 1), fewest parameters first.
 
-    Of a split and its mirror (A and B exchanged), which cost the same, the one with the larger left factor is listed;
-    the last is the matrix itself with a 1x1 right factor. Table 1 starts at 64x32; 48x32 and 64x24 are smaller.
+    Exchanging A and B costs the same: of the two splits the one with the larger left factor is listed. The last one is
+    the matrix itself with a 1x1 right factor. Table 1 starts at 64x32; 48x32 and 64x24 are smaller.
+
+    Example:
+        >>> [str(shape) for shape in full_rank_shapes(4, 2)]
+        ['2x2', '4x2']
     """
     shapes = [
         KronShape(m1, n1, rows // m1, columns // n1)
@@ -136,31 +154,39 @@ def full_rank_shapes(rows: int, columns: int) -> Iterator[KronShape]:
     yield from sorted(full, key=lambda s: (s.parameters, s.m1, s.n1))
 
 
-def table(layout: ModelShape, *, everything: bool = False, factors: list[int] | None = None) -> list[SchemeRow]:
-    """The rows of ``krony schemes``: the paper's names on GPT-2 124M, fractions kept on any other model.
+def table(model: ModelShape, *, everything: bool = False, factors: list[int] | None = None) -> list[SchemeRow]:
+    """The rows of ``krony schemes``: the paper's names for GPT-2 124M, fractions to keep for any other model.
 
-    ``everything`` lists every full-rank shape (Table 1); ``factors`` each shape with each of these counts (Table 2).
-    Raises KronyError for a model whose matrices differ in shape, of which there is no one table.
+    Args:
+        everything: list every full-rank shape (paper, Table 1).
+        factors: list each shape with each of these numbers of factors (paper, Table 2).
+
+    Raises:
+        KronyError: the model's matrices differ in shape, so that no single table describes it.
     """
-    if len(set(layout.matrices)) != 1:
-        raise KronyError(f"the matrices differ in shape ({sorted(set(layout.matrices))}): no one scheme fits them all")
-    rows, columns = layout.matrices[0]
-    names = {resolve(s, rows, columns): n for n, s in PAPER_NAMES.items()} if layout.is_gpt2 else {}
+    if len(set(model.matrices)) != 1:
+        raise KronyError(
+            f"the matrices differ in shape ({sorted(set(model.matrices))}): no single scheme fits all of them"
+        )
+    rows, columns = model.matrices[0]
+    names = {resolve(s, rows, columns): n for n, s in PAPER_NAMES.items()} if model.is_gpt2 else {}
     if everything:
         shapes = list(full_rank_shapes(rows, columns))
-    elif layout.is_gpt2 and factors:
+    elif model.is_gpt2 and factors:
         shapes = sorted(
             {resolve(s.split(":")[0], rows, columns) for s in (*PAPER_NAMES.values(), *MULTI_FACTOR)}, key=_size
         )
-    elif layout.is_gpt2:
+    elif model.is_gpt2:
         shapes = list(names)
     else:
-        return [row for e in range(7, 0, -1) for row in _kept(f"keep={e / 8:g}", layout, rows, columns, factors)]
-    return [_row(layout, s, names) for shape in shapes for s in with_factors(shape, factors)]
+        return [
+            row for e in range(7, 0, -1) for row in _fraction_rows(f"keep={e / 8:g}", model, rows, columns, factors)
+        ]
+    return [_row(model, s, names) for shape in shapes for s in with_factors(shape, factors)]
 
 
 def with_factors(shape: KronShape, counts: list[int] | None) -> Iterator[KronShape]:
-    """``shape`` with each of the ``counts`` of factors it can have; as it is where none are asked for."""
+    """``shape`` with each number of factors in ``counts`` that it can have; ``shape`` itself without ``counts``."""
     if not counts:
         yield shape
     for k in counts or []:
@@ -169,25 +195,28 @@ def with_factors(shape: KronShape, counts: list[int] | None) -> Iterator[KronSha
 
 
 def for_budget(
-    layout: ModelShape, parameters: int, *, neurons: bool, size: Callable[[str], int | None] | None = None
+    model: ModelShape, parameters: int, *, neurons: bool, size: Callable[[str], int | None] | None = None
 ) -> str:
-    """The scheme whose model is the largest within ``parameters``; with ``neurons``, of those that keep neurons whole.
+    """The scheme of the largest compressed model with at most ``parameters`` parameters.
 
-    ``size`` tells the parameters of the model with a scheme, or None where it can't be had; ``layout.parameters_with``
-    counts no scalars.
+    Args:
+        neurons: consider only schemes that keep or drop complete neurons.
+        size: returns the number of parameters of the model with a scheme, or None if the scheme doesn't apply; None
+            stands for ``model.parameters_with``, which counts no scalars.
 
-    Raises KronyError if the budget is not smaller than the model or too small for any scheme.
+    Raises:
+        KronyError: the budget is not smaller than the model, or too small for any scheme.
     """
-    rows, columns = layout.matrices[0]
-    if parameters >= layout.parameters:
-        raise KronyError(f"a budget of {parameters:,} parameters, but the model has only {layout.parameters:,}")
+    rows, columns = model.matrices[0]
+    if parameters >= model.parameters:
+        raise KronyError(f"a budget of {parameters:,} parameters, but the model has only {model.parameters:,}")
     if neurons:
         groups = [r for r in _divisors(rows) if 2 <= r <= KEEP_GROUP]
         candidates = [f"{rows // r}x{columns}:{k}" for r in groups for k in range(1, r)]
     else:
         shapes = list(full_rank_shapes(rows, columns))[:-1]
         candidates = [str(s) for shape in shapes for s in with_factors(shape, [1, 2, 3, 4])]
-    counted = {c: (size or layout.parameters_with)(c) for c in candidates}
+    counted = {c: (size or model.parameters_with)(c) for c in candidates}
     sizes = {c: count for c, count in counted.items() if count is not None}
     fitting = [c for c in sizes if sizes[c] <= parameters]
     if not sizes:
@@ -198,24 +227,31 @@ def for_budget(
 
 
 def parse_parameters(text: str) -> int:
-    """``82M``, ``1.2B``, ``82_000_000`` -> a number of parameters. Raises KronyError."""
+    """The number of parameters that a text such as ``82M`` means. Raises KronyError if it means none.
+
+    Example:
+        >>> parse_parameters("1.2B"), parse_parameters("82_000_000")
+        (1200000000, 82000000)
+    """
     match = re.fullmatch(r"([\d_]+(?:\.\d+)?)([kMBG]?)", text)
     if match is None:
         raise KronyError(f"{text!r} is not a number of parameters: write 82M, 1.2B or 82000000")
     return round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}[match[2]])
 
 
-def _kept(scheme: str, layout: ModelShape, rows: int, columns: int, factors: list[int] | None) -> Iterator[SchemeRow]:
+def _fraction_rows(
+    scheme: str, model: ModelShape, rows: int, columns: int, factors: list[int] | None
+) -> Iterator[SchemeRow]:
     try:
         shape = resolve(scheme, rows, columns)
-    except KronyError:  # this share can't be had of so many neurons
+    except KronyError:  # the number of neurons does not allow this fraction
         return
     for s in with_factors(shape, factors):
-        yield _row(layout, s, {shape: scheme})
+        yield _row(model, s, {shape: scheme})
 
 
-def _row(layout: ModelShape, shape: KronShape, names: dict[KronShape, str]) -> SchemeRow:
-    return SchemeRow(names.get(shape, str(shape)), shape, layout.parameters_with(str(shape)))
+def _row(model: ModelShape, shape: KronShape, names: dict[KronShape, str]) -> SchemeRow:
+    return SchemeRow(names.get(shape, str(shape)), shape, model.parameters_with(str(shape)))
 
 
 def _divisors(number: int) -> list[int]:
