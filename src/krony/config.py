@@ -49,7 +49,7 @@ class KronyConfig:
     Raises:
         KronyError: an unknown value, or options that exclude each other.
 
-    Example:
+    Examples:
         >>> KronyConfig(keep=0.5).scheme
         'keep=0.5'
         >>> KronyConfig("1536x768", init="van-loan").has_scalars(factors=1)

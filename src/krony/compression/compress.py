@@ -67,7 +67,7 @@ def compress(
     Raises:
         KronyError: the scheme does not fit, nothing matches, calibration is missing, or a weight is not finite.
 
-    Example:
+    Examples:
         >>> import krony
         >>> model = krony.demo_model()
         >>> report = krony.compress(model, krony.KronyConfig("512x256", init="van-loan", layers="0"))

@@ -81,7 +81,8 @@ def documents_of(ids: Tensor) -> list[str]:
 def digest(document: str) -> str:
     """What tells a document from others: the BLAKE2b hash of its UTF-8 text, 16 hexadecimal digits.
 
-    >>> digest("some text")
-    'f2d42d5e4e509e1b'
+    Examples:
+        >>> digest("some text")
+        'f2d42d5e4e509e1b'
     """
     return hashlib.blake2b(document.encode(), digest_size=8).hexdigest()

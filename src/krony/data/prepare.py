@@ -171,8 +171,9 @@ def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 def how_to_resume(out: Path) -> str:
     """One sentence after an interruption: what is in OUT, and what to do.
 
-    >>> how_to_resume(Path("nowhere"))
-    'nothing was written to nowhere'
+    Examples:
+        >>> how_to_resume(Path("nowhere"))
+        'nothing was written to nowhere'
     """
     if (out / STATE).is_file():
         tokens = sum(part.tokens for part in _read_state(out)[1].values())

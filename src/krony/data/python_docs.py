@@ -16,8 +16,9 @@ PARTS = ("calibration", "held-out")
 def is_held_out(name: str) -> bool:
     """Whether the topic of this name is for evaluation only: one in five, by the first byte of the name's SHA-256.
 
-    >>> is_held_out("lambda"), is_held_out("class")
-    (True, False)
+    Examples:
+        >>> is_held_out("lambda"), is_held_out("class")
+        (True, False)
     """
     return hashlib.sha256(name.encode()).digest()[0] % 5 == 0
 

@@ -25,9 +25,10 @@ BIN = np.dtype("<u2")  # nanoGPT's train.bin and val.bin: token ids, two bytes e
 class Rows(Dataset):
     """Token ids cut into rows of ``length``, each ``{"input_ids": (length,), "labels": (length,)}``, int64.
 
-    >>> rows = Rows(np.arange(7), length=3)
-    >>> len(rows), rows[1]["input_ids"].tolist()
-    (2, [3, 4, 5])
+    Examples:
+        >>> rows = Rows(np.arange(7), length=3)
+        >>> len(rows), rows[1]["input_ids"].tolist()
+        (2, [3, 4, 5])
     """
 
     def __init__(self, tokens: np.ndarray, length: int) -> None:
@@ -95,9 +96,10 @@ def _tokens(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | Non
 def refuse_test_set(data: str) -> None:
     """Raises KronyError if ``data`` names a set that is for evaluation only.
 
-    >>> refuse_test_set("lambada")
-    Traceback (most recent call last):
-    krony.errors.KronyError: lambada is a test set: train on other text, such as a train file or python-docs
+    Examples:
+        >>> refuse_test_set("lambada")
+        Traceback (most recent call last):
+        krony.errors.KronyError: lambada is a test set: train on other text, such as a train file or python-docs
     """
     if data in TEST_SETS:
         raise KronyError(f"{data} is a test set: train on other text, such as a train file or python-docs")
@@ -121,8 +123,9 @@ def read_bin(path: Path) -> np.ndarray:
 def looks_wider(tokens: np.ndarray) -> bool:
     """Whether token ids ``(n,)`` that were read as two bytes each have four or eight: every second is then near zero.
 
-    >>> looks_wider(np.arange(100, dtype="<u4").view("<u2")), looks_wider(np.arange(100, dtype="<u2"))
-    (True, False)
+    Examples:
+        >>> looks_wider(np.arange(100, dtype="<u4").view("<u2")), looks_wider(np.arange(100, dtype="<u2"))
+        (True, False)
     """
     seconds = tokens[1:4096:2]
     return len(tokens) >= 64 and len(tokens) % 2 == 0 and bool((seconds <= 3).all())

@@ -36,8 +36,9 @@ PIECE = 8_000_000  # characters tokenised at once, because a tokenizer needs som
 def names() -> list[str]:
     """The names of all data sets.
 
-    >>> names()
-    ['wikitext-2', 'wikitext-103', 'lambada', 'python-docs']
+    Examples:
+        >>> names()
+        ['wikitext-2', 'wikitext-103', 'lambada', 'python-docs']
     """
     return [*TEST_SETS, PYTHON_DOCS]
 

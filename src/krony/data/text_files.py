@@ -46,12 +46,13 @@ def read_documents(path: Path) -> list[str]:
     Raises KronyError, naming the file and the line: a missing or empty file, no regular file, text that isn't UTF-8,
     JSON that has no ``text`` or is in a file of another name, a damaged archive or one that unpacks to too much.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     file = Path(folder) / "two.jsonl"
-    ...     _ = file.write_text('{"text": "one"}\\n{"text": "two"}\\n')
-    ...     read_documents(file)
-    ['one', 'two']
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "two.jsonl"
+        ...     _ = file.write_text('{"text": "one"}\\n{"text": "two"}\\n')
+        ...     read_documents(file)
+        ['one', 'two']
     """
     text, kind = read_text(path), _kind(path)
     if kind == ".json" or kind in LINES:
@@ -93,8 +94,9 @@ def _valid_but_no_text(raw: bytes) -> str | None:
 def is_text(text: str) -> bool:
     """Whether a string can be encoded, which one with half of a surrogate pair can't.
 
-    >>> is_text("naïve"), is_text("\\ud83d")
-    (True, False)
+    Examples:
+        >>> is_text("naïve"), is_text("\\ud83d")
+        (True, False)
     """
     try:
         text.encode()

@@ -53,8 +53,9 @@ def picture(views: Sequence[LayerView]) -> str:
 def by_layer(values: Sequence[tuple[str, float]]) -> dict[str, list[tuple[float, float]]]:
     """Values of named layers as curves: ``{kind of matrix: [(number of the layer, value), …]}``.
 
-    >>> by_layer([("h.0.mlp.c_fc", 0.5), ("h.1.mlp.c_fc", 0.6)])
-    {'mlp.c_fc': [(0.0, 0.5), (1.0, 0.6)]}
+    Examples:
+        >>> by_layer([("h.0.mlp.c_fc", 0.5), ("h.1.mlp.c_fc", 0.6)])
+        {'mlp.c_fc': [(0.0, 0.5), (1.0, 0.6)]}
     """
     curves: dict[str, list[tuple[float, float]]] = {}
     for name, value in values:

@@ -19,8 +19,9 @@ from krony.evaluation.workloads import empty_cache
 def model_bytes(model: nn.Module) -> int:
     """Bytes of the parameters and buffers; tied ones count once.
 
-    >>> model_bytes(nn.Linear(3, 2))
-    32
+    Examples:
+        >>> model_bytes(nn.Linear(3, 2))
+        32
     """
     tensors = [*model.parameters(), *model.buffers()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
@@ -40,8 +41,9 @@ def peak_bytes(model: PreTrainedModel, ids: Tensor) -> int:
 def peak_of(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
     """The most bytes at one moment of the tensors that ``call`` makes.
 
-    >>> peak_of(lambda: torch.empty(1000))
-    4000
+    Examples:
+        >>> peak_of(lambda: torch.empty(1000))
+        4000
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()

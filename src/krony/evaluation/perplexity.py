@@ -127,8 +127,9 @@ def evaluate(
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """``(start, end, fresh)`` of each window over ``length`` tokens; no earlier window has its last ``fresh`` tokens.
 
-    >>> list(windows(10, window=4, stride=3))
-    [(0, 4, 4), (3, 7, 3), (6, 10, 3)]
+    Examples:
+        >>> list(windows(10, window=4, stride=3))
+        [(0, 4, 4), (3, 7, 3), (6, 10, 3)]
     """
     before = 0
     for start in range(0, length, stride):

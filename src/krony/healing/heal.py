@@ -62,10 +62,11 @@ def heal(
     Raises:
         KronyError: text, recipe, teacher or options that don't fit the model; a loss that is not finite; a full disk.
 
-    Example::
-
+    Examples:
+        ```python
         report = krony.heal(model, "python-docs", tokenizer=tokenizer, teacher=original, max_tokens=300_000)
         print(report)
+        ```
     """
     chosen = HealOptions(**options)
     if chosen.freeze is None and isinstance(recipe, str):

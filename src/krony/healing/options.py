@@ -33,7 +33,7 @@ class HealOptions:
     Raises:
         KronyError: an unknown word in ``freeze``, or an unknown device.
 
-    Example:
+    Examples:
         >>> sorted(HealOptions(freeze={"right", "embeddings"}).frozen)
         ['embeddings', 'right']
     """
@@ -70,10 +70,11 @@ def parse_freeze(freeze: Collection[str] | None) -> frozenset[str]:
 
     Raises KronyError for an unknown word, or for ``none`` beside others.
 
-    >>> sorted(parse_freeze("right, scalars"))
-    ['right', 'scalars']
-    >>> parse_freeze("none") == parse_freeze(set()) == frozenset()
-    True
+    Examples:
+        >>> sorted(parse_freeze("right, scalars"))
+        ['right', 'scalars']
+        >>> parse_freeze("none") == parse_freeze(set()) == frozenset()
+        True
     """
     if freeze is None:
         return frozenset({"right"})

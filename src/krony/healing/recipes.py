@@ -39,7 +39,7 @@ class Recipe:
     Raises:
         KronyError: a value that is out of range.
 
-    Example:
+    Examples:
         >>> Recipe(learning_rate=1e-3, sequences=4).length
         512
     """
@@ -84,8 +84,9 @@ class Recipe:
         The final learning rate keeps its ratio to the highest one, and a batch is at most a step, unless they are
         given too. Raises KronyError for a value that is out of range.
 
-        >>> f"{RECIPES['quick'].changed(learning_rate=1e-3).final_rate:.0e}"
-        '1e-05'
+        Examples:
+            >>> f"{RECIPES['quick'].changed(learning_rate=1e-3).final_rate:.0e}"
+            '1e-05'
         """
         if "learning_rate" in changes:
             changes.setdefault("final_rate", self.final_rate / self.learning_rate * changes["learning_rate"])

@@ -81,7 +81,8 @@ class HealReport:
 def perplexity(loss: float) -> float:
     """The perplexity of a loss in nats per token; finite, however bad the loss is.
 
-    >>> perplexity(0.0)
-    1.0
+    Examples:
+        >>> perplexity(0.0)
+        1.0
     """
     return math.exp(min(loss, 700.0))

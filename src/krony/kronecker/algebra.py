@@ -21,7 +21,7 @@ BATCH = 2**20  # numbers in the small Gram matrices that one batched product mak
 class KronShape:
     """How an ``(m1*m2, n1*n2)`` matrix is split into ``factors`` products of ``(m1, n1)`` by ``(m2, n2)``.
 
-    Example:
+    Examples:
         >>> shape = KronShape.split(3072, 768, 1536, 768)
         >>> shape.right, shape.parameters, shape.rank
         ((2, 1), 1179650, 768)
@@ -40,7 +40,7 @@ class KronShape:
         Raises:
             KronyError: the left factors don't divide the matrix, or ``factors`` exceeds the rank of its rearrangement.
 
-        Example:
+        Examples:
             >>> KronShape.split(3072, 768, 1024, 256, factors=2)
             KronShape(m1=1024, n1=256, m2=3, n2=3, factors=2)
         """
@@ -100,7 +100,7 @@ def dense(left: Tensor, right: Tensor, scalars: Tensor | None = None) -> Tensor:
 
     ``torch.kron`` is avoided: it takes a view that fails on size-1 dimensions with odd strides.
 
-    Example:
+    Examples:
         >>> dense(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[1.0], [10.0]]]))
         tensor([[ 1.,  2.],
                 [10., 20.]])
@@ -130,7 +130,7 @@ def nearest(weight: Tensor, shape: KronShape) -> tuple[Tensor, Tensor]:
         ``left: (k, m1, n1)`` and ``right: (k, m2, n2)`` in ``weight``'s dtype, strongest factor first. The square root
         of each singular value goes into both.
 
-    Example:
+    Examples:
         >>> left, right = nearest(torch.tensor([[1.0, 2.0], [10.0, 20.0]]), KronShape(1, 2, 2, 1))
         >>> torch.allclose(dense(left, right), torch.tensor([[1.0, 2.0], [10.0, 20.0]]))
         True

@@ -15,7 +15,7 @@ def assign(gain: Tensor) -> Tensor:
     Returns:
         ``(positions,)`` int64, on the device of ``gain``; no neuron occurs twice.
 
-    Example:
+    Examples:
         >>> assign(torch.tensor([[1.0, 5.0], [0.0, 9.0]]))
         tensor([0, 1])
     """

@@ -31,7 +31,7 @@ def derived(layers: tuple[nn.Module, ...], name: str, make: Callable[[], Value])
         layers: the layers whose parameters ``make`` reads; the value belongs to the last one.
         name: tells the values of one layer apart.
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 2)
         >>> derived((layer,), "transposed", lambda: layer.weight.T).shape  # no scope is open: made now, not stored
         torch.Size([2, 2])
@@ -200,7 +200,10 @@ def _keys_of(cache: Any) -> tuple[StorageWeakRef, int | None] | None:
     for layer in getattr(cache, "layers", ()):
         keys = getattr(layer, "keys", None)
         if isinstance(keys, Tensor):
-            return StorageWeakRef(keys.untyped_storage()), None if keys.is_inference() else keys._version
+            try:
+                return StorageWeakRef(keys.untyped_storage()), None if keys.is_inference() else keys._version
+            except RuntimeError:  # functional tensors have no memory of their own
+                return None
     return None
 
 

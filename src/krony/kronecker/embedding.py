@@ -20,7 +20,7 @@ class KroneckerEmbedding(nn.Module):
         weight: the left factor, ``(vocabulary, width/n)``; its name stops loading without krony, as in KroneckerLinear.
         right: the right factor, ``(1, n)``.
 
-    Example:
+    Examples:
         >>> KroneckerEmbedding(KronShape(257, 24, 1, 2))(torch.tensor([3, 7])).shape
         torch.Size([2, 48])
     """

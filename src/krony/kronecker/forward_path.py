@@ -25,7 +25,7 @@ FORMING = 3  # passes over the dense matrix that it takes to make it, in trainin
 def multiply_adds(shape: KronShape) -> dict[ForwardPath, int]:
     """Multiply-adds per token of each forward path.
 
-    Example:
+    Examples:
         >>> multiply_adds(KronShape.split(3072, 768, 768, 768))
         {'left': 592896, 'right': 2362368, 'dense': 2359296}
     """
@@ -63,7 +63,7 @@ def cost(shape: KronShape, path: ForwardPath, *, cached: bool, device: str = "cp
 def dense_from(shape: KronShape, *, cached: bool, device: str = "cpu") -> int | None:
     """The number of tokens from which the dense matrix is faster; None where it never is.
 
-    Example:
+    Examples:
         >>> shape = KronShape.split(3072, 768, 1024, 256, factors=4)
         >>> dense_from(shape, cached=True) < dense_from(shape, cached=False)
         True
@@ -100,7 +100,7 @@ def choose_path(
         device: a device type of torch.
         forced: the layer's ``path``, if it is set.
 
-    Example:
+    Examples:
         >>> choose_path(KronShape.split(3072, 768, 1536, 768), tokens=512).path
         'left'
     """

@@ -45,7 +45,7 @@ class KroneckerLinear(nn.Module):
     Every call reads the parameters as they are, however they were changed. In eval mode without gradients, the tokens
     that continue one key-value cache share the tensors derived from them (``krony.kronecker.derived``).
 
-    Example:
+    Examples:
         >>> layer = KroneckerLinear(KronShape(m1=4, n1=3, m2=2, n2=1))
         >>> layer.dense_weight().shape, layer(torch.zeros(5, 3)).shape
         (torch.Size([8, 3]), torch.Size([5, 8]))

@@ -38,7 +38,7 @@ KEEP_GROUP = 64  # largest group of neurons that share a left factor's row
 class ModelShape:
     """A model's number of parameters and the shapes of the matrices to replace, written tall.
 
-    Example:
+    Examples:
         >>> ModelShape(124_439_808, ((3072, 768),) * 24).parameters_with("81M")
         81972576
     """
@@ -95,7 +95,7 @@ def resolve(scheme: str, rows: int, columns: int) -> KronShape:
     Raises:
         KronyError: the scheme is misspelt or does not divide the matrix.
 
-    Example:
+    Examples:
         >>> resolve("1024x256:2", 3072, 768)
         KronShape(m1=1024, n1=256, m2=3, n2=3, factors=2)
         >>> str(resolve("keep=0.75", 3072, 768)), str(resolve("81M", 3072, 768))
@@ -140,7 +140,7 @@ def full_rank_shapes(rows: int, columns: int) -> Iterator[KronShape]:
     Exchanging A and B costs the same: of the two splits the one with the larger left factor is listed. The last one is
     the matrix itself with a 1x1 right factor. Table 1 starts at 64x32; 48x32 and 64x24 are smaller.
 
-    Example:
+    Examples:
         >>> [str(shape) for shape in full_rank_shapes(4, 2)]
         ['2x2', '4x2']
     """
@@ -229,7 +229,7 @@ def for_budget(
 def parse_parameters(text: str) -> int:
     """The number of parameters that a text such as ``82M`` means. Raises KronyError if it means none.
 
-    Example:
+    Examples:
         >>> parse_parameters("1.2B"), parse_parameters("82_000_000")
         (1200000000, 82000000)
     """

@@ -15,8 +15,9 @@ from krony.errors import KronyError
 def init(device: str = "cpu") -> str:
     """Connects to the other processes, if there are any, and returns this process's own device.
 
-    >>> init("cpu")
-    'cpu'
+    Examples:
+        >>> init("cpu")
+        'cpu'
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
@@ -51,8 +52,9 @@ def count() -> int:
 def shard(rows: Tensor) -> Tensor:
     """This process's share of the rows, every ``count()``-th. Raises KronyError if there are fewer than processes.
 
-    >>> shard(torch.arange(3))
-    tensor([0, 1, 2])
+    Examples:
+        >>> shard(torch.arange(3))
+        tensor([0, 1, 2])
     """
     if len(rows) < count():
         raise KronyError(f"{len(rows)} sequences are too few for {count()} processes: give more text")

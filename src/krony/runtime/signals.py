@@ -34,8 +34,9 @@ class Stopped(SystemExit):
     ``code`` is the exit code: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP. ``sentence`` says what is left and
     how to resume; the command line prints it on stderr.
 
-    >>> Stopped(signal.SIGTERM, "out.work holds what is done: the same command resumes there").code
-    143
+    Examples:
+        >>> Stopped(signal.SIGTERM, "out.work holds what is done: the same command resumes there").code
+        143
     """
 
     def __init__(self, number: int, sentence: str) -> None:
@@ -80,13 +81,14 @@ def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
     A signal that is ignored (``nohup``) or has a handler of another program's stays so. Of blocks in each other the
     innermost says the sentence. In another thread than the main one, which gets no signals, the block is as without.
 
-    >>> import os
-    >>> try:
-    ...     with interruptible(lambda: "nothing was written"):
-    ...         os.kill(os.getpid(), signal.SIGTERM)
-    ... except Stopped as stopped:
-    ...     print(stopped.code, stopped.sentence)
-    143 nothing was written
+    Examples:
+        >>> import os
+        >>> try:
+        ...     with interruptible(lambda: "nothing was written"):
+        ...         os.kill(os.getpid(), signal.SIGTERM)
+        ... except Stopped as stopped:
+        ...     print(stopped.code, stopped.sentence)
+        143 nothing was written
     """
     with _handlers():
         try:
@@ -102,18 +104,19 @@ def deferred() -> Iterator[Pending]:
 
     A second Ctrl-C does not wait. Works with and without ``interruptible`` around it.
 
-    >>> import os
-    >>> steps = 0
-    >>> try:
-    ...     with deferred() as stop:
-    ...         while not stop:
-    ...             os.kill(os.getpid(), signal.SIGTERM)
-    ...             steps += 1
-    ...         print(f"saving a checkpoint after {steps} step")
-    ... except Interrupt as interrupt:
-    ...     print(interrupt)
-    saving a checkpoint after 1 step
-    SIGTERM
+    Examples:
+        >>> import os
+        >>> steps = 0
+        >>> try:
+        ...     with deferred() as stop:
+        ...         while not stop:
+        ...             os.kill(os.getpid(), signal.SIGTERM)
+        ...             steps += 1
+        ...         print(f"saving a checkpoint after {steps} step")
+        ... except Interrupt as interrupt:
+        ...     print(interrupt)
+        saving a checkpoint after 1 step
+        SIGTERM
     """
     if threading.current_thread() is not threading.main_thread():
         yield Pending()

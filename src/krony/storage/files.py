@@ -124,11 +124,12 @@ def fresh_folder(out: Path) -> Iterator[Path]:
     Raises KronyError if ``out`` can't be written, another process writes it, or the disk is full. If OUT was filled
     meanwhile, the folder is kept under another name, which the sentence says.
 
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     with fresh_folder(Path(parent) / "out") as folder:
-    ...         _ = (folder / "config.json").write_text("{}")
-    ...     print(sorted(str(path.relative_to(parent)) for path in Path(parent).rglob("*")))
-    ['out', 'out/config.json']
+    Examples:
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     with fresh_folder(Path(parent) / "out") as folder:
+        ...         _ = (folder / "config.json").write_text("{}")
+        ...     print(sorted(str(path.relative_to(parent)) for path in Path(parent).rglob("*")))
+        ['out', 'out/config.json']
     """
     _check_name(out)
     with working_in(out):

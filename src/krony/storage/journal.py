@@ -19,16 +19,17 @@ from krony.storage.tensor_files import read_json
 class Journal:
     """``OUT.work``: the job's key, one line for each complete unit, and whatever files the work keeps there.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     for unit in ("first", "second"):  # the second run knows what the first has done
-    ...         journal = Journal(Path(parent) / "out", {"scheme": "96M"})
-    ...         journal.open()
-    ...         print(journal.done)
-    ...         journal.note({"unit": unit})
-    ...         journal.close()
-    []
-    [{'unit': 'first'}]
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     for unit in ("first", "second"):  # the second run knows what the first has done
+        ...         journal = Journal(Path(parent) / "out", {"scheme": "96M"})
+        ...         journal.open()
+        ...         print(journal.done)
+        ...         journal.note({"unit": unit})
+        ...         journal.close()
+        []
+        [{'unit': 'first'}]
     """
 
     def __init__(self, out: Path, key: dict[str, Any]) -> None:
@@ -121,8 +122,9 @@ def work_folder(out: Path) -> Path:
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """What two keys differ in, in words; empty if they are equal.
 
-    >>> differences({"scheme": "96M", "seed": 0}, {"scheme": "81M", "seed": 0})
-    'scheme "96M" (now "81M")'
+    Examples:
+        >>> differences({"scheme": "96M", "seed": 0}, {"scheme": "81M", "seed": 0})
+        'scheme "96M" (now "81M")'
     """
     return ", ".join(
         f"{name} {_short(there.get(name))} (now {_short(here.get(name))})"

@@ -44,13 +44,14 @@ def working_in(folder: Path) -> Iterator[None]:
 
     Raises KronyError if another process or thread holds it (the sentence says who), or if no file can be made there.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     with working_in(Path(parent) / "out.work"):
-    ...         print(sorted(path.name for path in Path(parent).iterdir()))
-    ...     print(sorted(path.name for path in Path(parent).iterdir()))
-    ['.out.holder', '.out.lock']
-    []
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     with working_in(Path(parent) / "out.work"):
+        ...         print(sorted(path.name for path in Path(parent).iterdir()))
+        ...     print(sorted(path.name for path in Path(parent).iterdir()))
+        ['.out.holder', '.out.lock']
+        []
     """
     shared = folder.with_name(folder.name.removesuffix(WORK) or folder.name) if folder.name else folder
     with locked(shared):

@@ -11,9 +11,10 @@ from krony.errors import KronyError
 def check_regular(path: Path) -> None:
     """Raises KronyError unless ``path`` is a regular file: a pipe or a device may have no end, or no reader.
 
-    >>> check_regular(Path("/dev/null"))
-    Traceback (most recent call last):
-    krony.errors.KronyError: /dev/null is a device: name a regular file
+    Examples:
+        >>> check_regular(Path("/dev/null"))
+        Traceback (most recent call last):
+        krony.errors.KronyError: /dev/null is a device: name a regular file
     """
     try:
         mode = path.stat().st_mode
@@ -37,8 +38,9 @@ def check_text(path: Path) -> None:
 def printable(text: str | Path) -> str:
     r"""The text with everything escaped that a terminal would act on, or that isn't UTF-8.
 
-    >>> printable("a\x1b[31m é")
-    'a\\x1b[31m é'
+    Examples:
+        >>> printable("a\x1b[31m é")
+        'a\\x1b[31m é'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 

@@ -29,8 +29,9 @@ TensorLayout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and sh
 def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor.
 
-    >>> nbytes(torch.bfloat16, (3, 4))
-    24
+    Examples:
+        >>> nbytes(torch.bfloat16, (3, 4))
+        24
     """
     return math.prod(shape) * dtype.itemsize
 
@@ -43,14 +44,15 @@ def total(layout: TensorLayout) -> int:
 class TensorFile:
     """One safetensors file that is being written.
 
-    >>> import tempfile
-    >>> from safetensors.torch import load_file
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     file = TensorFile(Path(folder) / "x.safetensors", {"x": (torch.float32, (3,))})
-    ...     file.create()
-    ...     file.put("x", torch.tensor([2.0, 3.0]), at=1)
-    ...     load_file(file.path)
-    {'x': tensor([0., 2., 3.])}
+    Examples:
+        >>> import tempfile
+        >>> from safetensors.torch import load_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = TensorFile(Path(folder) / "x.safetensors", {"x": (torch.float32, (3,))})
+        ...     file.create()
+        ...     file.put("x", torch.tensor([2.0, 3.0]), at=1)
+        ...     load_file(file.path)
+        {'x': tensor([0., 2., 3.])}
     """
 
     def __init__(self, path: Path, layout: TensorLayout) -> None:

@@ -91,14 +91,15 @@ class Checkpoint:
     Raises KronyError, naming the file: there are no weights or only pickles, a header is damaged, the index names files
     that are missing or outside the folder, or tensors that are in none of the files.
 
-    >>> import tempfile
-    >>> from safetensors.torch import save_file
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_file({"x": torch.arange(6.0).view(3, 2)}, Path(folder) / "model.safetensors")
-    ...     entry = Checkpoint(Path(folder)).entries["x"]
-    ...     print(entry.shape, entry.bytes, entry.read(first=1))
-    (3, 2) 24 tensor([[2., 3.],
-            [4., 5.]])
+    Examples:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"x": torch.arange(6.0).view(3, 2)}, Path(folder) / "model.safetensors")
+        ...     entry = Checkpoint(Path(folder)).entries["x"]
+        ...     print(entry.shape, entry.bytes, entry.read(first=1))
+        (3, 2) 24 tensor([[2., 3.],
+                [4., 5.]])
     """
 
     def __init__(self, folder: Path) -> None:
