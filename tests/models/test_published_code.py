@@ -1,6 +1,9 @@
 """The published code's checkpoints: their own arithmetic gives the same logits, and a round trip changes no bit."""
 
+import os
 import pickle
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config
 
 import krony
+from krony import KronyError
 from krony.models.published_code import (
     ACTIVATIONS,
     from_reference,
@@ -193,7 +197,7 @@ def test_files_that_are_damaged_or_not_there(tmp_path):
             read_reference(tmp_path / "c.pt")
     with pytest.raises(krony.KronyError, match="can't be read: No such file"):
         read_reference(tmp_path / "none.pt")
-    with pytest.raises(krony.KronyError, match="can't be read: Is a directory"):
+    with pytest.raises(krony.KronyError, match="is a folder: name a regular file"):
         read_reference(tmp_path)
 
 
@@ -233,3 +237,63 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys):
         assert code == 2 and words in said.err
     code, said = run("import", tmp_path / "a.pt", tmp_path / "d")
     assert code == 2 and "48 wide" in said.err and not (tmp_path / "d").exists()
+
+
+def saved(tmp_path, change):
+    tensors = checkpoint()
+    change(tensors)
+    torch.save(tensors, tmp_path / "f.pt")
+    return tmp_path / "f.pt"
+
+
+BIAS = "transformer.ln_f.weight"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.ones(WIDTH, dtype=torch.int64), "is of type int64"),
+        (torch.ones(WIDTH, dtype=torch.complex64), "is of type complex64"),
+        (torch.ones(WIDTH).to(torch.float8_e4m3fn), "is of type float8_e4m3fn"),
+        (torch.ones(WIDTH, dtype=torch.bool), "is of type bool"),
+        (torch.ones(WIDTH).to_sparse(), "is sparse or quantised"),
+        (torch.empty(WIDTH, device="meta"), "has no values"),
+        (torch.quantize_per_tensor(torch.ones(WIDTH), 0.1, 0, torch.qint8), "is sparse or quantised"),
+        (torch.tensor(1.0), "is a single number"),
+        (torch.full((WIDTH,), float("nan")), "has values that are not finite"),
+        (torch.ones(1).expand(10**9, 10**6), "has more elements than the file holds"),
+    ],
+)
+def test_tensors_that_can_not_be_weights(value, words, tmp_path):
+    with pytest.raises(KronyError, match=rf"f\.pt: {BIAS} {words}"):
+        read_reference(saved(tmp_path, lambda tensors: tensors.update({BIAS: value})))
+
+
+def test_many_names_for_the_same_bytes(tmp_path):
+    big = torch.ones(500_000)
+    file = saved(tmp_path, lambda tensors: tensors.update({f"copy.{n}": big for n in range(50)}))
+    with pytest.raises(KronyError, match=r"its tensors would take 100,"):
+        read_reference(file)
+
+
+def test_a_name_that_says_a_billion_layers(tmp_path):
+    file = saved(tmp_path, lambda tensors: tensors.update({"transformer.h.999999999.ln_1.weight": torch.ones(WIDTH)}))
+    with pytest.raises(KronyError, match=r"the checkpoint has layer 999999999, and \d layers in all"):
+        from_reference(read_reference(file), LIKE)
+
+
+def test_an_archive_that_is_compressed(tmp_path):
+    file = saved(tmp_path, lambda tensors: None)
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(tmp_path / "z.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    with pytest.raises(KronyError, match=r"z\.pt: .* in it is compressed"):
+        read_reference(tmp_path / "z.pt")
+
+
+def test_a_pipe_and_a_device(tmp_path):
+    os.mkfifo(tmp_path / "p.pt")
+    with pytest.raises(KronyError, match="is a pipe"):
+        read_reference(tmp_path / "p.pt")
+    with pytest.raises(KronyError, match="is a device"):
+        read_reference(Path("/dev/zero"))

@@ -34,7 +34,7 @@ def hub(monkeypatch, error):
 def test_without_network_it_is_asked_once_and_for_seconds(monkeypatch):
     asked = hub(monkeypatch, OSError("no route"))
     for _ in range(2):
-        with pytest.raises(KronyError, match="no-such/model: .*not in the hub's cache, and the hub can't be reached"):
+        with pytest.raises(KronyError, match=r"no-such/model: .*not in the hub's cache, and the hub can't be reached"):
             ModelSource.find("no-such/model")
     assert asked == [source.HUB_SECONDS] and source.HUB_SECONDS <= 5
 

@@ -6,6 +6,7 @@ folder that comes from elsewhere is therefore read here first, and what is wrong
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from krony.storage.tensor_files import Checkpoint, Entry, check_link, read_json
 
 MOST_LAYERS = 1_000  # no model has so many; transformers makes lists and modules of whatever number is there
 LARGEST = 2**31  # no dimension of a model is larger
+COUNTS = ("num_", "n_")  # names of counts, for each of which transformers may make an object,
+DIMENSIONS = ("positions", "ctx", "embd", "inner", "embeddings", "buckets", "tokens")  # but for these, which are sizes
+MOST_PARTS = 100_000
+MOST_BUFFERS = 2**28  # elements of buffers that are computed rather than stored: 1 GB in float32
+MOST_GROWTH = 64  # a tokenizer's normaliser makes text at most so many times longer
 SIZES = (  # what configs call the numbers that must be positive
     *("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head", "num_heads"),
     *("num_hidden_layers", "n_layer", "num_layers", "n_layers", "intermediate_size", "ffn_dim", "num_key_value_heads"),
@@ -67,6 +73,8 @@ def check_config(config: dict[str, Any], file: Path) -> None:
             raise KronyError(f"{file}: {name} is {value}: no model is so large")
         if ("layer" in last or last == "attention_types") and isinstance(value, int) and value > MOST_LAYERS:
             raise KronyError(f"{file}: {name} is {value}: no model has so many layers")
+        if last.startswith(COUNTS) and not last.endswith(DIMENSIONS) and isinstance(value, int) and value > MOST_PARTS:
+            raise KronyError(f"{file}: {name} is {value}: no model has so many")
     for name in SIZES:
         value = config.get(name)
         if value is not None and (type(value) is not int or value < 1):
@@ -79,11 +87,46 @@ def check_weights(folder: Path, model: nn.Module) -> None:
     ``model`` is on the meta device. Tensors of other names are left to transformers, which renames some.
     """
     found = Checkpoint(folder).entries
+    _check_sizes(folder, model, sum(math.prod(entry.shape) for entry in found.values()))
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name, value in model.state_dict().items():
         entry = found.get(name) or found.get(name.removeprefix(prefix))
         if entry is not None:
             check_entry(entry, value)
+
+
+def _check_sizes(folder: Path, model: nn.Module, stored: int) -> None:
+    """Raises KronyError where the model would need memory for more than its files hold, before any is allocated."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters > 2 * stored + 1000:  # a head that isn't stored doubles a small model at most
+        raise KronyError(
+            f"{folder}: config.json describes {parameters:,} parameters, and the files hold {stored:,}: "
+            "the weights are incomplete"
+        )
+    buffers = sum(buffer.numel() for buffer in model.buffers())
+    if buffers > max(MOST_BUFFERS, parameters):
+        raise KronyError(f"{folder}: by config.json the model computes buffers of {buffers:,} elements: no model does")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises KronyError for a tokenizer whose normaliser can make a text many times longer."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    growth = _growth(read_json(file).get("normalizer"))
+    if growth > MOST_GROWTH:
+        raise KronyError(f"{file}: its normalizer can make a text {growth:,} times longer: no tokenizer needs that")
+
+
+def _growth(normalizer: Any) -> int:
+    """How many times longer the replacements of a normaliser can make a text, at most."""
+    if not isinstance(normalizer, dict):
+        return 1
+    steps = normalizer.get("normalizers")
+    if isinstance(steps, list):
+        return math.prod(_growth(step) for step in steps)
+    texts = [normalizer.get(key) for key in ("content", "prepend")]
+    return max([1, *(len(text) for text in texts if isinstance(text, str))])
 
 
 def check_entry(entry: Entry, value: Tensor) -> None:

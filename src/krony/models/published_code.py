@@ -24,12 +24,15 @@ from krony.errors import KronyError
 from krony.kronecker.algebra import KronShape
 from krony.kronecker.linear import KroneckerLinear
 from krony.models import quantizer
+from krony.models.source import DTYPES
 from krony.models.surgery import kronecker_embeddings, kronecker_layers, put_in
+from krony.storage.paths import check_regular
 
 ACTIVATIONS = ("gelu_new", "gelu")  # what GPT-2 runs, and so their figures; what their training runs (erf)
 PREFIXES = ("module.", "_orig_mod.")
 TURNED = ("attn.c_attn.weight", "attn.c_proj.weight")  # Conv1D in GPT-2, nn.Linear in nanoGPT
 NAMES = ("c_fc", "c_proj")
+MOST_NAMES = 3  # names of the same bytes: a head that is tied to the embedding has two
 
 
 def read_reference(path: Path) -> dict[str, Tensor]:
@@ -37,11 +40,15 @@ def read_reference(path: Path) -> dict[str, Tensor]:
 
     Raises KronyError: a file that can't be read, one that holds more than tensors, or one of another layout.
     """
+    check_regular(path)
     try:
         with path.open("rb") as file:
             is_zip = zipfile.is_zipfile(file)
-        if not is_zip:  # what came before torch 1.6; torch's reader of it takes any text for a pickle
-            raise KronyError(f"{path}: it is no file of torch.save, or damaged; only tensors are read (weights_only)")
+        if not is_zip:  # the format before torch 1.6; torch's reader of it takes any text for a pickle
+            raise KronyError(
+                f"{path}: it isn't a file of torch.save, or it is damaged; only tensors are read (weights_only)"
+            )
+        _check_archive(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except KronyError:
         raise
@@ -49,7 +56,9 @@ def read_reference(path: Path) -> dict[str, Tensor]:
         raise KronyError(f"{path} can't be read: {error.strerror or error}") from None
     except Exception as error:  # torch's reader raises whatever a damaged file makes it trip over
         why = (
-            "it holds more than tensors" if "weights_only" in str(error) else "it is no file of torch.save, or damaged"
+            "it holds more than tensors"
+            if "weights_only" in str(error)
+            else "it isn't a file of torch.save, or it is damaged"
         )
         raise KronyError(f"{path}: {why}; only tensors are read (weights_only)") from None
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
@@ -63,7 +72,39 @@ def read_reference(path: Path) -> dict[str, Tensor]:
         raise KronyError(
             f"{path}: there is no transformer.h.0.mlp.c_fc_0 in it, so it is no checkpoint of the published code"
         )
+    for name, value in tensors.items():
+        if (problem := _unusable(value)) is not None:
+            raise KronyError(f"{path}: {name} {problem}")
+    total, size = sum(value.numel() * value.itemsize for value in tensors.values()), path.stat().st_size
+    if total > MOST_NAMES * size:  # many names for the same bytes
+        raise KronyError(f"{path} has {size:,} bytes, and its tensors would take {total:,}: it is damaged")
     return tensors
+
+
+def _check_archive(path: Path) -> None:
+    """Raises KronyError for an archive that isn't as ``torch.save`` writes it: it stores, and never compresses."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise KronyError(f"{path}: {entry.filename} in it is compressed, and torch.save compresses nothing")
+
+
+def _unusable(value: Tensor) -> str | None:
+    """What keeps a tensor from being a weight, in words; None if nothing does."""
+    kind = str(value.dtype).removeprefix("torch.")
+    if value.is_meta:
+        return "has no values (it was saved from the meta device)"
+    if value.layout != torch.strided or value.is_quantized:
+        return "is sparse or quantised: save plain tensors"
+    if value.dtype not in DTYPES.values():
+        return f"is of type {kind}: weights are {', '.join(DTYPES)}"
+    if value.ndim == 0:
+        return "is a single number: weights have dimensions"
+    if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+        return "has more elements than the file holds for it"
+    if not torch.isfinite(value).all():
+        return "has values that are not finite"
+    return None
 
 
 def _bare(name: str) -> str:
@@ -126,7 +167,11 @@ def _config(tensors: dict[str, Tensor], like: PretrainedConfig, activation: str)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     numbers = [int(m[1]) for name in tensors if (m := re.match(r"transformer\.h\.(\d+)\.", name))]
-    config.n_layer = max(numbers) + 1
+    config.n_layer = len(set(numbers))
+    if max(numbers) != config.n_layer - 1:
+        raise KronyError(
+            f"the checkpoint has layer {max(numbers)}, and {config.n_layer} layers in all: some are missing"
+        )
     config.vocab_size, config.n_positions = vocabulary, tensors["transformer.wpe.weight"].shape[0]
     config.n_inner, config.activation_function = None, activation
     head = tensors.get("lm_head.weight", tensors["transformer.wte.weight"])
@@ -207,7 +252,7 @@ def to_reference(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def write_reference(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a ``.pt`` file whole or not at all. Raises KronyError if it can't be written."""
+    """Writes a ``.pt`` file completely or not at all. Raises KronyError if it can't be written."""
     beside = path.with_name(f".{path.name}.partial")
     try:
         torch.save(tensors, beside)

@@ -23,7 +23,7 @@ from transformers import (
 
 from krony.errors import KronyError
 from krony.models import quantizer
-from krony.models.folder_checks import check_finite, check_folder, check_weights
+from krony.models.folder_checks import check_finite, check_folder, check_tokenizer, check_weights
 from krony.runtime.hardware import check_device, is_out_of_memory
 
 DEMO = Path(__file__).parents[1] / "shipped" / "demo"  # the model called ``demo``
@@ -79,6 +79,8 @@ class ModelSource:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer. Raises KronyError if there is none."""
+        if self.folder is not None:
+            check_tokenizer(self.folder)
         try:
             options = _hub_options(self.folder or self.name)
             tokenizer = AutoTokenizer.from_pretrained(self.where, trust_remote_code=False, **options)

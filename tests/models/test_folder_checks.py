@@ -1,0 +1,57 @@
+"""What a folder's files ask for is bounded before any memory is taken."""
+
+import json
+
+import pytest
+
+from krony import KronyError, load_model, load_tokenizer
+from krony.models.folder_checks import check_tokenizer
+from small_models import gpt2
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    gpt2().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change(folder, **values):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("name", ["num_labels", "num_experts", "n_groups"])
+def test_counts_of_things_that_are_made(folder, name):
+    change(folder, **{name: 10**9})
+    with pytest.raises(KronyError, match=f"{name} is 1000000000: no model has so many"):
+        load_model(str(folder))
+
+
+def test_layers_that_the_files_do_not_hold(folder):
+    change(folder, n_layer=900)
+    with pytest.raises(KronyError, match=r"config\.json describes .* parameters, and the files hold"):
+        load_model(str(folder))
+
+
+def normaliser(folder, normalizer):
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": normalizer}))
+
+
+def test_a_tokenizer_that_multiplies_text(folder):
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    normaliser(folder, {"type": "Sequence", "normalizers": [step] * 9})
+    with pytest.raises(KronyError, match=r"its normalizer can make a text 1,000,000,000 times longer"):
+        load_tokenizer(str(folder))
+
+
+def test_the_normalisers_of_well_known_tokenizers_are_fine(folder):
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    for known in (
+        None,
+        {"type": "NFC"},
+        {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space]},
+    ):
+        normaliser(folder, known)
+        check_tokenizer(folder)
