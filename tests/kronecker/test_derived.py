@@ -4,7 +4,10 @@ import copy
 import functools
 import gc
 import inspect
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -407,6 +410,56 @@ def test_autocast_for_a_part_of_a_generation():
                 assert model(IDS[:, :2], past_key_values=cache).logits.isfinite().all()
 
 
+SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import krony
+
+IDS = torch.randint(1, 4096, (2, 24), generator=torch.Generator().manual_seed(0))
+
+def built():
+    model = krony.demo_model()
+    krony.compress(model, krony.KronyConfig(sys.argv[1], init="van-loan", scalars=True))
+    return model.eval()
+
+@torch.no_grad()
+def outputs(model):
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    made = model.generate(IDS, output_logits=True, return_dict_in_generate=True, **options)
+    return torch.cat([model(IDS).logits, torch.stack(made.logits, 1)], 1)
+
+dist.init_process_group("gloo")
+model, mesh = built(), init_device_mesh("cpu", (2,))
+for block in model.transformer.h:
+    fully_shard(block, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+for _ in range(2):
+    fresh = built()
+    fresh.load_state_dict({n: p.full_tensor() for n, p in model.state_dict().items()})
+    assert torch.equal(outputs(model), outputs(fresh))
+    model.train()(IDS, labels=IDS).loss.backward()
+    optimiser.step()
+    optimiser.zero_grad()
+    model.eval()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["512x128:4", "keep=0.5"])
+def test_parameters_that_fsdp_gathers(scheme, tmp_path):
+    """FSDP gathers them into memory of its own in every forward, and releases it afterwards."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*command, scheme], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 # ------------------------------------------------------------------------------------------------- threads and models
 
 
@@ -677,6 +730,17 @@ def test_caches_that_only_count_or_not_even_that(length, position, made):
         cache.length = length
         body(x, cache)
     assert made["dense_weight"] == (4 if length is None else 2)
+
+
+def test_tensors_without_values():
+    """On the meta device, and fake ones, as tools use them that estimate memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mlp = built("selection").transformer.h[0].mlp
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert mlp(torch.ones(2, 3, 256)).shape == (2, 3, 256)
+        assert mlp.to("meta")(torch.ones(2, 3, 256, device="meta")).shape == (2, 3, 256)
 
 
 def test_layers_that_are_replaced_while_a_cache_is_continued():

@@ -229,7 +229,7 @@ class _Pattern:
 def _pattern(ups: list[KroneckerLinear], down: KroneckerLinear) -> _Pattern | None:
     """Where the right factors are zero; None where they are trained or their values can't be read.
 
-    Values can't be read on the meta device, in a compiled graph and while a CUDA graph is captured.
+    Values can't be read on the meta device, in a compiled graph, while a CUDA graph is captured and of fake tensors.
     """
     layers, grad = (*ups, down), torch.is_grad_enabled()
     if torch.compiler.is_compiling() or is_capturing() or any(layer.right.is_meta for layer in layers):
@@ -241,7 +241,10 @@ def _pattern(ups: list[KroneckerLinear], down: KroneckerLinear) -> _Pattern | No
 
 def _read_pattern(layers: tuple[KroneckerLinear, ...], grad: bool) -> _Pattern | None:
     """``_pattern`` of the up layers and, last, the down layer."""
-    rights, scalars = _read(layers)
+    try:
+        rights, scalars = _read(layers)
+    except RuntimeError:  # fake and functional tensors have no values
+        return None
     b, c = [right[:, :, 0].T for right in rights[:-1]], rights[-1][:, 0]  # (r, k), (k, r)
     used = (c != 0).any(axis=0)
     constant = np.zeros_like(used) if grad else ~np.any([(each != 0).any(axis=1) for each in b], axis=0)
