@@ -1,50 +1,52 @@
-"""The quickstart's table and picture: ``krony demo``, run as it is.
+"""The quickstart's table and picture, from ``krony demo``.
 
-    python benchmarks/demo.py
+    python benchmarks/demo.py [--draw-only]
 
-Writes ``benchmarks/results/demo.json`` and ``docs/demo.svg``, and the table in ``docs/quickstart.md``.
+Writes ``benchmarks/results/demo.json`` and ``docs/demo.svg``, and the table in ``docs/quickstart.md``. With --draw-only
+it writes the picture and the table from the results of the last run.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import argparse
+from typing import Any
 
-from pages import fill
+from common import DOCS, DRAW_ONLY, RESULTS, fill, read_results
 
-from krony.cli.demo import table
-from krony.demo import Demo, run_demo
-from krony.pages import bars
+from krony.demo.report import quality_picture, table
+from krony.demo.run import DemoRow, run_demo
 from krony.runtime.hardware import machine
-from krony.storage.files import write_json
-
-ROOT = Path(__file__).resolve().parents[1]
+from krony.storage.files import write_json, write_text
 
 
-def section(demo: Demo) -> str:
-    """What stands between the marks."""
-    tokens = demo.healing["neurons"].tokens
+def section(results: dict[str, Any], rows: list[DemoRow]) -> str:
+    """The text between the marks."""
+    where = results["machine"]
     return f"""Half of the weights of the MLPs are removed, by krony's neuron selection and by the paper's two
-starts. Then `neurons` is healed on {tokens:,} tokens, and the original is trained on the same tokens for comparison.
-Perplexity is measured on documentation that no model was trained on. Speed is relative to the original; `neurons` is
-timed in the form that `krony export --to slim` writes ({machine()["processor"]}, {machine()["threads"]} threads,
+starts. Then `neurons` is healed on {results["heal_tokens"]:,} tokens, and the original is trained on the same tokens
+for comparison. Perplexity is measured on documentation that no model was trained on. Speed is relative to the original;
+`neurons` is timed in the form that `krony export --to slim` writes ({where["processor"]}, {where["threads"]} threads,
 float32):
 
-{table(demo).markdown()}
+{table(rows).markdown()}
 
 ![perplexity relative to the original](demo.svg)
 """
 
 
 def main() -> None:
-    """Runs the demo and writes what it found."""
-    demo = run_demo()
-    results = demo.to_json() | {"machine": machine(), "seed": 0}
-    write_json(ROOT / "benchmarks/results/demo.json", results)
-    ratios = {row.init: row.ratio for row in demo.rows}
-    healed = {row.init: row.ratio_healed for row in demo.rows if row.ratio_healed is not None}
-    picture = bars({"before healing": ratios, "healed": healed}, "times the original's perplexity", level=1.0, log=True)
-    (ROOT / "docs/demo.svg").write_text(picture, encoding="utf-8")
-    fill(ROOT / "docs/quickstart.md", "benchmarks/demo.py", section(demo))
+    """Runs the demo, and writes what it measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
+    if parser.parse_args().draw_only:
+        results = read_results("demo")
+    else:
+        demo = run_demo()
+        results = demo.to_json() | {"heal_tokens": demo.tokens, "machine": machine(), "seed": 0}
+        write_json(RESULTS / "demo.json", results)
+    rows = [DemoRow(**row) for row in results["rows"]]
+    write_text(DOCS / "demo.svg", quality_picture(rows))
+    fill(DOCS / "quickstart.md", "benchmarks/demo.py", section(results, rows))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Loss against tokens for every initialisation: the paper's Figure 1 and Tables 7 to 9 in small.
+"""Perplexity during healing for every initialisation: the paper's Figure 1 and Tables 7 to 9 on a small model.
 
     python benchmarks/healing.py --data-dir DIR
+    python benchmarks/healing.py --draw-only
 
-The model that comes with krony is compressed by every init at two schemes, its analogues of the paper's 1536x768 (half
-of the MLPs' parameters) and 768x768 (a quarter), and healed with the quick recipe and the original as teacher. The
-text is the calibration part of Python's documentation, its topics shuffled; it calibrates too. What is measured
-is the held-out part of the documentation and, as a text that the training doesn't teach, DIR/openwebtext/val.jsonl. The
-control is the original, trained on the same text as long.
+The model that comes with krony is compressed by every init to two schemes, which correspond to the paper's 1536x768
+(half of the MLPs' parameters) and 768x768 (a quarter), and healed with the quick recipe and the original as the
+teacher. The text is the calibration part of Python's documentation, with its topics shuffled; it also calibrates.
+Perplexity is measured on the held-out part of the documentation, and on DIR/openwebtext/val.jsonl as text of another
+kind. The control is the original, trained on the same tokens.
 
-Figures go to ``benchmarks/results/healing.json``, a table and a picture a scheme to ``docs``. What was measured stays
-in the file, so that a run that is interrupted, or is given other seeds, inits or schemes, goes on.
+Results are in ``benchmarks/results/healing.json``; a table and a picture per scheme are in ``docs``. Runs that are in
+the file are not repeated, so that an interrupted run resumes, and more seeds, inits or schemes can be added. With
+--draw-only the page and the pictures are written from the file.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from common import DOCS, DRAW_ONLY, RESULTS, quiet_transformers, read_results
+
 import krony
-from krony.cli.output import quiet_libraries
 from krony.data.calibration_set import pack
 from krony.data.python_docs import topics
 from krony.data.rows import Rows
@@ -38,32 +41,32 @@ from krony.healing.recipes import RECIPES
 from krony.healing.report import perplexity
 from krony.healing.training import train_on_rows
 from krony.healing.validation import validation_loss
-from krony.pages import Table, lines
+from krony.pages import Table
+from krony.pictures import lines
 from krony.runtime.hardware import machine
-from krony.storage.files import cache_folder, write_json
+from krony.storage.files import cache_folder, write_json, write_text
 
-ROOT = Path(__file__).resolve().parents[1]
 SCHEMES = {"512x256": "half of the MLPs' parameters", "256x256": "a quarter of the MLPs' parameters"}
 INITS = ("neurons", "als", "van-loan", "prune", "random")
 CALIBRATED = ("neurons", "als")
-# The highest learning rate of each init: the recipe's, and for the starts that are far away twice as much.
+# The highest learning rate of each init; starts that are far from the original get twice as much.
 CONTROL_RATE = 5e-4  # a small model takes larger steps than the recipe's
 RATES = {"neurons": 5e-4, "als": 5e-4, "van-loan": 1e-3, "prune": 1e-3, "random": 1e-3}
 CONTROL, LENGTH, GOAL = "the original", 512, 1.03
 SETS = ("python-docs", "openwebtext")
-# where a run is measured, as shares of it
+# Where a run is measured, as shares of its tokens.
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 
 
 def training_text(seed: int) -> list[str]:
-    """The calibration part of Python's documentation, in an order that is the seed's."""
+    """The calibration part of Python's documentation, in an order that depends on the seed."""
     texts = topics("calibration")
     random.Random(seed).shuffle(texts)
     return texts
 
 
 def measured_text(data_dir: Path, tokens: int) -> dict[str, Rows]:
-    """The held-out documentation, and the first ``tokens`` of OpenWebText's validation text."""
+    """The held-out documentation, and the first ``tokens`` tokens of OpenWebText's validation text."""
     tokenizer = krony.load_tokenizer("demo")
     docs = join_documents(topics("held-out"), tokenizer)
     web = join_documents(read_file(data_dir / "openwebtext/val.jsonl"), tokenizer)[:tokens]
@@ -71,7 +74,7 @@ def measured_text(data_dir: Path, tokens: int) -> dict[str, Rows]:
 
 
 def measure(scheme: str | None, init: str, seed: int, rate: float, options: argparse.Namespace) -> dict:
-    """One run: the losses on both sets after so many tokens; the control's where there is no scheme."""
+    """One run: the losses on both sets at each measurement. The control has no scheme."""
     tokenizer, original = krony.load_tokenizer("demo"), krony.load_model("demo")
     texts, sets = training_text(seed), measured_text(options.data_dir, options.measured)
     model = copy.deepcopy(original)
@@ -90,7 +93,7 @@ def measure(scheme: str | None, init: str, seed: int, rate: float, options: argp
             model.train()
 
     with tempfile.TemporaryDirectory() as work:
-        small = Rows(sets["python-docs"].tokens[:LENGTH], LENGTH)  # the trainer's own, which nothing follows from
+        small = Rows(sets["python-docs"].tokens[:LENGTH], LENGTH)  # required by the trainer; nothing depends on it
         teacher = None if scheme is None else original
         chosen = HealOptions(seed=seed, keep_anyway=True)
         where = {"work": Path(work), "progress": watch}
@@ -100,19 +103,19 @@ def measure(scheme: str | None, init: str, seed: int, rate: float, options: argp
 
 
 def losses(model: Any, sets: dict[str, Rows]) -> list[float]:
-    """The loss on each set, nats a token."""
+    """The loss on each set, in nats per token."""
     model.eval()
     return [validation_loss(model, sets[name]) for name in SETS]
 
 
-def mean_curve(runs: list[dict], which: int) -> list[tuple[float, float]]:
-    """Tokens and the mean loss over the runs; ``which`` set, from 1."""
+def mean_curve(runs: list[dict], base: float) -> list[tuple[float, float]]:
+    """Tokens, and the mean over the runs of the first set's perplexity relative to the original's."""
     together = zip(*(run["points"] for run in runs), strict=True)
-    return [(group[0][0], mean(point[which] for point in group)) for group in together]
+    return [(group[0][0], mean(math.exp(point[1] - base) for point in group)) for group in together]
 
 
 def tokens_to(points: list, which: int, goal: float) -> float | None:
-    """Tokens after which the loss is down to ``goal``, between two measurements on the straight line; or None."""
+    """Tokens until the loss has fallen to ``goal``, by linear interpolation; None if it doesn't."""
     if points[0][which] <= goal:
         return 0
     for (t0, *l0), (t1, *l1) in itertools.pairwise(points):
@@ -123,7 +126,7 @@ def tokens_to(points: list, which: int, goal: float) -> float | None:
 
 
 def table(results: dict, scheme: str) -> Table:
-    """A row an init, and one for the control: means over the seeds, the last ratio's spread, tokens to the goal."""
+    """One row per init, and one for the control: means over the seeds, the last ratio's spread, tokens to the goal."""
     bases = results["base"]
     columns = ["init", "parameters", "start", "of the original", "healed", "of the original", f"tokens to {GOAL}x"]
     rows = []
@@ -141,7 +144,7 @@ def table(results: dict, scheme: str) -> Table:
 
 
 def reached(needed: list[float | None], runs: list[dict]) -> str:
-    """The tokens that the seeds need, or how many of them get there."""
+    """The mean number of tokens that the seeds need, or how many seeds reach the goal."""
     there = [value for value in needed if value is not None]
     if len(there) == len(needed):
         return f"{mean(there):,.0f}"
@@ -149,7 +152,7 @@ def reached(needed: list[float | None], runs: list[dict]) -> str:
 
 
 def web_table(results: dict, scheme: str) -> Table:
-    """The other set, which the documentation's text doesn't teach."""
+    """The perplexities on the other kind of text."""
     base = results["base"][1]
     rows = []
     for init in (*INITS, CONTROL):
@@ -160,13 +163,25 @@ def web_table(results: dict, scheme: str) -> Table:
 
 
 def picture(results: dict, scheme: str) -> str:
-    """Loss against tokens, means over the seeds."""
-    series = {}
+    """Perplexity relative to the original's against tokens, means over the seeds."""
+    series, base = {}, results["base"][0]
     for init in (*INITS, CONTROL):
         if runs := chosen(results, None if init == CONTROL else scheme, init):
-            series[f"{init}, trained alike" if init == CONTROL else init] = mean_curve(runs, 1)
-    level = (f"{GOAL} times the original's perplexity", results["base"][0] + math.log(GOAL))
-    return lines(series, "tokens", "loss on Python's documentation, nats a token", level=level, log=False)
+            name = f"{init}, trained on the same tokens" if init == CONTROL else init
+            series[name] = mean_curve(runs, base)
+    ends = {init: series[init][-1][1] for init in INITS if init in series}
+    first, *others = sorted(ends, key=lambda init: ends[init])
+    figures = "".join(f", {init} {ends[init]:.3g}" for init in others)
+    return lines(
+        series,
+        title=f"After {results['tokens']:,} tokens of healing {first} has {ends[first]:.3f} times the original's "
+        f"perplexity{figures} (less is better)",
+        x="tokens",
+        y="times the original's perplexity",
+        level=(f"{GOAL} times the original's", GOAL),
+        log=True,
+        top=10.0,
+    )
 
 
 def chosen(results: dict, scheme: str | None, init: str) -> list[dict]:
@@ -181,16 +196,16 @@ def short(figure: float) -> str:
 
 def write_page(results: dict) -> None:
     """The page and its pictures."""
-    machine_words = f"{results['machine']['processor']}, threads: {results['machine']['threads']}"
+    where = f"{results['machine']['processor']}, threads: {results['machine']['threads']}"
     seeds = sorted({run["seed"] for run in results["runs"]})
     parts = [
         "# Healing curves\n",
         "`python benchmarks/healing.py --data-dir DIR` compresses the model that comes with krony by every init and "
-        f"heals it on {results['tokens']:,} tokens with the quick recipe, the original being the teacher; as much "
-        "training of the original on the text itself is the control. The text is the calibration part of Python's "
-        "documentation; perplexity is that of the documentation's held-out part, "
-        f"{results['measured']['python-docs']:,} tokens, every token weighing alike. Means over seeds "
-        f"{', '.join(map(str, seeds))}, the ratio's spread in brackets; {machine_words}. Rates: "
+        f"heals it on {results['tokens']:,} tokens with the quick recipe and the original as the teacher. The control "
+        "is the original, trained on the same tokens. The text is the calibration part of Python's documentation; "
+        f"perplexity is measured on its held-out part, {results['measured']['python-docs']:,} tokens, by the `token` "
+        f"protocol. Means over seeds {', '.join(map(str, seeds))}, with the ratio's spread in brackets; {where}. "
+        "Highest learning rates: "
         + ", ".join(f"{init} {rate:g}" for init, rate in RATES.items())
         + f", the control {CONTROL_RATE:g}.\n",
     ]
@@ -198,31 +213,46 @@ def write_page(results: dict) -> None:
         if not any(run["scheme"] == scheme for run in results["runs"]):
             continue
         name = f"healing-curves-{scheme}.svg"
-        (ROOT / "docs" / name).write_text(picture(results, scheme), encoding="utf-8")
+        write_text(DOCS / name, picture(results, scheme))
         parts += [
             f"## {scheme}: {words}\n",
             table(results, scheme).markdown() + "\n",
-            f"![loss against tokens at {scheme}]({name})\n",
+            f"![perplexity against tokens at {scheme}]({name})\n",
             f"The same models on OpenWebText's validation text, {results['measured']['openwebtext']:,} tokens:\n",
             web_table(results, scheme).markdown() + "\n",
         ]
-    (ROOT / "docs/healing-curves.md").write_text("\n".join(parts), encoding="utf-8")
+    write_text(DOCS / "healing-curves.md", "\n".join(parts))
 
 
 def main() -> None:
-    """Measures what isn't measured yet, and writes the page and its pictures."""
+    """Measures what is missing in the results, and writes the page and its pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=65_536, help="of healing, a run")
-    parser.add_argument("--measured", type=int, default=8_192, help="tokens of OpenWebText that are measured on")
+    parser.add_argument("--data-dir", type=Path, help="folder with openwebtext/val.jsonl")
+    parser.add_argument("--tokens", type=int, default=65_536, help="of healing, per run")
+    parser.add_argument("--measured", type=int, default=8_192, help="tokens of OpenWebText to measure on")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--schemes", nargs="*", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--inits", nargs="*", choices=INITS, default=list(INITS))
     parser.add_argument("--no-control", action="store_true")
-    parser.add_argument("--rate", type=float, help="instead of each init's own")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/healing.json")
+    parser.add_argument("--rate", type=float, help="the highest learning rate, instead of each init's own")
+    parser.add_argument("--out", type=Path, default=RESULTS / "healing.json")
+    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
     options = parser.parse_args()
-    quiet_libraries()
+    if options.draw_only:
+        write_page(read_results("healing"))
+        return
+    if options.data_dir is None:
+        parser.error("--data-dir names the folder with openwebtext/val.jsonl")
+    quiet_transformers()
+    results = measure_missing(options, parser)
+    if options.out == RESULTS / "healing.json":
+        write_page(results)
+        for scheme in options.schemes:
+            print(table(results, scheme).markdown())
+
+
+def measure_missing(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict:
+    """The results, with the runs that were not in the file; each is written as soon as it is measured."""
 
     sets = measured_text(options.data_dir, options.measured)
     results: dict = json.loads(options.out.read_text()) if options.out.exists() else {"runs": []}
@@ -247,10 +277,7 @@ def main() -> None:
         ratios = [math.exp(loss - results["base"][0]) for loss in (before, after)]
         spent = time.perf_counter() - start
         print(f"{scheme or ''} {init}, seed {seed}: {ratios[0]:.3f} -> {ratios[1]:.3f} in {spent:.0f} s", flush=True)
-    if options.out == ROOT / "benchmarks/results/healing.json":
-        write_page(results)
-        for scheme in options.schemes:
-            print(table(results, scheme).markdown())
+    return results
 
 
 if __name__ == "__main__":

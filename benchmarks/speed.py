@@ -1,18 +1,18 @@
 """GPT-2 124M at the paper's sizes against the original and against rivals: prefill, decode, training, memory, loading.
 
-    python benchmarks/speed.py [--threads 2] [--rounds 7] [--compile]
+    python benchmarks/speed.py [--threads 2] [--rounds 7] [--compile] [--draw-only]
 
 All models have GPT-2's config and random weights (speed doesn't depend on their values; the factors are ``van-loan``'s,
-without zeros). Everything runs in one process, turn by turn. Rivals:
+without zeros). All models are in one process and take turns. Rivals:
 
-- ``multiplied out``: the 81M model as the paper's code runs it, the Kronecker products formed in every forward;
+- ``multiplied out``: the 81M model as the paper's code runs it, forming the Kronecker products in every forward pass;
 - ``DistilGPT2's shape``: six layers instead of twelve, 81.9M parameters;
-- ``whitened SVD``: every matrix of the MLPs as two thin ones, at the 81M model's parameters;
-- ``n_inner=768``: a dense GPT-2 of the 81M model's arithmetic without its mixes, which is also what
+- ``whitened SVD``: every matrix of the MLPs as two thin ones, with the 81M model's number of parameters;
+- ``n_inner=768``: a dense GPT-2 with the 81M model's arithmetic but nothing to combine, which is also what
   ``krony export --to slim`` makes of a model that neuron selection compressed to 81M.
 
-Writes ``benchmarks/results/speed.json``, ``docs/speed.md``, ``docs/speed.svg`` (``speed-compiled`` with
---compile). The README shows some rows; ``tests/test_readme.py`` checks them.
+Writes ``benchmarks/results/speed.json``, ``docs/speed.md``, ``docs/speed.svg`` (``speed-compiled`` with --compile);
+with --draw-only the last two, from the first. The README shows some rows; ``tests/test_readme.py`` checks them.
 """
 
 from __future__ import annotations
@@ -21,30 +21,29 @@ import argparse
 import copy
 import sys
 import time
-from pathlib import Path
 
 import torch
+from common import DOCS, DRAW_ONLY, RESULTS, quiet_transformers, read_results
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from krony.cli.bench import caption, table
-from krony.cli.output import quiet_libraries
 from krony.compression.compress import compress
 from krony.config import KronyConfig
-from krony.evaluation.speed import Row, Settings, bench, store, to_json
+from krony.evaluation.settings import SpeedSettings
+from krony.evaluation.speed import ModelSpeed, bench, make_subject, to_json
+from krony.evaluation.speed_tables import caption, ratio_picture, table
 from krony.kronecker.linear import KroneckerLinear
-from krony.models.fusion import part
+from krony.models.fusion import unfuse
 from krony.models.surgery import find_groups, kronecker_layers, put_in, take_out
-from krony.pages import bars
 from krony.storage.files import write_json, write_text
 
-ROOT = Path(__file__).resolve().parents[1]
-ORIGINAL, SVD_RANK = "GPT-2 124M", 153  # 153 * (3072 + 768) = 587,520 numbers a matrix; 81M has 589,828
+# 153 * (3072 + 768) = 587,520 numbers per matrix; 81M has 589,828.
+ORIGINAL, OURS, SVD_RANK = "GPT-2 124M", "krony 81M", 153
 
 
 class MultipliedOut(nn.Module):
-    """A Kronecker layer as the paper's public code runs it: the products formed in every forward."""
+    """A Kronecker layer as the paper's public code runs it: the products are formed in every forward pass."""
 
     def __init__(self, layer: KroneckerLinear) -> None:
         super().__init__()
@@ -55,7 +54,7 @@ class MultipliedOut(nn.Module):
 
 
 class Thin(nn.Module):
-    """A matrix of low rank as two thin ones."""
+    """A low-rank matrix as two thin ones."""
 
     def __init__(self, rows: int, columns: int, rank: int) -> None:
         super().__init__()
@@ -72,23 +71,23 @@ def gpt2(seed: int, **changes: int) -> PreTrainedModel:
 
 
 def compressed(model: PreTrainedModel, scheme: str) -> PreTrainedModel:
-    """A copy at this scheme."""
+    """A copy compressed to this scheme."""
     model = copy.deepcopy(model)
     compress(model, KronyConfig(scheme, init="van-loan"))
     return model
 
 
 def multiplied_out(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a compressed model that forms its products in every forward."""
+    """A copy of a compressed model that forms its products in every forward pass."""
     model = copy.deepcopy(model)
-    part(model)
+    unfuse(model)
     for name, layer in kronecker_layers(model).items():
         put_in(model, name, MultipliedOut(layer))
     return model
 
 
 def low_rank(model: PreTrainedModel, rank: int) -> PreTrainedModel:
-    """A copy whose MLPs are of thin matrices."""
+    """A copy whose MLPs consist of thin matrices."""
     model = copy.deepcopy(model)
     for group in find_groups(model):
         for site in group.sites:
@@ -110,10 +109,10 @@ def subjects(seed: int) -> dict[str, PreTrainedModel]:
     }  # fmt: skip
 
 
-def verdicts(rows: list[Row]) -> dict[str, float]:
-    """The ratios between models that are neither the first's."""
+def verdicts(rows: list[ModelSpeed]) -> dict[str, float]:
+    """Ratios between two models of which neither is the first."""
     by = {row.name: row.tokens_per_s | {"peak": float(row.peak_bytes)} for row in rows}
-    ours, theirs, distil = by["krony 81M"], by["81M multiplied out"], by["DistilGPT2's shape"]
+    ours, theirs, distil = by[OURS], by["81M multiplied out"], by["DistilGPT2's shape"]
     return {
         "decode, 81M against multiplied out": ours["decode"] / theirs["decode"],
         "prefill, 81M against multiplied out": ours["prefill"] / theirs["prefill"],
@@ -123,15 +122,16 @@ def verdicts(rows: list[Row]) -> dict[str, float]:
     }
 
 
-def document(figures: dict, rows: list[Row], image: str) -> str:
+def document(figures: dict, rows: list[ModelSpeed], image: str) -> str:
     """``docs/speed.md``."""
     pairs = "\n".join(f"| {name} | {ratio:.2f}x |" for name, ratio in figures["against"].items())
     return f"""# Speed
 
 Written by `python benchmarks/speed.py{" --compile" if figures["settings"]["compiled"] else ""}`.
 {caption(figures)}; seed {figures["settings"]["seed"]}, torch {figures["machine"]["torch"]}, transformers
-{figures["machine"]["transformers"]}. A training step is forward, backward and AdamW on the prefill's tokens; peak is of
-the tensors during a prefill, weights included. All models take turns in one process.
+{figures["machine"]["transformers"]}. A training step is forward, backward and AdamW on as many tokens as the prefill.
+Peak is the most memory that tensors take during a prefill, weights included. All models are in one process and take
+turns.
 
 {table(rows).markdown()}
 
@@ -139,41 +139,49 @@ the tensors during a prefill, weights included. All models take turns in one pro
 | --- | ---: |
 {pairs}
 
-![speed against the original's]({image})
+![speed relative to the original's]({image})
 """
 
 
 def main() -> None:
-    """Measures and writes."""
+    """Measures, and writes the results and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
     options = parser.parse_args()
+    name = "speed-compiled" if options.compile else "speed"
+    figures = read_results(name) if options.draw_only else measure(options, name)
+    rows = [ModelSpeed.from_json(model) for model in figures["models"]]
+    page = document(figures, rows, f"{name}.svg")
+    write_text(DOCS / f"{name}.svg", ratio_picture(rows, subject=OURS))
+    write_text(DOCS / f"{name}.md", page)
+    print(page)
+
+
+def measure(options: argparse.Namespace, name: str) -> dict:
+    """All figures, which are also written to the results."""
     torch.set_num_threads(options.threads)
     start = time.perf_counter()
 
     def progress(done: int, total: int, what: str) -> None:
         print(f"{time.perf_counter() - start:5.0f} s  {done}/{total}  {what}", file=sys.stderr, flush=True)
 
-    quiet_libraries()
+    quiet_transformers()
     progress(0, 1, "building")
-    rivals = (MultipliedOut, Thin)  # no format that loads: their size is that of their tensors
+    rivals = (MultipliedOut, Thin)  # they can't be loaded: their size is that of their tensors
     models = {
-        name: store(name, model, loads=0 if any(isinstance(m, rivals) for m in model.modules()) else 3)
+        name: make_subject(name, model, loads=0 if any(isinstance(m, rivals) for m in model.modules()) else 3)
         for name, model in subjects(options.seed).items()
     }
-    settings = Settings(rounds=options.rounds, seed=options.seed, compiled=options.compile)
+    settings = SpeedSettings(rounds=options.rounds, seed=options.seed, compiled=options.compile)
     rows = bench(list(models.values()), settings, progress=progress)
     against = verdicts(rows)
     figures = to_json(rows, settings, dtype="float32", against=against, seconds=time.perf_counter() - start)
-    name = "speed-compiled" if options.compile else "speed"
-    write_json(ROOT / "benchmarks/results" / f"{name}.json", figures)
-    heights = {work: {row.name: row.ratio[work] for row in rows} for work in ("prefill", "decode", "train")}
-    write_text(ROOT / "docs" / f"{name}.svg", bars(heights, "times the original's speed", level=1.0))
-    write_text(ROOT / "docs" / f"{name}.md", document(figures, rows, f"{name}.svg"))
-    print(document(figures, rows, f"{name}.svg"))
+    write_json(RESULTS / f"{name}.json", figures)
+    return figures
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Compression of a checkpoint that is larger than the memory it may have: what ``krony compress --stream`` takes.
+"""Memory and time of ``krony compress --stream`` for a checkpoint that is larger than the memory it may use.
 
-    python benchmarks/streaming.py [FOLDER] [--layers 20] [--keep]
+    python benchmarks/streaming.py [FOLDER] [--layers 20] [--keep] [--draw-only]
 
 Builds a Llama-shaped checkpoint of random weights in FOLDER (4096 wide, hidden width 11008, bfloat16, four shards;
 8.6 GB with 20 layers), compresses all of it with ``van-loan`` and its first eight layers with ``neurons``, each in a
-process of its own, and ``van-loan`` once more through memory: the tensors must come out the same. Writes
+process of its own, and ``van-loan`` again in memory: the tensors must be the same. Writes
 ``benchmarks/results/streaming.json`` and the table in ``docs/streaming.md``. Peak memory is the kernel's
 ``ru_maxrss``, the figure that GNU time prints: mapped pages are in it.
 """
@@ -22,23 +22,22 @@ import tempfile
 from pathlib import Path
 
 import torch
-from pages import fill
+from common import DOCS, DRAW_ONLY, RESULTS, fill, read_results
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from krony.models.loading import empty_model
+from krony.models.source import empty_model
 from krony.pages import Table
 from krony.runtime.hardware import machine
 from krony.storage.files import write_json
 from krony.storage.shards import Shards, total
 
-ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {"van-loan": 2.5, "neurons": 6.0}  # GB that each must stay under
 
 
 def build(folder: Path, layers: int, hidden: int = 4096, inner: int = 11008, shards: int = 4) -> int:
-    """A Llama of this size with random weights, as a sharded checkpoint with a tokenizer of bytes; its bytes."""
+    """Writes a sharded Llama of this size with random weights and a tokenizer of bytes; returns the size in bytes."""
     config = LlamaConfig(
         num_hidden_layers=layers, hidden_size=hidden, intermediate_size=inner, num_attention_heads=hidden // 128,
         vocab_size=32_000, max_position_embeddings=4096, dtype="bfloat16", architectures=["LlamaForCausalLM"],
@@ -57,7 +56,7 @@ def build(folder: Path, layers: int, hidden: int = 4096, inner: int = 11008, sha
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte."""
+    """One token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,14 +89,23 @@ def fingerprint(folder: Path) -> str:
 
 
 def main() -> None:
-    """Builds, runs, writes."""
+    """Builds the checkpoint, compresses it, and writes the results and the page."""
     parser = argparse.ArgumentParser(description="Peak memory of krony compress --stream.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path(tempfile.gettempdir()) / "krony-streaming")
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens of neurons")
     parser.add_argument("--inits", default="van-loan,neurons")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint there")
+    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
     options = parser.parse_args()
+    results = read_results("streaming") if options.draw_only else measure(options)
+    _write_page(results)
+    if any(run["peak_gb"] > LIMITS.get(run["init"], math.inf) for run in results["runs"]):
+        raise SystemExit(f"over the limits {LIMITS}")
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """All figures, which are also written to the results."""
     source, out = options.folder / "source", options.folder / "out"
     if not source.exists():
         build(source, options.layers)
@@ -126,10 +134,8 @@ def main() -> None:
     if not options.keep:
         shutil.rmtree(options.folder)
     results = {"runs": runs, "calibration_tokens": options.tokens, "machine": machine()}
-    write_json(ROOT / "benchmarks/results/streaming.json", results)
-    _write_page(results)
-    if any(run["peak_gb"] > LIMITS.get(run["init"], math.inf) for run in runs):
-        raise SystemExit(f"over the limits {LIMITS}")
+    write_json(RESULTS / "streaming.json", results)
+    return results
 
 
 def _write_page(results: dict) -> None:
@@ -140,9 +146,9 @@ def _write_page(results: dict) -> None:
     ]
     table = Table(["init", "layers compressed", "read", "written", "peak memory", "processor time"], rows).markdown()
     where = f"{results['machine']['processor']}, {results['machine']['threads']} threads"
-    same = "Through memory the tensors came out the same, to the bit. " if len(rows) > len(LIMITS) else ""
-    text = f"{table}\n\n{same}{where}; `neurons` read {results['calibration_tokens']:,} tokens.\n"
-    fill(ROOT / "docs/streaming.md", "benchmarks/streaming.py", text)
+    same = "Compressed in memory, the tensors are the same to the bit. " if len(rows) > len(LIMITS) else ""
+    text = f"{table}\n\n{same}{where}. `neurons` read {results['calibration_tokens']:,} tokens.\n"
+    fill(DOCS / "streaming.md", "benchmarks/streaming.py", text)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ def _label(name: str, points: Pairs, top: float | None) -> str:
     above = [value for _, value in points if top is not None and value > top]
     if not above:
         return name
-    return f"{name} ({'above' if len(above) < len(points) else 'all above'}: {', '.join(map(_short, above))})"
+    shown = ", ".join(map(_short, above)) if len(above) <= 3 else f"{_short(above[0])} … {_short(above[-1])}"
+    return f"{name} ({'above' if len(above) < len(points) else 'all above'}: {shown})"
 
 
 def _short(value: float) -> str:
@@ -185,7 +186,7 @@ def _svg(draw: Callable[[Any], None], title: str, *, height: float, legend: Sequ
     longest = max((len(name) for name in names), default=0)
     columns = 3 if longest <= 22 else 2 if longest <= 42 else 1
     rows = sum(1 + name.count("\n") for name in names) if columns == 1 else math.ceil(len(names) / columns)
-    heading = textwrap.wrap(title, 74)
+    heading = textwrap.wrap(title, 78, break_on_hyphens=False)
     size = (WIDTH, height + LINE * (len(heading) + rows) + 0.3)
     style: Any = {
         "svg.hashsalt": "krony",  # the same figures give the same file
@@ -216,7 +217,7 @@ def _adaptive(svg: str, title: str) -> str:
     svg = svg[svg.index("<svg") :]
     end = svg.index(">") + 1
     rules = "\n".join(
-        f'[style*="{what}: {light}"] {{ {what}: {dark} !important }}'
+        f'[style*="{what}: {light}"], [{what}="{light}"] {{ {what}: {dark} !important }}'
         for light, dark in _distinct((*COLOURS, FAINT))
         for what in ("fill", "stroke")
     )

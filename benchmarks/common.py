@@ -1,0 +1,37 @@
+"""What the benchmarks share: where results and pages are, and pages with a part that a benchmark writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from krony.storage.files import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"
+DRAW_ONLY = "measure nothing: write the pages and pictures from the results"
+END = "<!-- end -->"
+
+
+def read_results(name: str) -> dict[str, Any]:
+    """The results of an earlier run, from ``benchmarks/results/NAME.json``."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def fill(page: Path, script: str, text: str) -> None:
+    """Puts ``text`` between the marks of ``script`` (``benchmarks/NAME.py``) in a page that has them."""
+    begin = f"<!-- written by {script}: begin -->\n"
+    before, mark, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, end, after = rest.partition(END)
+    if not (mark and end):
+        raise SystemExit(f"{page} has no marks of {script}")
+    write_text(page, f"{before}{mark}{text}\n{end}{after}")
+
+
+def quiet_transformers() -> None:
+    """No progress bars and no advice of transformers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
