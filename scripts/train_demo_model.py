@@ -1,11 +1,11 @@
-"""Train the model that the package ships: a small GPT-2, from text that anyone can get, on two cores.
+"""Train the model that comes with krony: a small GPT-2, on two cores, from text that anyone can get.
 
     python scripts/train_demo_model.py --data-dir DIR OUT
 
 DIR holds ``openwebtext/train.jsonl``, ``webtext/train.jsonl``, ``c4/train.jsonl`` and ``wikipedia/train.jsonl`` (one
-``{"text": …}`` a line) and, to report on, ``openwebtext/val.jsonl``. The documentation that Python carries joins in,
-without its held-out part. An interrupted run goes on from its last checkpoint in OUT.work; the same seed gives the same
-model. OUT gets the model in half precision, its tokenizer and its card. Needs torch 2.9 for Muon.
+``{"text": …}`` per line) and, to report on, ``openwebtext/val.jsonl``. The documentation that comes with Python is
+added, without its held-out part. An interrupted run resumes from its last checkpoint in OUT.work; the same seed gives
+the same model. The model in half precision, its tokenizer and its card are written to OUT. Needs torch 2.9 for Muon.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ PROMPTS = ("The function returns", "The president said that", "In the summer of 
 
 
 def documents(data_dir: Path) -> list[str]:
-    """All training documents: the sets under ``data_dir``, and Python's documentation several times."""
+    """All training documents: the sets in ``data_dir``, and Python's documentation several times."""
     texts = [text for name in TEXTS for text in read_file(data_dir / name / "train.jsonl")]
     return texts + python_docs.topics("calibration") * DOCS_REPEATS
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in GPT-2's way, with 4096 entries."""
+    """Byte-level BPE as GPT-2's, with 4096 entries."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -75,13 +75,13 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
         n_layer=6, n_embd=256, n_head=4, n_positions=CONTEXT, vocab_size=VOCABULARY,
         bos_token_id=end, eos_token_id=end, pad_token_id=end,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        attn_implementation="eager",  # compiled, a sixth less work than torch's fused attention on a processor
+        attn_implementation="eager",  # compiled, it takes a sixth less time on CPU than torch's fused attention
     )  # fmt: skip
     return GPT2LMHeadModel(config)
 
 
 def optimizers(model: GPT2LMHeadModel, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for embeddings, biases and norms; both take steps of AdamW's size."""
+    """Muon for the matrices of the layers, AdamW for embeddings, biases and norms; steps of both have AdamW's size."""
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if p.ndim == 2 and name.startswith("transformer.h.")]
     others = [p for p in named.values() if not any(p is m for m in matrices)]
@@ -92,7 +92,7 @@ def optimizers(model: GPT2LMHeadModel, learning_rate: float) -> list[torch.optim
 
 
 def order(rows: int, batch: int, steps: int, seed: int) -> Tensor:
-    """Which rows each step sees, ``(steps, batch)``: pass after pass over all of them, each in an order of its own."""
+    """Which rows each step sees, ``(steps, batch)``: pass after pass over all of them, each in a new order."""
     generator = torch.Generator().manual_seed(seed)
     passes = [torch.randperm(rows, generator=generator) for _ in range(-(-steps * batch // rows))]
     return torch.cat(passes)[: steps * batch].view(steps, batch)
@@ -129,7 +129,7 @@ def train(model: GPT2LMHeadModel, rows: Tensor, work: Path, options: argparse.Na
         if step % EVERY == 0:
             losses.append(total.item() / EVERY)
             total.zero_()
-            pace = (time.perf_counter() - start) / (step - first)  # seconds a step
+            pace = (time.perf_counter() - start) / (step - first)  # seconds per step
             print(
                 f"step {step:,} of {steps:,}  loss {losses[-1]:.3f}  {batch.numel() / pace:,.0f} tokens/s  "
                 f"{pace * (steps - step) / 60:.0f} min left",
@@ -146,7 +146,7 @@ def train(model: GPT2LMHeadModel, rows: Tensor, work: Path, options: argparse.Na
 
 
 def report(folder: Path, tokenizer: PreTrainedTokenizerFast, data_dir: Path) -> tuple[dict[str, tuple], list[str]]:
-    """What the written model is worth: its held-out perplexities with the tokens they are over, and some samples."""
+    """The written model's perplexities on held-out text with the number of tokens, and some samples."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     held_out = {
         "`python-docs` (its held-out part)": python_docs.topics("held-out"),
@@ -165,6 +165,12 @@ def report(folder: Path, tokenizer: PreTrainedTokenizerFast, data_dir: Path) -> 
     return figures, samples
 
 
+def loss_rows(losses: list[float], step: int) -> str:
+    """Twelve rows of the card's table of training losses; ``step`` is in tokens."""
+    shown = sorted({round(i * (len(losses) - 1) / 11) for i in range(12)})
+    return "\n".join(f"| {(i + 1) * EVERY * step / 1e6:.1f}M | {losses[i]:.3f} |" for i in shown)
+
+
 def card(
     model: GPT2LMHeadModel,
     losses: list[float],
@@ -176,8 +182,6 @@ def card(
     """The model card, in Markdown."""
     step = options.batch * CONTEXT  # tokens
     seen = options.steps * step
-    shown = sorted({round(i * (len(losses) - 1) / 11) for i in range(12)})
-    curve = "\n".join(f"| {(i + 1) * EVERY * step / 1e6:.1f}M | {losses[i]:.3f} |" for i in shown)
     quality = "\n".join(f"| {name} | {count:,} | {ppl:.2f} |" for name, (ppl, count) in figures.items())
     quotes = "\n>\n> ---\n>\n".join("\n".join(f"> {line}".rstrip() for line in t.splitlines()) for t in samples)
     return f"""---
@@ -195,7 +199,7 @@ an example for tools, not a model to rely on: what it writes is English, and mad
 ## Training
 
 `python scripts/train_demo_model.py --data-dir DIR --compile OUT`, seed {options.seed}: {options.steps:,} steps of
-{options.batch} sequences of {CONTEXT} tokens, {seen:,} tokens in all, {seen / tokens:.1f} passes over {tokens:,}
+{options.batch} sequences of {CONTEXT} tokens, {seen:,} tokens in total, {seen / tokens:.1f} passes over {tokens:,}
 tokens. Muon for the matrices of the layers (momentum 0.95, weight decay 0.1) and AdamW for the rest (betas 0.9 and
 0.95, no weight decay), both at a learning rate of {options.learning_rate:g} after {WARM_UP} steps of warm-up and on a
 cosine to zero from there; gradient norm at most 1, bfloat16 autocast, no dropout. The weights are stored in half
@@ -203,7 +207,7 @@ precision.
 
 | tokens seen | training loss (mean of {EVERY} steps) |
 | ---: | ---: |
-{curve}
+{loss_rows(losses, step)}
 
 ## Data
 
@@ -213,8 +217,8 @@ part of `krony.data.python_docs`.
 
 ## Held-out perplexity
 
-Documents joined by the end-of-text token, windows of {CONTEXT} tokens that don't overlap, every token weighing alike;
-the half-precision weights, computed with in float32.
+Documents joined by the end-of-text token, windows of {CONTEXT} tokens that don't overlap, by the `token` protocol; the
+half-precision weights, computed in float32.
 
 | data | tokens predicted | perplexity |
 | --- | ---: | ---: |
@@ -222,14 +226,14 @@ the half-precision weights, computed with in float32.
 
 ## Samples
 
-Sampled at temperature 0.7 from the most likely 90 %, unedited; the prompts are the first words of each.
+Sampled at temperature 0.7 from the most likely 90 %, unedited; each begins with its prompt.
 
 {quotes}
 """
 
 
 def main() -> None:
-    """Reads the options and runs the whole of it."""
+    """Trains the model, measures it, and writes it with its card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--data-dir", type=Path, required=True)
@@ -238,9 +242,9 @@ def main() -> None:
         "--work",
         type=Path,
         metavar="DIR",
-        help="for the checkpoint, which a run with the same options goes on from; OUT.work by default",
+        help="for the checkpoint, from which a run with the same options resumes; OUT.work by default",
     )
-    parser.add_argument("--batch", type=int, default=16, help="sequences a step")
+    parser.add_argument("--batch", type=int, default=16, help="sequences per step")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile: same mathematics, other rounding")

@@ -21,37 +21,41 @@ if TYPE_CHECKING:
     from krony.runtime.progress import Progress
 
 
+Models = Annotated[
+    list[str],
+    typer.Argument(metavar="MODEL…", help="Folders, hub names, or demo; ratios are to the first.", show_default=False),
+]
+Schemes = Annotated[
+    list[str] | None,
+    typer.Option("--scheme", help="Also measure the first model compressed to this scheme; can be repeated."),
+]
+Random = Annotated[
+    bool, typer.Option("--random", help="Build the first model from its config alone, with random weights.")
+]
+ForwardPath = Annotated[str, typer.Option(help="Forward path of Kronecker layers: auto, left, right or dense.")]
+Settings = Annotated[SpeedSettings, Fields(leave_out=("batches", "lengths"))]
+Batches = Annotated[str | None, typer.Option(metavar="N,N,…", help="Measure prefill at these batch sizes too.")]
+Lengths = Annotated[str | None, typer.Option(metavar="N,N,…", help="Measure prefill at these lengths too.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE.svg", help="A picture of the ratios.")]
+Report = Annotated[Path | None, typer.Option(metavar="FILE.html", help="A page with the table and the pictures.")]
+
+
 @expand
 def run(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL…", help="Folders, hub names, or demo; ratios are to the first.", show_default=False
-        ),
-    ],
-    schemes: Annotated[
-        list[str] | None,
-        typer.Option("--scheme", help="Also measure the first model compressed to this scheme; can be repeated."),
-    ] = None,
-    random: Annotated[
-        bool, typer.Option("--random", help="Build the first model from its config alone, with random weights.")
-    ] = False,
-    path: Annotated[str, typer.Option(help="Forward path of Kronecker layers: auto, left, right or dense.")] = "auto",
+    models: Models,
+    schemes: Schemes = None,
+    random: Random = False,
+    path: ForwardPath = "auto",
     *,
-    settings: Annotated[SpeedSettings, Fields(leave_out=("batches", "lengths"))],
-    sweep_batches: Annotated[
-        str | None, typer.Option(metavar="N,N,…", help="Measure prefill at these batch sizes too.")
-    ] = None,
-    sweep_lengths: Annotated[
-        str | None, typer.Option(metavar="N,N,…", help="Measure prefill at these lengths too.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="torch's choice")] = None,
+    settings: Settings,
+    sweep_batches: Batches = None,
+    sweep_lengths: Lengths = None,
+    threads: Threads = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="A picture of the ratios.")] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="A page with the table and the pictures.")
-    ] = None,
+    plot: Plot = None,
+    report: Report = None,
     json_to: Json = None,
 ) -> None:
     """Measure models side by side: tokens per second, memory, size, and ratios to the first model.

@@ -21,32 +21,37 @@ if TYPE_CHECKING:
     from krony.pages import Table
 
 
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="wikitext-2, wikitext-103, lambada, python-docs, or a text or jsonl file; can be repeated.",
+        show_default="wikitext-2",
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,…", help="Tasks of the lm-evaluation-harness (the lm-eval extra), by name or as .yaml files."
+    ),
+]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use the first N examples of each task.")]
+Count = Annotated[
+    str, typer.Option(help="tied: a tied head once. untied: also separately from the embedding (Appendix B).")
+]
+Report = Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write the tables as a page.")]
+
+
 @expand
 def run(
     model: Model,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME|FILE",
-            help="wikitext-2, wikitext-103, lambada, python-docs, or a text or jsonl file; can be repeated.",
-            show_default="wikitext-2",
-        ),
-    ] = None,
+    data: Data = None,
     *,
     options: EvaluationOptions,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,…", help="Tasks of the lm-evaluation-harness (the lm-eval extra), by name or as .yaml files."
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Use the first N examples of each task.")
-    ] = None,
-    count: Annotated[
-        str, typer.Option(help="tied: a tied head once. untied: also separately from the embedding (Appendix B).")
-    ] = "tied",
-    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write the tables as a page.")] = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    count: Count = "tied",
+    report: Report = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     json_to: Json = None,
