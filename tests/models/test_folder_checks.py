@@ -55,3 +55,42 @@ def test_the_normalisers_of_well_known_tokenizers_are_fine(folder):
     ):
         normaliser(folder, known)
         check_tokenizer(folder)
+
+
+def write(folder, file, **values):
+    path = folder / file
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | values))
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("config.json", {"output_attentions": True}),
+        ("config.json", {"max_new_tokens": 0}),
+        ("generation_config.json", {"max_new_tokens": 0}),
+        ("generation_config.json", {"temperature": "x"}),
+        ("tokenizer_config.json", {"model_max_length": "x"}),
+        ("tokenizer_config.json", {"chat_template": [{"name": "../../out", "template": "x"}]}),
+    ],
+)
+def test_what_can_be_read_and_not_saved_is_known_before_the_work(folder, file, values, tmp_path, monkeypatch, capsys):
+    """Either OUT is written, or one sentence stands there before anything was computed."""
+    from krony.cli import main
+    from krony.compression import compress as module
+
+    worked = []
+    own = module.compress
+    monkeypatch.setattr(module, "compress", lambda *a, **o: (worked.append(1), own(*a, **o))[1])
+    write(folder, file, **values)
+    out = tmp_path / "out" / "model"
+    options = ["--scheme", "keep=0.5", "--init", "van-loan", "--no-stream"]
+    monkeypatch.setattr("sys.argv", ["krony", "compress", str(folder), str(out), *options])
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    said = capsys.readouterr().err
+    assert (code == 0 and out.is_dir()) or (code == 2 and not worked and said.count("\n") == 1 and not out.exists())
+    assert not list(tmp_path.glob("out*.jinja")) and not list(tmp_path.parent.glob("out*.jinja"))

@@ -90,6 +90,7 @@ def run(
         return
     _check_text(config, text)
     check_writable(out)
+    source.check_saves()
     job = _Job(to=to, source=source, out=out, config=config, text=text, dtype=dtype, device=distributed.init(device))
     with interruptible(job.how_to_resume):
         job.read_text(skeleton)

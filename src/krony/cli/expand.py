@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from typing import Annotated, Any, Optional, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -97,5 +97,5 @@ def _option(name: str, field: Field, kind: Any, changes: bool) -> inspect.Parame
     settings["rich_help_panel"] = said.get("panel")
     info = typer.Option(*names, help=said.get("help", ""), **settings)
     optional = default is None and type(None) not in get_args(kind)
-    annotation: Any = Annotated[Optional[kind] if optional else kind, info]  # type: ignore[valid-type]
+    annotation: Any = Annotated[kind | None if optional else kind, info]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

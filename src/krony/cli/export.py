@@ -36,13 +36,16 @@ def run(
         _reference(words, model, out)
         return
     from krony.models.export import export_model, slim
-    from krony.models.loading import load_model, save
+    from krony.models.loading import save
+    from krony.models.source import ModelSource
     from krony.models.surgery import count_parameters
     from krony.storage.files import check_writable, fresh_folder
 
     quiet_libraries()
     check_writable(out)
-    loaded = load_model(model)
+    source = ModelSource.find(model)
+    source.check_saves()
+    loaded = source.load()
     figures: dict = {"model": model, "out": str(out), "to": to, "params_before": count_parameters(loaded)}
     if to == "slim":
         exported = slim(loaded, multiple_of or 1)

@@ -31,7 +31,7 @@ def preview(
     how = "with the model in memory (--no-stream)" if stream is None else "layer by layer from the files (--stream)"
     kept = f", keep up to {in_bytes(costs['kept_bytes'])} in OUT.work meanwhile" if costs["kept_bytes"] else ""
     to.say(
-        f"would read {in_bytes(costs['read_bytes'])} of {source.name} and write {in_bytes(costs['write_bytes'])}{kept}, "
+        f"would read {in_bytes(costs['read_bytes'])} of {source.name}, write {in_bytes(costs['write_bytes'])}{kept}, "
         f"{how}, in about {in_bytes(costs['memory_bytes'])} of memory"
     )
     layers = [

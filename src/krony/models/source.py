@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GPT2Config,
     PretrainedConfig,
     PreTrainedModel,
@@ -90,6 +94,20 @@ class ModelSource:
             raise KronyError(f"{self.name}: no tokenizer can be loaded from there: tokenizer.json is missing")
         return tokenizer
 
+    def check_saves(self) -> None:
+        """Saves config, generation config and tokenizer to a temporary folder, as a verb does after its work.
+
+        Raises KronyError for what transformers reads but does not write, such as a temperature that is no number.
+        """
+        with tempfile.TemporaryDirectory() as folder, LoadingErrors(self.name, "it can be read but not saved again"):
+            self.skeleton().config.save_pretrained(folder)
+            if self.folder is not None and (self.folder / "generation_config.json").is_file():
+                GenerationConfig.from_pretrained(self.folder).save_pretrained(folder)
+            with suppress(KronyError):  # a model without a tokenizer is saved without
+                tokenizer = self.tokenizer()
+                _check_template_names(self.name, tokenizer)
+                tokenizer.save_pretrained(folder)
+
     def load(self, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
         """The model in eval mode, from safetensors only; ``krony.load_model`` says the rest."""
         check_device(device)
@@ -114,6 +132,14 @@ class ModelSource:
         check_finite(model, self.name)
         _check_runs(model, self.name)
         return model
+
+
+def _check_template_names(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises RuntimeError for a chat template whose name leads out of the folder: each is saved as a file."""
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    for template in templates:
+        if not re.fullmatch(r"[\w-]+", str(template)):
+            raise RuntimeError(f"its chat template {template!r} can't be a file's name")
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
