@@ -16,6 +16,11 @@ def text(rows: int = 60) -> Rows:
     return Rows((np.arange(rows * 32) * 3 % 250).astype(np.uint16), 32)
 
 
+def noise(rows: int = 8) -> Rows:
+    """Text that training on ``text`` makes a model worse at."""
+    return Rows(np.random.default_rng(3).integers(0, 256, rows * 32).astype(np.uint16), 32)
+
+
 def heal(model, train, validation, **given):
     """``train_on_rows`` with the recipe ``TINY``; options need no ``HealOptions`` around them."""
     arguments = {"recipe": TINY} | {name: given.pop(name) for name in ARGUMENTS if name in given}

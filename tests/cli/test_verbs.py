@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import krony as library
-from krony.models.surgery import kronecker_layers
 
 
 def test_schemes_gives_table_1_as_json(krony):
@@ -285,59 +284,3 @@ def test_data_prepare(krony, gpt2_folder, tmp_path):
     for part in figures.values():
         assert Path(part["file"]).stat().st_size == 2 * part["tokens"]
     assert "--val-share" in krony("data", "prepare", "--help").out
-
-
-def test_heal_resumed_before_the_first_checkpoint(krony, compressed, tmp_path):
-    """Stopped that early there is nothing to go on from, and nothing that stands in the way of beginning."""
-    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten. " * 40)
-    (tmp_path / "out.work").mkdir()
-    options = ("--data", tmp_path / "text.txt", "--length", 32, "--resume")
-    done = krony("heal", compressed, tmp_path / "out", *options)
-    assert done.code == 0, done.err
-    assert "holds no checkpoint yet: from the beginning" in " ".join((done.out + done.err).split())
-    assert (tmp_path / "out/config.json").exists() and not (tmp_path / "out.work").exists()
-
-
-def test_heal_resumed_while_the_control_had_no_checkpoint(krony, compressed, gpt2_folder, tmp_path, monkeypatch):
-    """The model itself is trained to its end by then: it goes on from its last checkpoint, and the control begins."""
-    import krony.healing.heal as healing
-
-    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten. " * 40)
-    options = ("--data", tmp_path / "text.txt", "--length", 32, "--control", gpt2_folder)
-    train = healing.heal
-
-    def stop_in_the_control(*arguments, **named):
-        if named["work"].name == "control":
-            named["work"].mkdir(parents=True)
-            raise KeyboardInterrupt
-        return train(*arguments, **named)
-
-    monkeypatch.setattr(healing, "heal", stop_in_the_control)
-    stopped = krony("heal", compressed, tmp_path / "out", *options)
-    assert stopped.code != 0 and "the same command goes on from there with --resume" in stopped.err
-    assert list((tmp_path / "out.work").glob("checkpoint-*")) and (tmp_path / "out.work/control").exists()
-    monkeypatch.setattr(healing, "heal", train)
-    done = krony("heal", compressed, tmp_path / "out", *options, "--resume", "--json", tmp_path / "h.json")
-    assert done.code == 0, done.err
-    figures = json.loads((tmp_path / "h.json").read_text())
-    assert figures["control"]["tokens"] == figures["tokens"] > 0
-
-
-def test_heal(krony, compressed, gpt2_folder, tmp_path):
-    (tmp_path / "text.txt").write_text("one two three four five six seven eight nine ten. " * 200)
-    options = ("--data", tmp_path / "text.txt", "--length", 32, "--learning-rate", 0.003)
-    options += ("--teacher", gpt2_folder, "--hidden", 1, "--control", gpt2_folder, "--json", tmp_path / "h.json")
-    done = krony("heal", compressed, tmp_path / "out", *options)
-    assert done.code == 0, done.err
-    figures = json.loads((tmp_path / "h.json").read_text())
-    control = figures["control"]
-    assert control["tokens"] == figures["tokens"] and control["perplexity_after"] < control["perplexity_before"]
-    assert figures["perplexity_original"] == control["perplexity_before"]
-    assert f"the original, trained alike {control['perplexity_after']:.2f}" in " ".join(done.out.split())
-    assert list((tmp_path / "out/control/runs").rglob("events*"))
-    assert 0 < figures["tokens"] <= 75 * 4 * 32 and figures["perplexity_after"] > 1 and len(figures["curve"]) > 5
-    assert "validation perplexity" in done.out and "tokens to train on" in done.out
-    assert not (tmp_path / "out.work").exists() and list((tmp_path / "out/runs").rglob("events*"))
-    assert f"{figures['tokens']:,} tokens" in (tmp_path / "out/README.md").read_text()
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert kronecker_layers(model) and AutoTokenizer.from_pretrained(tmp_path / "out")("a")["input_ids"]

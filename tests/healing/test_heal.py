@@ -1,267 +1,164 @@
-"""Healing: what trains, what stays, and that it can be stopped, resumed and shared without a trace."""
+"""``krony.heal``: one call for text, recipe and options, and what it reports."""
 
-import copy
-import os
-import signal
-import subprocess
-import sys
-import time
+import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from healing_runs import TINY, heal, text
-from krony import KronyConfig, KronyError, compress
-from krony.data.rows import Rows
-from krony.healing import training
-from krony.healing.options import DEFAULTS, HealOptions
-from krony.healing.recipes import RECIPES
-from krony.models.divergence import divergence
-from krony.models.export import slim
-from small_models import gpt2, llama
+import krony
+from healing_runs import TINY, noise, text
+from krony import KronyConfig, KronyError, Recipe
+from krony.errors import KronyWarning
+from krony.healing.control import train_control
+from krony.healing.options import HealOptions
+from krony.healing.report import HealReport, perplexity
+from krony.models.surgery import kronecker_layers
+from small_models import gpt2
 
-TESTS = str(Path(__file__).parents[1])
-
-
-@pytest.fixture
-def ids() -> torch.Tensor:
-    return torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(1))
+RECKLESS = replace(TINY, learning_rate=0.5, final_rate=0.5, warm_up=0)
 
 
 @pytest.fixture
-def small(ids):
-    model = llama()
-    compress(model, KronyConfig("keep=0.5"), calibration=ids)
+def small():
+    model = gpt2()
+    krony.compress(model, KronyConfig("keep=0.5", init="van-loan"))
     return model
 
 
-def test_it_learns(small, tmp_path):
-    train, validation = text().split(4)
-    seen = []
-    report = heal(small, train, validation, work=tmp_path, progress=lambda *a: seen.append(a))
-    assert report.loss_after < report.loss_before - 0.5
-    assert report.tokens == 14 * 4 * 32 and seen[-1][:2] == (14, 14) and "tokens/s" in seen[-1][2]
-    assert report.curve[-1][0] <= report.tokens and report.curve[0][1] > report.curve[-1][1]
-    assert not small.training and all(p.requires_grad for p in small.parameters())
+@pytest.fixture
+def lines(tmp_path) -> Path:
+    """Documents that repeat each other's words."""
+    path = tmp_path / "text.jsonl"
+    words = "one two three four five six seven eight nine ten. " * 3
+    path.write_text("".join(json.dumps({"text": f"{number}: {words}"}) + "\n" for number in range(60)))
+    return path
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_trained_in_float32(ids, tmp_path, dtype):
-    """Steps that a weight in half precision can't see add up, as in a model that was float32 all along."""
-    train, validation = text().split(4)
-    curves = []
-    for kind in (dtype, torch.float32):
-        model = llama().to(dtype).to(kind)
-        before = copy.deepcopy(model.state_dict())
-        recipe = replace(TINY, learning_rate=1e-5, final_rate=1e-5)
-        report = heal(model, train, validation, work=tmp_path / str(kind), recipe=recipe, freeze="none")
-        curves.append([loss for _, loss in report.curve])
-        assert all(p.dtype == kind for p in model.parameters())
-    assert curves[0] == curves[1]
-    assert any(not torch.equal(value.float(), before[name].float()) for name, value in model.state_dict().items())
+def factors(model) -> dict[str, torch.Tensor]:
+    return {name: layer.right.detach().clone() for name, layer in kronecker_layers(model).items()}
 
 
-def test_it_ends_in_its_best_state(small, tmp_path):
-    """The validation text is something else, so that training makes it worse and worse."""
-    train, _ = text(200).split(4)
-    noise = Rows(torch.randint(0, 256, (8 * 32,), generator=torch.Generator().manual_seed(3)).numpy(), 32)
-    report = heal(small, train, noise, work=tmp_path)
-    with torch.no_grad():
-        losses = [
-            float(small(input_ids=row[None], labels=row[None]).loss) for row in (noise[i]["labels"] for i in range(8))
-        ]
-    assert sum(losses) / 8 == pytest.approx(report.loss_after, rel=1e-2)  # bfloat16 in the trainer
-    assert report.tokens < 49 * 4 * 32  # it stopped early
+def test_one_call(small, lines, tokenizer):
+    """A named recipe takes rows that the model can take; right factors stay."""
+    before = factors(small)
+    report = krony.heal(small, lines, tokenizer=tokenizer, teacher=gpt2(), max_tokens=6000)
+    assert report.improved and report.loss_after == report.loss_trained < report.loss_before
+    assert 4096 < report.tokens < 6000 - 8 * 64 and report.tokens % (2 * 64) == 0
+    assert all(torch.equal(value, before[name]) for name, value in factors(small).items())
+    assert not small.training
 
 
-def test_one_row_is_enough_to_validate_on(small, tmp_path):
-    train, validation = text(11).split(1)
-    assert heal(small, train, validation, work=tmp_path).tokens == 2 * 4 * 32  # whole steps only
+def test_names_collections_and_folders(small, lines, tokenizer, tmp_path):
+    val = tmp_path / "val.jsonl"
+    val.write_text(json.dumps({"text": "eleven twelve one two three four five six. " * 40}))
+    before = factors(small)
+    report = krony.heal(
+        small,
+        str(lines),
+        tokenizer=tokenizer,
+        recipe=TINY,
+        val=val,
+        work=str(tmp_path / "work"),
+        freeze={"embeddings"},
+        seed=3,
+        device="cpu",
+    )
+    assert report.improved and not any(torch.equal(value, before[name]) for name, value in factors(small).items())
+    settings = json.loads((tmp_path / "work/settings.json").read_text())
+    assert settings["freeze"] == ["embeddings"] and settings["seed"] == 3 and settings["length"] == 32
 
 
-def test_slim_is_exact_after_healing(small, ids, tmp_path):
-    train, validation = text(20).split(4)
-    heal(small, train, validation, work=tmp_path, freeze="right")
-    expected = small(ids).logits
-    torch.testing.assert_close(slim(small).model(ids).logits, expected, rtol=1e-5, atol=1e-6)
+def test_rows_are_taken_as_they_are(small):
+    train, validation = text(60).split(16)
+    report = krony.heal(small, train, val=validation, recipe="quick", freeze=())
+    assert report.tokens == 44 * 32
+    with pytest.raises(KronyError, match="the text is one document"):
+        krony.heal(small, train)
 
 
-def test_a_teacher_is_followed(ids, tmp_path):
-    """What the student says comes nearer to the teacher, whatever the text is."""
-    teacher, model = llama(tie_word_embeddings=False), llama(tie_word_embeddings=False)
-    with torch.no_grad():
-        for one in (teacher, model):
-            one.lm_head.weight.mul_(30)  # a model at random has no opinions, and its MLPs hardly any say
-            for layer in one.model.layers:
-                layer.mlp.down_proj.weight.mul_(30)
-    compress(model, KronyConfig("keep=0.5", init="van-loan"))
-    noise = Rows(ids.flatten().repeat(8).numpy(), 32)
-    train, validation = noise.split(4)
-    recipe = replace(TINY, learning_rate=1e-3)
-
-    @torch.no_grad()
-    def apart() -> float:
-        return divergence(model(ids).logits, teacher(ids).logits).item()
-
-    before = apart()
-    heal(model, train, validation, work=tmp_path, recipe=recipe, teacher=teacher)
-    assert apart() < 0.7 * before
+def test_what_improves_nothing_is_said(small, lines, tokenizer):
+    before = {name: p.detach().clone() for name, p in small.named_parameters()}
+    with pytest.warns(KronyWarning, match="training did not improve the model: validation perplexity was") as caught:
+        report = krony.heal(small, lines, tokenizer=tokenizer, recipe=RECKLESS, freeze="none")
+    assert not report.improved and "it is left as it was before training" in str(report)
+    assert all(torch.equal(p, before[name]) for name, p in small.named_parameters())
+    assert caught[0].filename == __file__
 
 
-def test_the_papers_recipes(small, tmp_path, monkeypatch):
-    """Section 4.1: 120 sequences of 1024 a step as 5 times 24, cosine from 6e-5 to 6e-6; then 320 at 6e-6."""
-    rows = Rows(np.zeros(640 * 1024, dtype=np.uint16), 1024)
-    made = training._arguments(small, rows, RECIPES["paper"], tmp_path, HealOptions(device="cpu"))
-    assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (24, 5)
-    assert made.max_steps == 15 and made.lr_scheduler_kwargs == {"min_lr": 6e-6} and made.max_grad_norm == 1.0
-    made = training._arguments(small, rows, RECIPES["paper-final"], tmp_path, HealOptions(device="cpu"))
-    assert made.per_device_train_batch_size * made.gradient_accumulation_steps == 320
-    assert made.lr_scheduler_type == "constant_with_warmup" and made.warmup_steps == 0 and made.learning_rate == 6e-6
+def test_the_control_may_stay_as_it_is(tmp_path):
+    """Its own best state is the first; it has no factors, and learns from the text."""
+    options = HealOptions(freeze={"right", "embeddings"}, resume=True, keep_anyway=True, device="cpu")
+    original = gpt2()
+    before = {name: p.detach().clone() for name, p in original.named_parameters()}
+    train, validation = text(60).split(16)
+    diverging = replace(RECKLESS, learning_rate=5.0, final_rate=5.0)
+    with pytest.warns(KronyWarning, match="training did not improve the control"):
+        report = train_control(original, train, noise(), work=tmp_path, recipe=diverging, options=options)
+    assert report.loss_after == report.loss_before < report.loss_trained
+    assert all(torch.equal(p, before[name]) for name, p in original.named_parameters())
+    assert json.loads((tmp_path / "settings.json").read_text())["freeze"] == ["embeddings"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KronyWarning)
+        report = train_control(original, train, validation, work=tmp_path / "b", recipe=TINY)
+    assert report.improved
+
+
+def test_calibrated_documents_do_not_validate(lines, tokenizer):
+    """What compress read is in the model's config, and heal holds out something else."""
+    model = gpt2()
+    config = KronyConfig("keep=0.5")
+    krony.compress(model, config, calibration=krony.calibration_set(str(lines), tokenizer, tokens=2048, length=32))
+    known = model.config.quantization_config.made_with["calibration_documents"]
+    assert 5 < len(known) < 60
+    assert krony.heal(model, lines, tokenizer=tokenizer, recipe=TINY).improved
+    model = gpt2()
+    krony.compress(model, config, calibration=krony.calibration_set(str(lines), tokenizer, tokens=99_999, length=32))
+    with pytest.raises(KronyError, match="has no document to validate on that the model was not calibrated on"):
+        krony.heal(model, lines, tokenizer=tokenizer, recipe=TINY)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("options", "words"),
     [
-        ({"device": "cuda:1"}, "device is 'cuda:1': healing takes cpu or cuda"),
-        ({"freeze": "left"}, "'left' is unknown: it is one of none, right, inherited"),
-        ({"recipe": replace(TINY, hidden=1.0), "teacher": llama(num_hidden_layers=2)}, "the teacher has 2 layers of"),
-        ({"recipe": replace(TINY, sequences=99)}, "one step of this recipe takes 99"),
-        ({"validation": Rows(np.zeros(0), 32)}, "no row to validate on"),
-        ({"train": Rows(np.zeros(5000, dtype=np.uint16), 80)}, "rows of 80 tokens: the model takes 64"),
-        ({"resume": True}, "holds no checkpoint: there is nothing to resume"),
-        ({"teacher": gpt2(vocab_size=300)}, "the teacher knows 300 tokens and the model 257"),
+        ({"recipe": "slow"}, "recipe 'slow' is unknown: it is one of quick, paper"),
+        ({"freeze": {"left"}}, "freeze 'left' is unknown: it is one of none, right"),
+        ({"device": "mps"}, "device is 'mps': healing takes cpu or cuda"),
+        ({"recipe": krony.RECIPES["quick"]}, "rows of 512 tokens: the model takes 64"),
+        ({"tokenizer": None}, "give the model's as tokenizer"),
+        ({"val": "wikitext-2"}, "wikitext-2 is a test set"),
     ],
 )
-def test_mistakes(small, tmp_path, changes, words):
-    train, validation = text(20).split(4)
-    options = {"train": train, "validation": validation, "recipe": TINY, "work": tmp_path} | changes
+def test_mistakes(small, lines, tokenizer, options, words):
     with pytest.raises(KronyError, match=words):
-        heal(small, **options)
+        krony.heal(small, lines, **({"tokenizer": tokenizer} | options))
 
 
-@pytest.mark.parametrize(
-    ("processes", "batch", "at_once", "times"), [(1, 24, 24, 5), (2, 24, 20, 3), (8, 24, 15, 1), (1, 7, 6, 20)]
-)
-def test_any_number_of_processes_shares_a_step(small, tmp_path, monkeypatch, processes, batch, at_once, times):
-    monkeypatch.setattr(training.distributed, "count", lambda: processes)
-    rows = Rows(np.zeros(120 * 32, dtype=np.uint16), 32)
-    recipe = replace(RECIPES["paper"], batch=batch)
-    made = training._arguments(small, rows, recipe, tmp_path, HealOptions(device="cpu"))
-    assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (at_once, times)
-    monkeypatch.setattr(training.distributed, "count", lambda: 7)
-    with pytest.raises(KronyError, match="120 sequences per step can't be shared by 7 processes"):
-        training.check_run(small, Rows(np.zeros(120 * 32), 32), rows, recipe=recipe, teacher=None, options=DEFAULTS)
+def test_an_unknown_option_is_a_type_error(small, lines, tokenizer):
+    with pytest.raises(TypeError, match="frozen"):
+        krony.heal(small, lines, tokenizer=tokenizer, frozen={"right"})
 
 
-def test_a_dense_model_has_no_factors_to_train_alone(tmp_path):
-    train, validation = text(20).split(4)
-    with pytest.raises(KronyError, match="leaves a dense model nothing to train"):
-        heal(llama(), train, validation, work=tmp_path, freeze="inherited")
-    assert heal(llama(), train, validation, work=tmp_path).loss_after > 0  # the control
+def report(**changes) -> HealReport:
+    figures = {"tokens": 12_288, "seconds": 9.6, "loss_before": 3.0, "loss_trained": 2.0, "loss_after": 2.0}
+    return HealReport(**(figures | changes))
 
 
-def test_a_loss_that_is_no_number_stops_it(small, tmp_path):
-    train, validation = text(60).split(4)
-    with pytest.raises(KronyError, match=r"loss is nan at step .*: lower the learning rate; .*checkpoint-\d+, the"):
-        heal(small, train, validation, work=tmp_path, recipe=replace(TINY, learning_rate=1e30, warm_up=0))
+def test_a_report_reads_well():
+    assert str(report()) == "validation perplexity 20.09 before, 7.39 after 12,288 tokens of training (10 s)"
+    assert "<td>7.39</td>" in report()._repr_html_()
+    worse = report(loss_trained=800.0, loss_after=3.0)
+    assert str(worse).endswith("training did not improve the model, and it is left as it was before training")
+    assert str(report(loss_trained=4.0, loss_after=4.0)).endswith("left as it was after training")
+    assert worse.to_json()["perplexity_trained"] == perplexity(700.0) and not worse.to_json()["improved"]
+    sentence = report(loss_trained=4.0, validation=[(0, 3.0), (512, 5.0)]).no_gain("the model")
+    assert "was 20.09 before, 54.60 in the best trained state and 148.41 at the end; lower the" in sentence
 
 
-def curve_of(tmp_path, name, **options):
-    """The losses and the end of a run in float64."""
-    model = gpt2().double()
-    compress(model, KronyConfig("keep=0.5", init="van-loan"))
-    report = heal(model, *text(20).split(4), work=tmp_path / name, device="cpu", **options)
-    return report.curve, list(model.parameters())
-
-
-def test_gradient_checkpointing_changes_nothing(tmp_path, monkeypatch):
-    from torch.utils import checkpoint
-
-    ran, original = [], checkpoint.checkpoint
-
-    def counted(*args, **options):
-        ran.append(1)
-        return original(*args, **options)
-
-    plain, expected = curve_of(tmp_path, "plain")
-    monkeypatch.setattr(checkpoint, "checkpoint", counted)
-    monkeypatch.setattr("transformers.modeling_utils.checkpoint", counted)
-    curve, parameters = curve_of(tmp_path, "checkpointed", gradient_checkpointing=True)
-    assert ran and np.allclose(curve, plain, rtol=1e-6, atol=0)
-    for one, other in zip(expected, parameters, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.slow
-def test_compiled_it_learns_the_same(tmp_path):
-    plain, _ = curve_of(tmp_path, "plain")
-    curve, _ = curve_of(tmp_path, "compiled", compile=True)
-    assert np.allclose(curve, plain, rtol=1e-5, atol=0)
-
-
-WORKER = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from krony import KronyConfig, compress
-from krony.healing import training, validation
-from krony.runtime import distributed
-from healing_runs import TINY, heal, text
-from small_models import gpt2
-training.fast_dtype = validation.fast_dtype = lambda _: torch.float32
-device = distributed.init()
-model = gpt2(attn_pdrop=0.1).to({dtype})
-compress(model, KronyConfig("keep=0.5", init="van-loan"))
-report = heal(model, *text({rows}).split(4), work=__import__("pathlib").Path({work!r}), device="cpu", resume={resume})
-if distributed.is_first():
-    torch.save((report.curve, list(model.state_dict().values())), {out!r})
-"""
-
-
-def start(tmp_path, name, *, processes=1, rows=40, resume=False, work=None, dtype="torch.float32"):
-    script, out = tmp_path / f"{name}.py", tmp_path / f"{name}.pt"
-    work = str(work or tmp_path / f"{name}.work")
-    script.write_text(WORKER.format(tests=TESTS, rows=rows, work=work, resume=resume, out=str(out), dtype=dtype))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, str(script)], stderr=subprocess.PIPE), out
-
-
-def finish(process, out):
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors.decode()[-2000:]
-    return torch.load(out)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("torch.float64", 1e-9), ("torch.float32", 1e-5)])
-def test_two_processes_are_one_with_twice_the_accumulation(tmp_path, dtype, tolerance):
-    alone, whole = finish(*start(tmp_path, "one", dtype=dtype))
-    shared, halves = finish(*start(tmp_path, "two", processes=2, dtype=dtype))
-    assert [tokens for tokens, _ in alone] == [tokens for tokens, _ in shared]
-    assert [loss for _, loss in alone] == pytest.approx([loss for _, loss in shared], rel=max(tolerance, 1e-6))
-    for a, b in zip(whole, halves, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=100 * tolerance)
-
-
-def test_shards_are_refused(small, tmp_path, monkeypatch):
-    """accelerate would quietly run without them on processors."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(KronyError, match=r"shares rows among processes, not weights: launch without FSDP"):
-        heal(small, *text(20).split(4), work=tmp_path)
-
-
-def test_killed_and_resumed_ends_with_the_same_weights(tmp_path):
-    """SIGKILL somewhere after the first checkpoint; bit for bit."""
-    rows = 300
-    curve, expected = finish(*start(tmp_path, "whole", rows=rows))
-    work = tmp_path / "killed.work"
-    process, _ = start(tmp_path, "killed", rows=rows, work=work)
-    while not list(work.glob("checkpoint-*/trainer_state.json")) and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(float(np.random.default_rng(os.getpid()).uniform(0, 1)))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    again, resumed = finish(*start(tmp_path, "resumed", rows=rows, work=work, resume=True))
-    assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True))
-    assert again == curve
+def test_a_recipe_changes_as_a_whole():
+    quick = krony.RECIPES["quick"].changed(learning_rate=1e-3, sequences=1)
+    assert quick.final_rate == pytest.approx(1e-5) and quick.batch == 1 and quick.text == 0.25
+    assert krony.RECIPES["quick"].changed(learning_rate=1e-3, final_rate=1e-3).final_rate == 1e-3
+    assert Recipe(learning_rate=1e-3) == Recipe().changed(learning_rate=1e-3, final_rate=3e-6)

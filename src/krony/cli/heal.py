@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from krony.data.rows import Rows
     from krony.healing.report import HealReport
 
-NO_OPTIONS = ("final_rate", "evaluations", "patience")
-
 
 @expand
 def run(
@@ -74,7 +72,7 @@ def run(
         to=to, model=model, out=out, teacher=teacher, control=control, dtype=dtype, recipe=recipe, options=options
     )
     from krony.healing.text import Reader, load_text
-    from krony.healing.training import training_device
+    from krony.healing.training import check_settings, training_device
     from krony.runtime import distributed
     from krony.runtime.signals import interruptible
     from krony.storage.locks import working_in
@@ -85,6 +83,7 @@ def run(
         job.resume_or_start()
         models = job.load_models()
         plain = _fitted(plain, models.model, changes)
+        check_settings(models.model, plain.length, recipe=plain, teacher=models.teacher, options=job.options)
         reader = Reader.of(models.model, models.tokenizer, plain.length)
         train, validation = load_text(data, val, reader, max_tokens=max_tokens)
         report, figures = job.train(models, train, validation, plain)
@@ -134,9 +133,7 @@ class _Job:
         if distributed.is_first():
             check_writable(self.out)
             if self.work.exists() and not self.options.resume:
-                raise KronyError(
-                    f"{self.work} belongs to a run that did not finish: --resume continues it, or remove it"
-                )
+                raise KronyError(f"{self.work} belongs to an unfinished run: --resume continues it, or remove it")
         if self.options.resume and self.work.is_dir() and find_last(self.work) is None:
             self.to.say(f"{self.work} holds no checkpoint yet: starting from the beginning")
             self.options = replace(self.options, resume=False)
@@ -159,11 +156,10 @@ class _Job:
         """Trains the model and the control, and gives the model's report and the figures of all."""
         from krony.healing.control import train_control
         from krony.healing.report import perplexity
-        from krony.healing.training import check_run, train_on_rows
+        from krony.healing.training import train_on_rows
         from krony.healing.validation import validation_loss
         from krony.models.loading import load_model
 
-        check_run(models.model, train, validation, recipe=recipe, teacher=models.teacher, options=self.options)
         tokens = [f"{len(rows) * rows.length:,}" for rows in (train, validation)]
         self.to.say(f"{tokens[0]} tokens to train on, {tokens[1]} to validate on")
         common: dict[str, Any] = {"recipe": recipe, "tokenizer": models.tokenizer, "options": self.options}

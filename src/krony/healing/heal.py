@@ -19,7 +19,7 @@ from krony.healing.options import HealOptions
 from krony.healing.recipes import Recipe, default_freeze, find_recipe
 from krony.healing.report import HealReport
 from krony.healing.text import Reader, load_text
-from krony.healing.training import train_on_rows, training_device
+from krony.healing.training import check_settings, train_on_rows, training_device
 from krony.models.loading import context_length
 from krony.runtime import distributed
 from krony.runtime.progress import Progress, silent
@@ -73,6 +73,7 @@ def heal(
         chosen = replace(chosen, freeze=default_freeze(recipe))
     plain = fitted_recipe(recipe, model, data)
     distributed.init(training_device(chosen.device))
+    check_settings(model, plain.length, recipe=plain, teacher=teacher, options=chosen)
     reader = Reader.of(model, tokenizer, plain.length)
     train, validation = load_text(data, val, reader, max_tokens=max_tokens)
     with _work_folder(work) as folder:

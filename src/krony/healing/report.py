@@ -38,10 +38,11 @@ class HealReport:
 
     def no_gain(self, name: str) -> str:
         """The sentence for a training that did not improve ``name``: what happened, and what to change."""
-        before, trained = perplexity(self.loss_before), perplexity(self.loss_trained)
+        last = self.validation[-1][1] if self.validation else self.loss_trained
+        before, best, end = (shown(perplexity(loss)) for loss in (self.loss_before, self.loss_trained, last))
         return (
-            f"training did not improve {name}: validation perplexity was {before:,.2f} and became {trained:,.2f}; "
-            "lower the learning rate, or train on more text and on text similar to the validation text"
+            f"training did not improve {name}: validation perplexity was {before} before, {best} in the best trained "
+            f"state and {end} at the end; lower the learning rate, or train on more text of the kind that validates"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -58,9 +59,9 @@ class HealReport:
         }
 
     def __str__(self) -> str:
-        before, trained = perplexity(self.loss_before), perplexity(self.loss_trained)
+        before, trained = (shown(perplexity(loss)) for loss in (self.loss_before, self.loss_trained))
         sentence = (
-            f"validation perplexity {before:,.2f} before, {trained:,.2f} after {self.tokens:,} tokens of training "
+            f"validation perplexity {before} before, {trained} after {self.tokens:,} tokens of training "
             f"({self.seconds:,.0f} s)"
         )
         if self.improved:
@@ -74,8 +75,8 @@ class HealReport:
             ("trained", perplexity(self.loss_trained)),
             ("as it is left", perplexity(self.loss_after)),
         ]
-        shown = Table(["", "validation perplexity"], [[name, f"{value:,.2f}"] for name, value in rows])
-        return f"{shown.html()}\n<p>{self.tokens:,} tokens in {self.seconds:,.0f} s</p>"
+        table = Table(["", "validation perplexity"], [[name, shown(value)] for name, value in rows])
+        return f"{table.html()}\n<p>{self.tokens:,} tokens in {self.seconds:,.0f} s</p>"
 
 
 def perplexity(loss: float) -> float:
@@ -86,3 +87,12 @@ def perplexity(loss: float) -> float:
         1.0
     """
     return math.exp(min(loss, 700.0))
+
+
+def shown(value: float) -> str:
+    """A perplexity in a sentence or table, however large it is.
+
+    >>> shown(1234.5), shown(1e12)
+    ('1,234.50', '1e+12')
+    """
+    return f"{value:,.2f}" if value < 1e7 else f"{value:.3g}"

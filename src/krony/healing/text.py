@@ -8,7 +8,6 @@ last documents are held out.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.data import python_docs
-from krony.data.rows import Rows, load_rows, refuse_test_set, rows_of
+from krony.data.calibration_set import digest
+from krony.data.rows import BIN, Rows, load_rows, refuse_test_set, rows_of
 from krony.data.sets import PYTHON_DOCS, join_documents, read_file
 from krony.errors import KronyError, KronyWarning
 from krony.runtime import distributed
@@ -75,7 +75,9 @@ class Reader:
 
     def rows(self, name: str, pieces: Sequence[np.ndarray]) -> Rows:
         """Rows of the tokens of documents, which come from ``name``. Raises KronyError for less than one row."""
-        joined = np.concatenate(pieces) if len(pieces) else np.empty(0, dtype=np.int64)
+        if len(pieces) == 1:  # a memory map stays one
+            return rows_of(name, pieces[0], length=self.length, vocabulary=self.vocabulary)
+        joined = np.concatenate([np.empty(0, dtype=BIN), *pieces])
         return rows_of(name, joined, length=self.length, vocabulary=self.vocabulary)
 
     def was_calibrated_on(self, piece: np.ndarray) -> bool:
@@ -116,7 +118,7 @@ def load_text(
     if len(validation) < VALIDATION_ROWS:
         _warn(
             f"only {len(validation)} rows validate, and fewer than {VALIDATION_ROWS} make an unsteady loss: give more "
-            "text, or name more validation text with val"
+            "text, or name more validation text with --val"
         )
     return train, validation
 
@@ -133,15 +135,6 @@ def calibration_documents(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(found)
 
 
-def digest(document: str) -> str:
-    """What tells a document from others: the BLAKE2b hash of its UTF-8 text, 16 hexadecimal digits.
-
-    >>> len(digest("some text"))
-    16
-    """
-    return hashlib.blake2b(document.encode(), digest_size=8).hexdigest()
-
-
 def _hold_out(data: str | Path | Rows, reader: Reader, max_tokens: int | None) -> tuple[Rows, Rows]:
     """Training and validation rows of one text."""
     documents = _documents(data, "calibration")
@@ -154,6 +147,7 @@ def _hold_out(data: str | Path | Rows, reader: Reader, max_tokens: int | None) -
         digests = [digest(text) for text in documents[: len(pieces)]]
         chosen = choose(digests, [len(piece) for piece in pieces], reader)
         if not chosen:
+            reader.rows(name, reader.tokens(documents, max_tokens))  # raises if the text is too short
             raise _nothing_to_hold_out(name, reader, one=len(set(digests)) < 2)
         held = [pieces[digests.index(key)] for key in chosen]
         train = reader.rows(name, [p for key, p in zip(digests, pieces, strict=True) if key not in chosen])
@@ -283,7 +277,7 @@ def _nothing_to_hold_out(name: str, reader: Reader, *, one: bool) -> KronyError:
         why = f"{name} has no document to validate on that the model was not calibrated on"
     else:
         why = f"{name} has no document to hold out for validation"
-    return KronyError(f"{why}: name other text with val, such as a file or python-docs")
+    return KronyError(f"{why}: name other text with --val (in Python: val), such as a file or python-docs")
 
 
 def _warn_of_omitted(count: int, name: str, why: str) -> None:

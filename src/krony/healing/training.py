@@ -133,20 +133,32 @@ def check_run(
     options: HealOptions,
 ) -> None:
     """Raises KronyError where ``train_on_rows`` would, as far as that can be told before it starts."""
-    with trainable(model, options.frozen):
-        pass
-    if train.length > context_length(model):
-        raise KronyError(f"rows of {train.length} tokens: the model takes {context_length(model)}")
+    check_settings(model, train.length, recipe=recipe, teacher=teacher, options=options)
     if len(train) < recipe.sequences:
         raise KronyError(f"{len(train)} rows to train on: one step of this recipe takes {recipe.sequences}")
+    if not len(validation):
+        raise KronyError("there is no row to validate on: give more text")
+
+
+def check_settings(
+    model: PreTrainedModel,
+    length: int,
+    *,
+    recipe: Recipe,
+    teacher: PreTrainedModel | None,
+    options: HealOptions,
+) -> None:
+    """Raises KronyError where rows of ``length`` tokens, recipe, teacher or options don't fit the model or machine."""
+    with trainable(model, options.frozen):
+        pass
+    if length > context_length(model):
+        raise KronyError(f"rows of {length} tokens: the model takes {context_length(model)}")
     if recipe.sequences % distributed.count():
         raise KronyError(
             f"{recipe.sequences} sequences per step can't be shared by {distributed.count()} processes: take a multiple"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise KronyError("healing shares rows among processes, not weights: launch without FSDP")
-    if not len(validation):
-        raise KronyError("there is no row to validate on: give more text")
     if teacher is not None:
         check_teacher(model, teacher, recipe)
 

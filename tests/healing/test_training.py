@@ -1,0 +1,336 @@
+"""Training runs: what trains, what stays, and that they can be stopped, resumed and shared without a trace."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from healing_runs import TINY, heal, noise, text
+from krony import KronyConfig, KronyError, compress
+from krony.data.rows import Rows
+from krony.healing import training
+from krony.healing.options import DEFAULTS, HealOptions
+from krony.healing.recipes import RECIPES
+from krony.models.divergence import divergence
+from krony.models.export import slim
+from small_models import gpt2, llama
+
+TESTS = str(Path(__file__).parents[1])
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def small(ids):
+    model = llama()
+    compress(model, KronyConfig("keep=0.5"), calibration=ids)
+    return model
+
+
+def test_it_learns(small, tmp_path):
+    train, validation = text().split(4)
+    seen = []
+    report = heal(small, train, validation, work=tmp_path, progress=lambda *a: seen.append(a))
+    assert report.loss_after < report.loss_before - 0.5
+    assert report.tokens == 14 * 4 * 32 and seen[-1][:2] == (14, 14) and "tokens/s" in seen[-1][2]
+    assert report.curve[-1][0] <= report.tokens and report.curve[0][1] > report.curve[-1][1]
+    assert not small.training and all(p.requires_grad for p in small.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_trained_in_float32(ids, tmp_path, dtype):
+    """Steps that a weight in half precision can't see add up, as in a model that was float32 all along."""
+    train, validation = text().split(4)
+    curves = []
+    for kind in (dtype, torch.float32):
+        model = llama().to(dtype).to(kind)
+        before = copy.deepcopy(model.state_dict())
+        recipe = replace(TINY, learning_rate=1e-5, final_rate=1e-5)
+        report = heal(model, train, validation, work=tmp_path / str(kind), recipe=recipe, freeze="none")
+        curves.append([loss for _, loss in report.curve])
+        assert all(p.dtype == kind for p in model.parameters())
+    assert curves[0] == curves[1]
+    assert any(not torch.equal(value.float(), before[name].float()) for name, value in model.state_dict().items())
+
+
+def test_it_ends_in_its_best_state(small, tmp_path):
+    """The validation text is something else, so that training makes it worse and worse."""
+    train, _ = text(200).split(4)
+    noise = Rows(torch.randint(0, 256, (8 * 32,), generator=torch.Generator().manual_seed(3)).numpy(), 32)
+    report = heal(small, train, noise, work=tmp_path)
+    with torch.no_grad():
+        losses = [
+            float(small(input_ids=row[None], labels=row[None]).loss) for row in (noise[i]["labels"] for i in range(8))
+        ]
+    assert sum(losses) / 8 == pytest.approx(report.loss_after, rel=1e-2)  # bfloat16 in the trainer
+    assert report.tokens < 49 * 4 * 32  # it stopped early
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_nothing_improves_is_left_as_it_was(small, tmp_path, dtype):
+    """The learning rate is far too high; the state before training is the best."""
+    small = small.to(dtype)
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    reckless = replace(TINY, learning_rate=0.05, final_rate=0.05, warm_up=0)
+    train, _ = text().split(4)
+    report = heal(small, train, noise(), work=tmp_path / "a", recipe=reckless, freeze="none")
+    assert not report.improved and report.loss_trained > report.loss_before == report.loss_after
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+    assert not small.training and all(p.requires_grad and p.dtype == dtype for p in small.parameters())
+    kept = heal(small, train, noise(), work=tmp_path / "b", recipe=reckless, freeze="none", keep_anyway=True)
+    assert not kept.improved and kept.loss_after == kept.loss_trained == report.loss_trained
+    assert not any(torch.equal(p, before[name]) for name, p in small.named_parameters())
+
+
+def test_one_row_is_enough_to_validate_on(small, tmp_path):
+    train, validation = text(11).split(1)
+    assert heal(small, train, validation, work=tmp_path).tokens == 2 * 4 * 32  # whole steps only
+
+
+def test_slim_is_exact_after_healing(small, ids, tmp_path):
+    train, validation = text(20).split(4)
+    heal(small, train, validation, work=tmp_path, freeze="right")
+    expected = small(ids).logits
+    torch.testing.assert_close(slim(small).model(ids).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_is_followed(ids, tmp_path):
+    """What the student says comes nearer to the teacher, whatever the text is."""
+    teacher, model = llama(tie_word_embeddings=False), llama(tie_word_embeddings=False)
+    with torch.no_grad():
+        for one in (teacher, model):
+            one.lm_head.weight.mul_(30)  # a model at random has no opinions, and its MLPs hardly any say
+            for layer in one.model.layers:
+                layer.mlp.down_proj.weight.mul_(30)
+    compress(model, KronyConfig("keep=0.5", init="van-loan"))
+    noise = Rows(ids.flatten().repeat(8).numpy(), 32)
+    train, validation = noise.split(4)
+    recipe = replace(TINY, learning_rate=1e-3)
+
+    @torch.no_grad()
+    def apart() -> float:
+        return divergence(model(ids).logits, teacher(ids).logits).item()
+
+    before = apart()
+    heal(model, train, validation, work=tmp_path, recipe=recipe, teacher=teacher)
+    assert apart() < 0.7 * before
+
+
+def test_the_papers_recipes(small, tmp_path, monkeypatch):
+    """Section 4.1: 120 sequences of 1024 a step as 5 times 24, cosine from 6e-5 to 6e-6; then 320 at 6e-6."""
+    rows = Rows(np.zeros(640 * 1024, dtype=np.uint16), 1024)
+    made = training._arguments(small, rows, RECIPES["paper"], tmp_path, HealOptions(device="cpu"))
+    assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (24, 5)
+    assert made.max_steps == 15 and made.lr_scheduler_kwargs == {"min_lr": 6e-6} and made.max_grad_norm == 1.0
+    made = training._arguments(small, rows, RECIPES["paper-final"], tmp_path, HealOptions(device="cpu"))
+    assert made.per_device_train_batch_size * made.gradient_accumulation_steps == 320
+    assert made.lr_scheduler_type == "constant_with_warmup" and made.warmup_steps == 0 and made.learning_rate == 6e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"device": "cuda:1"}, "device is 'cuda:1': healing takes cpu or cuda"),
+        ({"freeze": "left"}, "'left' is unknown: it is one of none, right, inherited"),
+        ({"recipe": replace(TINY, hidden=1.0), "teacher": llama(num_hidden_layers=2)}, "the teacher has 2 layers of"),
+        ({"recipe": replace(TINY, sequences=99)}, "one step of this recipe takes 99"),
+        ({"validation": Rows(np.zeros(0), 32)}, "no row to validate on"),
+        ({"train": Rows(np.zeros(5000, dtype=np.uint16), 80)}, "rows of 80 tokens: the model takes 64"),
+        ({"resume": True}, "holds no checkpoint: there is nothing to resume"),
+        ({"teacher": gpt2(vocab_size=300)}, "the teacher knows 300 tokens and the model 257"),
+    ],
+)
+def test_mistakes(small, tmp_path, changes, words):
+    train, validation = text(20).split(4)
+    options = {"train": train, "validation": validation, "recipe": TINY, "work": tmp_path} | changes
+    with pytest.raises(KronyError, match=words):
+        heal(small, **options)
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch", "at_once", "times"), [(1, 24, 24, 5), (2, 24, 20, 3), (8, 24, 15, 1), (1, 7, 6, 20)]
+)
+def test_any_number_of_processes_shares_a_step(small, tmp_path, monkeypatch, processes, batch, at_once, times):
+    monkeypatch.setattr(training.distributed, "count", lambda: processes)
+    rows = Rows(np.zeros(120 * 32, dtype=np.uint16), 32)
+    recipe = replace(RECIPES["paper"], batch=batch)
+    made = training._arguments(small, rows, recipe, tmp_path, HealOptions(device="cpu"))
+    assert (made.per_device_train_batch_size, made.gradient_accumulation_steps) == (at_once, times)
+    monkeypatch.setattr(training.distributed, "count", lambda: 7)
+    with pytest.raises(KronyError, match="120 sequences per step can't be shared by 7 processes"):
+        training.check_run(small, Rows(np.zeros(120 * 32), 32), rows, recipe=recipe, teacher=None, options=DEFAULTS)
+
+
+def test_a_dense_model_has_no_factors_to_train_alone(tmp_path):
+    train, validation = text(20).split(4)
+    with pytest.raises(KronyError, match="leaves a dense model nothing to train"):
+        heal(llama(), train, validation, work=tmp_path, freeze="inherited")
+    assert heal(llama(), train, validation, work=tmp_path).loss_after > 0  # the control
+
+
+def test_a_loss_that_is_no_number_stops_it(small, tmp_path):
+    train, validation = text(60).split(4)
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    with pytest.raises(KronyError, match=r"loss is nan at step .*: lower the learning rate; .*checkpoint-\d+, the"):
+        heal(small, train, validation, work=tmp_path, recipe=replace(TINY, learning_rate=1e30, warm_up=0))
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+
+
+def curve_of(tmp_path, name, **options):
+    """The losses and the end of a run in float64."""
+    model = gpt2().double()
+    compress(model, KronyConfig("keep=0.5", init="van-loan"))
+    report = heal(model, *text(20).split(4), work=tmp_path / name, device="cpu", **options)
+    return report.curve, list(model.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, monkeypatch):
+    from torch.utils import checkpoint
+
+    ran, original = [], checkpoint.checkpoint
+
+    def counted(*args, **options):
+        ran.append(1)
+        return original(*args, **options)
+
+    plain, expected = curve_of(tmp_path, "plain")
+    monkeypatch.setattr(checkpoint, "checkpoint", counted)
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", counted)
+    curve, parameters = curve_of(tmp_path, "checkpointed", gradient_checkpointing=True)
+    assert ran and np.allclose(curve, plain, rtol=1e-6, atol=0)
+    for one, other in zip(expected, parameters, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_compiled_it_learns_the_same(tmp_path):
+    plain, _ = curve_of(tmp_path, "plain")
+    curve, _ = curve_of(tmp_path, "compiled", compile=True)
+    assert np.allclose(curve, plain, rtol=1e-5, atol=0)
+
+
+WORKER = """
+import pathlib, sys, time, torch
+sys.path.insert(0, {tests!r})
+from krony import KronyConfig, compress
+from krony.healing import training, validation
+from krony.runtime import distributed
+from krony.runtime.signals import interruptible
+from healing_runs import TINY, heal, text
+from small_models import gpt2
+training.fast_dtype = validation.fast_dtype = lambda _: torch.float32
+device = distributed.init()
+model = gpt2(attn_pdrop=0.1).to({dtype})
+compress(model, KronyConfig("keep=0.5", init="van-loan"))
+work = pathlib.Path({work!r})
+
+def watch(done, *_):
+    if done == {stop_at}:  # the signal comes in the middle of this step
+        (work / f"step-{{done}}").touch()
+        time.sleep(2)
+
+with interruptible(lambda: "stopped"):
+    options = {{"device": "cpu", "resume": {resume}, "progress": watch}}
+    report = heal(model, *text({rows}).split(5), work=work, **options)
+if distributed.is_first():
+    torch.save((report.curve, list(model.state_dict().values()), report.validation), {out!r})
+"""
+
+
+def start(tmp_path, name, *, processes=1, rows=40, resume=False, work=None, dtype="torch.float32", stop_at=None):
+    script, out = tmp_path / f"{name}.py", tmp_path / f"{name}.pt"
+    work = str(work or tmp_path / f"{name}.work")
+    filled = {"rows": rows, "work": work, "resume": resume, "out": str(out), "dtype": dtype, "stop_at": stop_at}
+    script.write_text(WORKER.format(tests=TESTS, **filled))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, str(script)], stderr=subprocess.PIPE), out
+
+
+def finish(process, out):
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()[-2000:]
+    return torch.load(out)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("torch.float64", 1e-9), ("torch.float32", 1e-5)])
+def test_two_processes_are_one_with_twice_the_accumulation(tmp_path, dtype, tolerance):
+    alone, whole, losses = finish(*start(tmp_path, "one", rows=41, dtype=dtype))
+    shared, halves, their_losses = finish(*start(tmp_path, "two", rows=41, processes=2, dtype=dtype))
+    assert [tokens for tokens, _ in alone] == [tokens for tokens, _ in shared]
+    assert [loss for _, loss in alone] == pytest.approx([loss for _, loss in shared], rel=max(tolerance, 1e-6))
+    # five rows: neither process can have as many as the other, and none may count twice
+    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in their_losses], rel=max(tolerance, 1e-7))
+    for a, b in zip(whole, halves, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=100 * tolerance)
+
+
+def test_shards_are_refused(small, tmp_path, monkeypatch):
+    """accelerate would quietly run without them on processors."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(KronyError, match=r"shares rows among processes, not weights: launch without FSDP"):
+        heal(small, *text(20).split(4), work=tmp_path)
+
+
+LONG = 301  # rows: 74 steps, with a checkpoint after every seventh
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory):
+    """Curve, weights and validation losses of a run that nothing stops."""
+    return finish(*start(tmp_path_factory.mktemp("unstopped"), "complete", rows=LONG))
+
+
+def stopped_at_ten(tmp_path, name, processes=1) -> tuple[int, str]:
+    """Sends a signal in the middle of the tenth step, and returns the exit code and what was printed."""
+    work = tmp_path / "stopped.work"
+    process, _ = start(tmp_path, "stopped", rows=LONG, work=work, processes=processes, stop_at=10)
+    while not (work / "step-10").exists():
+        assert process.poll() is None, process.communicate()[1].decode()[-2000:]
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, name))  # torchrun hands SIGTERM on to all of its processes
+    _, errors = process.communicate()
+    assert sorted(path.name for path in work.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-7"], errors.decode()
+    return process.returncode, errors.decode()
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_leaves_a_checkpoint_of_that_step(tmp_path, name, code, unstopped):
+    """Between two checkpoints of the schedule; resumed, the run ends with the weights of one that nothing stopped."""
+    returned, said = stopped_at_ten(tmp_path, name)
+    assert returned == code, said
+    if name == "SIGTERM":
+        _, expected, losses = unstopped
+        work = tmp_path / "stopped.work"
+        _, resumed, their_losses = finish(*start(tmp_path, "resumed", rows=LONG, work=work, resume=True))
+        assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True))
+        assert losses == their_losses
+
+
+def test_a_signal_stops_all_processes_after_the_same_step(tmp_path):
+    stopped_at_ten(tmp_path, "SIGTERM", processes=2)
+
+
+def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, unstopped):
+    """SIGKILL somewhere after the first checkpoint; bit for bit."""
+    curve, expected, losses = unstopped
+    work = tmp_path / "killed.work"
+    process, _ = start(tmp_path, "killed", rows=LONG, work=work)
+    while not list(work.glob("checkpoint-*/trainer_state.json")) and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(float(np.random.default_rng(os.getpid()).uniform(0, 1)))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    again, resumed, their_losses = finish(*start(tmp_path, "resumed", rows=LONG, work=work, resume=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True))
+    assert again == curve and losses == their_losses

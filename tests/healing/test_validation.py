@@ -1,0 +1,66 @@
+"""The validation loss: every token once, in any number of processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from krony.data.rows import Rows
+from krony.healing import validation
+from krony.healing.validation import validation_loss
+from small_models import gpt2
+
+TESTS = str(Path(__file__).parents[1])
+
+
+def rows(count: int) -> Rows:
+    generator = np.random.default_rng(0)
+    return Rows(generator.integers(0, 256, count * 32).astype(np.uint16), 32)
+
+
+@torch.no_grad()
+def by_hand(model, some: Rows) -> float:
+    """Over all predicted tokens of all rows at once."""
+    ids = torch.stack([some[index]["input_ids"] for index in range(len(some))])
+    logits = model(ids).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 100])
+def test_a_smaller_last_batch_counts_for_less(monkeypatch, batch):
+    monkeypatch.setattr(validation, "fast_dtype", lambda _: torch.float32)
+    model = gpt2().double()
+    assert validation_loss(model, rows(5), batch=batch) == pytest.approx(by_hand(model, rows(5)), rel=1e-6)
+
+
+WORKER = """
+import sys, torch
+sys.path[:0] = [{tests!r}, {tests!r} + "/healing"]
+from krony.healing import validation
+from krony.runtime import distributed
+from small_models import gpt2
+from test_validation import rows
+distributed.init()
+validation.fast_dtype = lambda _: torch.float32
+model = gpt2().double()
+found = [validation.validation_loss(model, rows(count), batch=batch) for count in (1, 4, 5) for batch in (1, 2)]
+torch.save(found, f"{out}-{{torch.distributed.get_rank()}}.pt")
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_finds_the_same(tmp_path, monkeypatch, processes):
+    """One row is fewer than processes, five don't divide."""
+    monkeypatch.setattr(validation, "fast_dtype", lambda _: torch.float32)
+    script, out = tmp_path / "worker.py", tmp_path / "found"
+    script.write_text(WORKER.format(tests=TESTS, out=out))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    subprocess.run([sys.executable, *launcher, str(script)], check=True, capture_output=True)
+    model = gpt2().double()
+    expected = [by_hand(model, rows(count)) for count in (1, 4, 5) for _ in (1, 2)]
+    for rank in range(processes):
+        assert torch.load(f"{out}-{rank}.pt") == pytest.approx(expected, rel=1e-6)
