@@ -91,6 +91,44 @@ def test_only_init_knows_the_names_of_initialisations():
                 assert not words & set(INITIALISATIONS), f"{path.relative_to(ROOT)}, line {node.lineno}"
 
 
+# Read in their order everywhere, like a tensor's dimensions; and KronyConfig("81M").
+POSITIONAL = {"KronShape", "KronyConfig", "Target", "Factors", "Moments", "Site"}
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)]
+
+
+def test_functions_are_short():
+    """At most 60 lines, the docstring and a verb's declared options apart."""
+    for path in modules():
+        for function in functions(path):
+            first = function.body[0]
+            docstring = ast.get_docstring(function) is not None
+            start = first.end_lineno if docstring else first.lineno - 1
+            assert function.end_lineno - start <= 60, f"{path.relative_to(ROOT)}: {function.name}"
+
+
+def test_library_functions_take_few_arguments():
+    """At most nine; a verb of the command line declares its options as arguments."""
+    for path in modules():
+        for function in functions(path) if place(path) != "cli" else ():
+            arguments = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
+            count = len([name for name in arguments if name not in ("self", "cls")])
+            assert count <= 9, f"{path.relative_to(ROOT)}: {function.name} takes {count}"
+
+
+def test_large_records_take_keywords():
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ClassDef) or node.name in POSITIONAL:
+                continue
+            marks = [ast.unparse(mark) for mark in node.decorator_list]
+            fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
+            if any(mark.startswith("dataclass") for mark in marks) and len(fields) > 3:
+                assert any("kw_only=True" in mark for mark in marks), f"{path.relative_to(ROOT)}: {node.name}"
+
+
 def test_import_is_light():
     code = "import krony, sys; print([m for m in ('torch', 'transformers', 'datasets', 'rich') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

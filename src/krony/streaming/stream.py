@@ -65,15 +65,7 @@ def run(
             which the same call resumes.
     """
     start = time.perf_counter()
-    config = stream.config
-    if stream.reads != (calibration is not None):
-        raise KronyError(
-            f"init {config.init} needs calibration text: pass calibration="
-            if stream.reads
-            else "calibration text is given, and the plan was made without it: prepare(…, reads=True)"
-        )
-    if calibration is not None:
-        check_ids(calibration, stream.source)
+    _check_text(stream, calibration)
     journal = Journal(out, _key(stream, calibration, shard_size))
     journal.open()
     try:
@@ -89,20 +81,7 @@ def run(
         for unit, made in _work(stream, journal, shards, calibration, device, progress):
             shards.sync()
             journal.note({"unit": unit, "layers": [report.to_json() for report in made]})
-        reports = [LayerReport.from_json(one) for line in journal.done for one in line["layers"]]
-        order = {site.name: n for n, site in enumerate(s for g in stream.settled.groups for s in g.sites)}
-        reports.sort(key=lambda report: order[report.name])
-        vars(stream.target.config).pop("quantization_config", None)  # of an earlier run of this plan
-        quantizer.attach_quantizer(stream.target, made_with(config, calibration))
-        report = CompressionReport(
-            scheme=config.scheme,
-            init=config.init,
-            params_before=stream.settled.params_before,
-            params_after=stream.settled.params_after,
-            seconds=time.perf_counter() - start,
-            layers=reports,
-            made_with=stream.target.config.quantization_config.made_with,
-        )
+        report = _report(stream, journal, calibration, start)
         _describe(stream, folder)
         finish(folder, report)
         journal.publish(folder)
@@ -113,6 +92,34 @@ def run(
     except BaseException:
         journal.remove()
         raise
+
+
+def _check_text(stream: Stream, calibration: Tensor | None) -> None:
+    """Raises KronyError unless there is calibration text just where the plan reads some, and the model takes it."""
+    if stream.reads and calibration is None:
+        raise KronyError(f"init {stream.config.init} needs calibration text: pass calibration=")
+    if calibration is not None and not stream.reads:
+        raise KronyError("calibration text is given, and the plan was made without it: prepare(…, reads=True)")
+    if calibration is not None:
+        check_ids(calibration, stream.source)
+
+
+def _report(stream: Stream, journal: Journal, calibration: Tensor | None, start: float) -> CompressionReport:
+    """The report of all units, in the order of the model; the target's config gets what ``save_pretrained`` needs."""
+    layers = [LayerReport.from_json(one) for line in journal.done for one in line["layers"]]
+    order = {site.name: n for n, site in enumerate(s for g in stream.settled.groups for s in g.sites)}
+    layers.sort(key=lambda layer: order[layer.name])
+    vars(stream.target.config).pop("quantization_config", None)  # of an earlier run of this plan
+    quantizer.attach_quantizer(stream.target, made_with(stream.config, calibration))
+    return CompressionReport(
+        scheme=stream.config.scheme,
+        init=stream.config.init,
+        params_before=stream.settled.params_before,
+        params_after=stream.settled.params_after,
+        seconds=time.perf_counter() - start,
+        layers=layers,
+        made_with=stream.target.config.quantization_config.made_with,
+    )
 
 
 def _work(
