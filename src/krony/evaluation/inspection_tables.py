@@ -40,12 +40,12 @@ def picture(views: Sequence[LayerView]) -> str:
     """The error of every matrix by layer, or the norm if there is no base: one curve per kind of matrix, as SVG."""
     has_base = any(v.error is not None for v in views)
     values = [(v.name, v.frobenius if v.error is None else v.error) for v in views]
+    worst = max(values, key=lambda pair: pair[1])
     if has_base:
-        worst = max(values, key=lambda pair: pair[1])
         middle = statistics.median(value for _, value in values)
         title = f"Relative error: median {middle:.3f}, largest {worst[1]:.3f} in {worst[0]} (less is better)"
     else:
-        title = "Frobenius norm of every matrix"
+        title = f"Frobenius norm of every matrix: largest {worst[1]:,.4g} in {worst[0]}"
     axis = "relative error, Frobenius norm" if has_base else "Frobenius norm"
     return lines(by_layer(values), title=title, x="layer", y=axis)
 
