@@ -88,6 +88,7 @@ def test_a_model_that_nothing_improves_is_left_as_it_was(small, tmp_path, dtype)
     assert not report.improved and report.loss_trained > report.loss_before == report.loss_after
     assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
     assert not small.training and all(p.requires_grad and p.dtype == dtype for p in small.parameters())
+    assert not {"forward", "_is_accelerate_prepared"} & set(vars(small)) and small.config.use_cache
     kept = heal(small, train, noise(), work=tmp_path / "b", recipe=reckless, freeze="none", keep_anyway=True)
     assert not kept.improved and kept.loss_after == kept.loss_trained == report.loss_trained
     assert not any(torch.equal(p, before[name]) for name, p in small.named_parameters())

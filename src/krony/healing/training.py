@@ -9,6 +9,8 @@ import math
 import os
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +94,7 @@ def train_on_rows(
         hold_to_settings(work, settings, resume=options.resume)
         save_start(model, work)
         try:
-            with full_precision(model):
+            with full_precision(model), _nothing_left_on(model):
                 trainer = HealingTrainer(
                     recipe,
                     teacher,
@@ -170,11 +172,26 @@ def _run(trainer: HealingTrainer, last: str | None, work: Path, progress: Progre
     with loggers(work) as logs, deferred() as stop:
         for callback in (ShowProgress(progress, tokens_per_step), StopAtBadLoss(), SaveAtSignal(stop), *logs):
             trainer.add_callback(callback)
-        try:
-            trainer.train(resume_from_checkpoint=last)
-            return float(trainer.evaluate()["eval_loss"])
-        finally:  # removes accelerate's autocast from the model
-            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        trainer.train(resume_from_checkpoint=last)
+        return float(trainer.evaluate()["eval_loss"])
+
+
+@contextmanager
+def _nothing_left_on(model: PreTrainedModel) -> Iterator[None]:
+    """Removes what Trainer and accelerate leave on a model: the forward with autocast, the mark that the model is
+    prepared (a second run would take it for wrapped), and a config without cache.
+    """
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
+        if use_cache is not None:
+            model.config.use_cache = use_cache
 
 
 def _report(state: TrainerState, tokens_per_step: int, loss: float, seconds: float) -> HealReport:
