@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import krony
 import krony.compression.model_card
 from krony import KronyConfig, KronyError
-from krony.cli import main
+from krony.cli.app import main
 from krony.models.loading import load_config, load_model
 from krony.storage.files import fresh_folder
 from small_models import gpt2

@@ -67,7 +67,7 @@ def workplace(tmp_path, monkeypatch, tokenizer):
 
 def run(command: str, monkeypatch, capsys) -> None:
     """The command, as the shell would start it, with small numbers."""
-    from krony.cli import main
+    from krony.cli.app import main
 
     arguments = shlex.split(command)
     for option, value in SMALL.items():
@@ -185,7 +185,7 @@ def test_the_table_of_gpt2_is_what_schemes_prints():
 
 
 def test_the_table_of_verbs_is_complete():
-    from krony.cli import app
+    from krony.cli.app import app
 
     verbs = [command.name for command in app.registered_commands] + [group.name for group in app.registered_groups]
     shown = re.findall(r"^\| `krony (\w+)", README, re.MULTILINE)

@@ -70,7 +70,7 @@ def test_neuron_selection_beats_the_papers_starts_by_far(tokenizer):
 def test_the_name_works_on_the_command_line(tmp_path, monkeypatch, capsys):
     import sys
 
-    from krony.cli import main
+    from krony.cli.app import main
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["krony", *map(str, arguments)])

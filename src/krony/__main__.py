@@ -8,7 +8,7 @@ import sys
 def start() -> None:
     """The entry point of the ``krony`` command."""
     try:
-        from krony.cli import main
+        from krony.cli.app import main
 
         main()
     except KeyboardInterrupt:

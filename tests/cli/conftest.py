@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from krony.cli import main
+from krony.cli.app import main
 
 
 @dataclass

@@ -228,7 +228,7 @@ def test_others_of_a_folder_that_is_being_filled(file, documents, tokenizer, tmp
 
 COMMAND = """
 import sys, time
-from krony.cli import main
+from krony.cli.app import main
 from krony.data import prepare as preparation
 preparation.BATCH = 4
 ids = preparation._ids

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import krony
-from krony.cli import main
+from krony.cli.app import main
 from krony.models.surgery import count_parameters, kronecker_layers
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

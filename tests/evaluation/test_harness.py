@@ -68,7 +68,7 @@ def test_lambada_has_the_accuracy_of_krony_eval(kind, task):
 
 @needs_harness
 def test_on_the_command_line(task, tmp_path, gpt2_folder, monkeypatch, capsys):
-    from krony.cli import main
+    from krony.cli.app import main
 
     def run(*options):
         monkeypatch.setattr(sys, "argv", ["krony", "eval", str(gpt2_folder), *map(str, options)])
@@ -129,7 +129,7 @@ def test_without_the_harness(tokenizer, monkeypatch):
 
 
 def test_counts_of_parameters(gpt2_folder, monkeypatch, capsys):
-    from krony.cli import main
+    from krony.cli.app import main
 
     file = gpt2_folder.parent / "text.txt"
     file.write_text("some words to predict")

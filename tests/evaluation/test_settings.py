@@ -35,6 +35,6 @@ def test_numbers_of_a_sweep():
 
 
 def test_the_command_line_needs_no_torch_to_show_its_help():
-    code = "import krony.cli, sys; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    code = "import krony.cli.app, sys; print([m for m in ('torch', 'transformers', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -76,7 +76,7 @@ def write(folder, file, **values):
 )
 def test_what_can_be_read_and_not_saved_is_known_before_the_work(folder, file, values, tmp_path, monkeypatch, capsys):
     """Either OUT is written, or one sentence stands there before anything was computed."""
-    from krony.cli import main
+    from krony.cli.app import main
     from krony.compression import compress as module
 
     worked = []

@@ -215,7 +215,7 @@ def test_models_that_the_layout_cannot_hold(tmp_path):
 def test_on_the_command_line(tmp_path, monkeypatch, capsys):
     import sys
 
-    from krony.cli import main
+    from krony.cli.app import main
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["krony", *map(str, arguments)])

@@ -10,7 +10,7 @@ import pytest
 
 import krony
 from data_folder import DATA, needs_data
-from krony.cli import main
+from krony.cli.app import main
 from krony.evaluation.perplexity import evaluate
 from krony.models.surgery import count_parameters
 from krony.reproduce.budgets import BUDGETS

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import krony
 from krony import KronyConfig, KronyError, compress
-from krony.cli import main
+from krony.cli.app import main
 from krony.models.loading import load_model
 from krony.models.source import ModelSource
 from krony.storage.locks import working_in
