@@ -64,12 +64,12 @@ REFUSED = {
     ),
     "Mixtral": (
         ("MixtralConfig", LLAMA_LIKE | {"num_local_experts": 4}),
-        r"model\.layers\.0\.mlp\.experts keeps the matrices of all its experts in one tensor \(gate_up_proj\)",
+        r"model\.layers\.0\.mlp\.experts holds the matrices of all its experts in one tensor \(gate_up_proj\)",
         "o_proj",
     ),
     "Qwen3-MoE": (
         ("Qwen3MoeConfig", LLAMA_LIKE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}),
-        r"model\.layers\.0\.mlp\.experts keeps the matrices of all its experts in one tensor \(gate_up_proj\)",
+        r"model\.layers\.0\.mlp\.experts holds the matrices of all its experts in one tensor \(gate_up_proj\)",
         "o_proj",
     ),
 }

@@ -44,5 +44,5 @@ def test_a_curve_that_is_not_convex_is_taken_by_its_hull():
 
 
 def test_a_budget_that_is_too_small():
-    with pytest.raises(KronyError, match="a budget of 7 neurons for 2 layers: at least 4 a layer are needed"):
+    with pytest.raises(KronyError, match="a budget of 7 neurons for 2 layers: at least 4 per layer are needed"):
         allocate_widths([torch.arange(61.0)] * 2, 4, 7)

@@ -178,7 +178,7 @@ def test_one_that_is_stopped_while_it_is_kept_leaves_nothing(model, ids, tmp_pat
 
 def test_a_cache_that_is_a_file(model, ids, tmp_path):
     (tmp_path / "cache").write_text("")
-    with pytest.raises(KronyError, match="the calibration can't be kept there"):
+    with pytest.raises(KronyError, match="the calibration can't be stored there"):
         list(Calibration(model, find_groups(model), ids, cache=tmp_path / "cache"))
 
 

@@ -34,7 +34,7 @@ def test_an_mlp_that_can_not_be_run_by_itself(family, ids):
         vocab_size=257, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, **sizes
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(KronyError, match="is more than an MLP: leave it out"):
+    with pytest.raises(KronyError, match="is more than an MLP: leave reconstruct out"):
         compress(model, KronyConfig("keep=0.5", reconstruct=2), calibration=ids)
 
 

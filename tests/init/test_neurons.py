@@ -188,9 +188,9 @@ def test_a_layer_that_is_always_silent(ids):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"scheme": "96x24"}, "keeps whole neurons, and a left factor of 96x24 splits them"),
-        ({"scheme": "96x24", "allocation": "global"}, "keeps whole neurons, and a left factor of 96x24 splits them"),
-        ({"scheme": "keep=0.5", "modules": "c_fc"}, "needs whole MLPs"),
+        ({"scheme": "96x24"}, "keeps complete neurons, and a left factor of 96x24 splits them"),
+        ({"scheme": "96x24", "allocation": "global"}, "keeps complete neurons, and a left factor of 96x24 splits them"),
+        ({"scheme": "keep=0.5", "modules": "c_fc"}, "needs complete MLPs"),
         ({"scheme": "keep=0.5", "calibration": None}, "needs calibration text"),
         ({"scheme": "keep=0.5", "calibration": ["some text"]}, "tokenizer= is needed"),
         ({"scheme": "keep=0.5", "calibration": torch.zeros(3)}, r"takes token ids of shape \(sequences, length\)"),

@@ -69,5 +69,5 @@ def test_matrices_of_zeros():
 
 def test_single_layers_are_refused():
     model = BUILDERS["gpt2"]()
-    with pytest.raises(krony.KronyError, match=r"c_attn: init permuted needs whole MLPs"):
+    with pytest.raises(krony.KronyError, match=r"c_attn: init permuted needs complete MLPs"):
         krony.compress(model, krony.KronyConfig("72x48", init="permuted", modules="c_attn"))

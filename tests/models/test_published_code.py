@@ -232,7 +232,7 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys):
     code, said = run("import", tmp_path / "a.pt", tmp_path / "b", "--like", tmp_path / "dense", "--activation", "gelu")
     assert code == 0 and "2 layers of scheme 96x48" in said.out and "without a tokenizer" in said.out
     assert krony.load_model(str(tmp_path / "b")).config.activation_function == "gelu"
-    for out, words in ((tmp_path / "c", "OUT ends in .pt"), (tmp_path / "a.pt", "is there already")):
+    for out, words in ((tmp_path / "c", "OUT ends in .pt"), (tmp_path / "a.pt", "exists already")):
         code, said = run("export", tmp_path / "a", out, "--to", "reference")
         assert code == 2 and words in said.err
     code, said = run("import", tmp_path / "a.pt", tmp_path / "d")

@@ -1,4 +1,4 @@
-"""``krony export``: a compressed model becomes one that loads without krony."""
+"""``krony export``: writes a compressed model as one that loads without krony."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(
         typer.Option(
             "--to",
             help="dense: factors multiplied out, the original's size; slim: a smaller hidden width; reference: the "
-            "published code's layout, OUT is then a .pt file.",
+            "published code's layout in a .pt file.",
         ),
     ] = "dense",
     multiple_of: Annotated[
@@ -31,7 +31,7 @@ def run(
     """Write MODEL to OUT as a plain Hugging Face model that needs no krony."""
     words = Output(json_to, out)
     if multiple_of is not None and to != "slim":
-        raise KronyError(f"--multiple-of works with --to slim, and this is --to {to}: leave it out")
+        raise KronyError(f"--multiple-of works with --to slim, and this is --to {to}: leave out --multiple-of")
     if to == "reference":
         _reference(words, model, out)
         return
@@ -57,19 +57,20 @@ def run(
         save(plain, folder, source=model)
     figures["params_after"] = count_parameters(plain)
     words.say(
-        f"{model} -> {out}: {figures['params_before']:,} -> {figures['params_after']:,} parameters, no krony needed"
+        f"{model} -> {out}: {figures['params_before']:,} -> {figures['params_after']:,} parameters, loads without krony"
     )
     if to == "slim":
-        padded = f", {figures['padding']:,} of them zeros for layers that kept fewer" if figures["padding"] else ""
+        padded = f", {figures['padding']:,} zero parameters pad narrower layers" if figures["padding"] else ""
         words.say(f"hidden width {figures['width']}{padded}")
     words.json(figures)
 
 
 def _reference(words: Output, model: str, out: Path) -> None:
+    """Writes the model as a checkpoint of the published code. Raises KronyError unless OUT is a new .pt file."""
     if out.suffix != ".pt":
         raise KronyError(f"{out}: --to reference writes one file, so OUT ends in .pt")
     if out.exists():
-        raise KronyError(f"{out} is there already: name a new file")
+        raise KronyError(f"{out} exists already: name a new file")
     from krony.models.loading import load_model
     from krony.models.published_code import to_reference, write_reference
     from krony.models.surgery import count_parameters

@@ -24,37 +24,41 @@ if TYPE_CHECKING:
     from krony.healing.report import HealReport
 
 
+Data = Annotated[
+    str, typer.Option(metavar="TEXT", help="A text or jsonl file, a .bin, python-docs, or a set on the hub.")
+]
+Validation = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Text that chooses the best state; python-docs is its held-out part.",
+        show_default="documents held out of --data",
+    ),
+]
+RecipeName = Annotated[str, typer.Option(help="quick, or the paper's: paper, paper-small (4 epochs), paper-final.")]
+RecipeChanges = Annotated[dict, Changes(Recipe, leave_out=("final_rate", "evaluations", "patience"))]
+Teacher = Annotated[str | None, typer.Option(metavar="MODEL", help="The original: learn to predict as it does.")]
+Control = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The original: train it too, on the same text, to compare with.")
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Take the first N tokens of --data, and of --val at most a tenth."),
+]
+
+
 @expand
 def run(
     model: Model,
     out: Out,
     *,
-    data: Annotated[
-        str, typer.Option(metavar="TEXT", help="A text or jsonl file, a .bin, python-docs, or a set on the hub.")
-    ],
-    val: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Text that chooses the best state; python-docs is its held-out part.",
-            show_default="documents held out of --data",
-        ),
-    ] = None,
-    recipe: Annotated[
-        str, typer.Option(help="quick, or the paper's: paper, paper-small (4 epochs), paper-final.")
-    ] = "quick",
-    teacher: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The original: learn to predict as it does.")
-    ] = None,
-    control: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="The original: train it too, on the same text, to compare with."),
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Take the first N tokens of --data, and of --val at most a tenth."),
-    ] = None,
-    changes: Annotated[dict, Changes(Recipe, leave_out=("final_rate", "evaluations", "patience"))],
+    data: Data,
+    val: Validation = None,
+    recipe: RecipeName = "quick",
+    teacher: Teacher = None,
+    control: Control = None,
+    max_tokens: MaxTokens = None,
+    changes: RecipeChanges,
     options: HealOptions,
     dtype: Dtype = "auto",
     json_to: Json = None,

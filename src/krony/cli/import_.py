@@ -1,4 +1,4 @@
-"""``krony import``: a checkpoint of the published code becomes a compressed model."""
+"""``krony import``: writes a checkpoint of the published code as a compressed model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def run(
     ],
     out: Out,
     like: Annotated[
-        str, typer.Option(metavar="MODEL", help="The GPT-2 that was compressed: its heads and its tokenizer.")
+        str, typer.Option(metavar="MODEL", help="The GPT-2 that was compressed; gives heads and tokenizer.")
     ] = "gpt2",
     activation: Annotated[
-        str, typer.Option(help="gelu_new: GPT-2's, with which they measure; gelu: erf, with which they train.")
+        str, typer.Option(help="gelu_new: GPT-2's, used in the paper's evaluation; gelu: erf, used in its training.")
     ] = "gelu_new",
     json_to: Json = None,
 ) -> None:
@@ -41,5 +41,5 @@ def run(
     params = count_parameters(model)
     to.say(f"{file} -> {out}: {model.config.n_layer} layers of scheme {shape}, {params:,} parameters, {activation}")
     if not has_tokenizer:
-        to.say(f"without a tokenizer: {like} has none that can be had here; copy GPT-2's into {out}")
+        to.say(f"without a tokenizer: none of {like} can be read here, so copy GPT-2's into {out}")
     to.json({"file": str(file), "out": str(out), "scheme": str(shape), "params": params, "activation": activation})

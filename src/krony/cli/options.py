@@ -1,4 +1,4 @@
-"""Options that several verbs share, so that they are named and explained alike everywhere."""
+"""Options that several verbs share, so that their names and help texts are the same everywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What verbs print: tables and sentences for people, JSON for programs, progress on stderr."""
+"""The output of verbs: tables and sentences for people, JSON for programs, progress on stderr."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from krony.storage.paths import printable
 
 
 def quiet_libraries() -> None:
-    """Keeps transformers' and datasets' own bars and advice off the terminal: krony reports what matters itself.
+    """Turns off the progress bars and log messages of transformers, datasets and huggingface_hub.
 
     krony's own warnings become one line each.
     """
@@ -33,18 +33,20 @@ def quiet_libraries() -> None:
 
 
 def complain(sentence: str, *, kind: str = "error", style: str = "red") -> None:
-    """Prints a user's mistake or a warning on stderr, if there is still a terminal to print it to."""
+    """Prints an error or a warning on stderr; does nothing if the terminal is gone."""
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with suppress(OSError):  # after SIGHUP there may be none
+    with suppress(OSError):  # after SIGHUP there may be no terminal
         console.print(f"{kind}:", escaped(sentence), style=style, markup=False)
 
 
 def escaped(text: str) -> str:
-    """The text without what a terminal would act on: names in files may hold control characters.
+    """The text with control characters escaped, which names in files may hold; line breaks and tabs stay.
 
-    Line breaks and tabs stay.
+    Examples:
+        >>> print(escaped("a\\x1b[31m b"))
+        a\\x1b[31m b
     """
     return "".join(part if part in "\n\t" else printable(part) for part in re.split(r"([\n\t])", text))
 
@@ -55,28 +57,33 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 
 
 class Output:
-    """Where a verb's words go: to stdout, or to stderr when stdout is for JSON alone."""
+    """Prints for a verb: to stdout, or to stderr if the JSON goes to stdout."""
 
     def __init__(self, json_to: str | None, out: Path | None = None) -> None:
-        """``out``: what the verb writes; figures may go into it."""
+        """Checks that the JSON file can be written. Raises KronyError if not.
+
+        Args:
+            json_to: value of ``--json``: a file, ``-`` for stdout, or None.
+            out: the folder that the verb writes; the JSON file may be inside it.
+        """
         from rich.console import Console
 
         from krony.storage.files import check_file
 
         if json_to is not None and json_to != "-":
-            check_file(Path(json_to), inside=out)  # not after hours of work
+            check_file(Path(json_to), inside=out)  # fails now, not after hours of work
         self.json_to = json_to
-        first = os.environ.get("RANK", "0") == "0"  # of many processes one speaks
+        first = os.environ.get("RANK", "0") == "0"  # only the first of several processes prints
         self.console = Console(stderr=json_to == "-", highlight=False, soft_wrap=True, quiet=not first)
         if not self.console.is_terminal:
-            self.console.width = 200  # a file or a pipe: nothing is cut off
+            self.console.width = 200  # in a file or a pipe nothing is cut off
 
     def say(self, sentence: str) -> None:
         """Prints a line."""
         self.console.print(escaped(sentence), markup=False)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Prints a table; the first column is text, the others figures."""
+        """Prints a table; the first column is text, aligned left, and the others are figures, aligned right."""
         from rich import box
         from rich.table import Table
         from rich.text import Text
@@ -89,7 +96,7 @@ class Output:
         self.console.print(table, soft_wrap=False)
 
     def json(self, payload: Any) -> None:
-        """Writes the figures where ``--json`` said."""
+        """Writes the figures to the destination of ``--json``, if it is given."""
         from krony.storage.files import write_json
 
         if self.json_to == "-":
@@ -99,7 +106,7 @@ class Output:
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
-        """A bar on stderr that lives as long as the block; nothing where stderr is no terminal."""
+        """Yields a callback that drives a bar on stderr in the block; without a terminal it shows nothing."""
         from rich.console import Console
         from rich.markup import escape
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

@@ -1,8 +1,8 @@
-"""One budget for all layers: give hidden neurons to the layers where they tell.
+"""Divides one budget of hidden neurons among all layers, so that the total cost is least.
 
-Neuron selection knows what dropping the next neurons of a layer costs. With tokens weighted by the residual stream's
-size the costs of different layers are in one unit, the share of the stream that is lost. Each layer's curve is replaced
-by its lower convex hull; then taking away units in the order of rising marginal cost is optimal.
+Neuron selection computes what dropping the next neurons of a layer costs. With the sensitivity of the loss to each
+layer's outputs, the costs of different layers are in one unit (proportional to nats per token). Each layer's cost curve
+is replaced by its lower convex hull; dropping units in the order of rising marginal cost is then optimal.
 """
 
 from __future__ import annotations
@@ -24,44 +24,54 @@ from krony.runtime.progress import Progress
 def allocate(
     model: nn.Module, settled: CompressionPlan, moments: Iterable[Moments | None], progress: Progress
 ) -> dict[str, KronShape]:
-    """The split of every matrix, by name; layers that stay dense are left out."""
+    """The split of every matrix, by name; layers that stay dense are left out.
+
+    With ``allocation="uniform"`` these are ``settled.shapes``. With ``"global"``, ``moments`` holds one record per
+    group. Raises KronyError if the budget has less than one portion per layer.
+    """
     groups, config, shapes = settled.groups, settled.config, settled.shapes
     if config.allocation == "uniform":
         return shapes
     first = shapes[groups[0].sites[0].name]  # (groups, width) ⊗ (r, 1), k factors
     width, unit = first.rows, portion(first.rows, config.multiple_of)
     curves, cost_curve = [], config.initialisation.cost_curve
-    assert cost_curve is not None  # ``plan`` refuses others
+    assert cost_curve is not None  # ``plan`` has refused initialisations without one
     for done, (group, known) in enumerate(zip(groups, moments, strict=True)):
         progress(done, len(groups), "allocation")
-        assert known is not None and known.hidden is not None  # of an MLP's down matrix there always are some
+        assert known is not None and known.hidden is not None  # ``plan`` has refused single layers
         weight, bias = take_out(model, group.sites[-1].name)
         curves.append(cost_curve(weight, bias, known, width - unit))
     kept = allocate_widths(curves, unit, first.m1 * first.factors * len(groups), config.max_width)
-    made = {}
+    allocated = {}
     for group, count in zip(groups, kept, strict=True):
         for site in group.sites if count < width else ():
-            made[site.name] = site.shape(f"{unit}x{first.columns}:{count // unit}")
-    return made
+            allocated[site.name] = site.shape(f"{unit}x{first.columns}:{count // unit}")
+    return allocated
 
 
 def allocate_widths(costs: Sequence[Tensor], unit: int, budget: int, max_width: int | None = None) -> list[int]:
-    """How many hidden neurons each layer keeps, multiples of ``unit``, that sum to at most ``budget``.
+    """The number of hidden neurons that each layer keeps: multiples of ``unit`` that sum to at most ``budget``.
 
     Args:
-        costs: a layer's cost when its n cheapest neurons are dropped, for n from 0 to its width less one unit,
+        costs: per layer, the cost of dropping its n cheapest neurons, for n from 0 to its width less one unit,
             ``(width - unit + 1,)``, rising.
-        unit: neurons are given in such portions; divides every width.
+        unit: neurons per portion; divides every width.
         budget: neurons of all layers together.
-        max_width: the most that a layer may keep.
+        max_width: the most neurons that a layer may keep.
 
     Raises:
-        KronyError: even one unit a layer is over the budget.
+        KronyError: one unit per layer exceeds the budget.
+
+    Examples:
+        >>> import torch
+        >>> cheap, expensive = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([0.0, 5.0, 10.0, 15.0])
+        >>> allocate_widths([cheap, expensive], unit=1, budget=5)
+        [1, 4]
     """
     widths = [len(cost) - 1 + unit for cost in costs]
     ceiling = [min(width, (max_width or width) // unit * unit) for width in widths]
     if len(costs) * unit > budget or min(ceiling) < unit:
-        raise KronyError(f"a budget of {budget} neurons for {len(costs)} layers: at least {unit} a layer are needed")
+        raise KronyError(f"a budget of {budget} neurons for {len(costs)} layers: at least {unit} per layer are needed")
     slopes = [_slopes(cost[::unit].tolist()) for cost in costs]  # marginal cost of each portion, rising
     kept = list(ceiling)
     heap = [(slopes[i][(widths[i] - kept[i]) // unit], i) for i in range(len(kept)) if kept[i] > unit]

@@ -1,4 +1,4 @@
-"""``krony.compress``: replace the chosen matrices of a model in place, and say what was lost."""
+"""``krony.compress``: replaces the chosen matrices of a model in place, and reports the errors."""
 
 from __future__ import annotations
 
@@ -61,8 +61,11 @@ def compress(
         config: what to replace and how.
         calibration: token ids ``(sequences, length)`` (``krony.calibration_set`` makes them), or texts.
         tokenizer: needed where ``calibration`` is texts.
-        cache: folder in which the second moments of the calibration text are kept and found again.
-        progress: called with the number done, the number of all, and what is being done.
+        cache: folder that stores the second moments of the calibration text, for later calls.
+        progress: called with the number of finished parts, the number of all parts, and what is being done.
+
+    Returns:
+        The errors of every replaced matrix, and the number of parameters before and after.
 
     Raises:
         KronyError: the scheme does not fit, nothing matches, calibration is missing, or a weight is not finite.
@@ -86,12 +89,12 @@ def compress(
         new = _initialise(original, settled, shapes, moments, ids, progress)
         embedding = None if settled.embedding is None else _factorise_embedding(model, *settled.embedding)
         redrawn = _redrawn_weights(model, config.seed) if config.reinit == "all" else {}
-        with _swapped(model, {name: made.layer for name, made in new.items()}):
+        with _swapped(model, {name: replacement.layer for name, replacement in new.items()}):
             if config.tune and ids is not None:
                 tuned = tune(model, original, ids, steps=config.tune, seed=config.seed, progress=progress)
                 new = _measure_again(original, settled.groups, shapes, new, moments)
         _copy_redrawn(model, redrawn)
-        reports = [made.report for made in new.values()]
+        reports = [replacement.report for replacement in new.values()]
         if embedding is not None:
             if is_tied(model):
                 untie(model)
@@ -113,25 +116,28 @@ def compress(
 
 
 def made_with(config: KronyConfig, ids: Tensor | None) -> dict[str, object]:
-    """How a model was compressed, as its config.json records it; ``ids`` is the calibration text."""
-    made: dict[str, object] = dict(config.non_default_options())
+    """The options of a compression, as config.json records them.
+
+    ``ids``: token ids ``(sequences, length)`` of the calibration text, or None.
+    """
+    options: dict[str, object] = dict(config.non_default_options())
     if ids is not None and config.needs_text_for:
-        made["calibration_tokens"] = ids.numel()
+        options["calibration_tokens"] = ids.numel()
         if documents := documents_of(ids):
-            made["calibration_documents"] = documents
-    return made
+            options["calibration_documents"] = documents
+    return options
 
 
 def _check_arguments(model: PreTrainedModel, config: KronyConfig) -> None:
-    """Raises KronyError for what is no config, and where weights aren't there to be read or float64 is missing."""
+    """Raises KronyError if ``config`` is no KronyConfig, the device has no float64, or weights are not in memory."""
     if not isinstance(config, KronyConfig):
         raise KronyError(f"compress takes a KronyConfig, such as KronyConfig('keep=0.5'), not {config!r}")
     if model.device.type == "mps":
-        raise KronyError("mps has no float64, in which factors are computed: compress on the cpu, then move the model")
-    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if away is not None:
+        raise KronyError("mps has no float64, which the factors need: compress on the cpu, then move the model")
+    offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if offloaded is not None:
         raise KronyError(
-            f"{away} is not in memory but offloaded, as device_map='auto' does where memory is short: load the "
+            f"{offloaded} is not in memory but offloaded, as device_map='auto' does where memory is short: load the "
             "model on one device, or compress layer by layer with krony compress --stream"
         )
 
@@ -139,6 +145,7 @@ def _check_arguments(model: PreTrainedModel, config: KronyConfig) -> None:
 def _token_ids(
     calibration: Tensor | Iterable[str] | None, tokenizer: PreTrainedTokenizerBase | None, config: KronyConfig
 ) -> Tensor | None:
+    """The calibration text as token ids ``(sequences, length)``. Raises KronyError for text that can't be read."""
     if calibration is None:
         if config.needs_text_for:
             raise KronyError(
@@ -147,10 +154,10 @@ def _token_ids(
         return None
     if isinstance(calibration, Tensor):
         return calibration
-    if isinstance(calibration, str):  # which would be read a character at a time
+    if isinstance(calibration, str):  # iterating would give its characters
         raise KronyError(
-            "calibration is one string: give a list of texts, or the ids that krony.calibration_set makes of a file or "
-            "of python-docs"
+            "calibration is one string: give a list of texts, or the ids that krony.calibration_set makes from a file "
+            "or python-docs"
         )
     if tokenizer is None:
         raise KronyError("calibration is texts, so tokenizer= is needed; or give token ids")
@@ -160,7 +167,7 @@ def _token_ids(
 def _moments(
     model: PreTrainedModel, settled: CompressionPlan, ids: Tensor | None, cache: Path | None, progress: Progress
 ) -> Iterable[Moments | None]:
-    """The moments of each group; None for each where no text is given."""
+    """The moments of each group; None per group where no text is given."""
     if ids is None:
         return [None] * len(settled.groups)
     config = settled.config
@@ -183,7 +190,7 @@ def _initialise(
     ids: Tensor | None,
     progress: Progress,
 ) -> dict[str, Replacement]:
-    """The new layers by name, reconstructed if that is asked for; ``original`` stays as it is."""
+    """The new layers by name, trained if ``config.reconstruct`` is set; ``original`` does not change."""
     config, groups = settled.config, settled.groups
     new: dict[str, Replacement] = {}
     texts: Iterable[Examples | None] = [None] * len(groups)
@@ -206,7 +213,7 @@ def _reconstruct(
     config: KronyConfig,
     layers: dict[str, KroneckerLinear],
 ) -> None:
-    """Trains the group's new layers, in float32 whatever their dtype."""
+    """Trains the group's new layers in float32, and returns them to their dtype."""
     name = module_name(group)
     original = copy.deepcopy(model.get_submodule(name)).eval().float()
     dtype = next(iter(layers.values())).weight.dtype
@@ -219,7 +226,7 @@ def _reconstruct(
 
 @contextmanager
 def _swapped(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
-    """Puts ``layers`` into the model; takes them out again if the block ends with an exception, Ctrl-C included."""
+    """Puts ``layers`` into the model; restores the old ones if the block raises, Ctrl-C included."""
     before = {name: model.get_submodule(name) for name in layers}
     try:
         for name, layer in layers.items():
@@ -238,7 +245,7 @@ def _measure_again(
     new: dict[str, Replacement],
     moments: Iterable[Moments | None],
 ) -> dict[str, Replacement]:
-    """The same layers with the errors that they have now."""
+    """The same layers with their present errors."""
     return {
         name: replace(new[name], report=report)
         for group, known in zip(groups, moments, strict=True)
@@ -249,17 +256,17 @@ def _measure_again(
 
 def _factorise_embedding(model: PreTrainedModel, name: str, shape: KronShape) -> tuple[KroneckerEmbedding, LayerReport]:
     """The factorised input embedding, and its error."""
-    whole = embedding_of(model)[1]
-    new = factorised(whole, shape)
-    lost = whole.weight.double() - new.dense_weight(torch.float64)
+    dense = embedding_of(model)[1]
+    new = factorised(dense, shape)
+    difference = dense.weight.double() - new.dense_weight(torch.float64)
     return new, LayerReport(
-        name=name, shape=shape, error=relative(lost.norm().item(), whole.weight.double().norm().item())
+        name=name, shape=shape, error=relative(difference.norm().item(), dense.weight.double().norm().item())
     )
 
 
 def _redrawn_weights(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
-    """Weights as the model's class draws them for a new model, by name."""
-    with torch.random.fork_rng(devices=[]):  # a new model is drawn on the CPU
+    """Random weights by name, as the model's class initialises a new model."""
+    with torch.random.fork_rng(devices=[]):  # the new model is on the CPU
         torch.manual_seed(seed)
         return type(model)(plain_config(model)).state_dict()
 

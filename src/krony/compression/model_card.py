@@ -14,7 +14,7 @@ from krony.compression.report import CompressionReport
 from krony.models.source import DEMO
 from krony.pages import Table
 
-# What the card says in its own words, or what only krony reads.
+# Options that the card words otherwise, or that only krony reads.
 SAID_ELSEWHERE = ("krony", "scheme", "init", "calibration_tokens", "calibration_documents", "earlier")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
@@ -33,7 +33,8 @@ Without `import krony`, loading stops with an error about mismatched sizes. Inst
 def model_card(source: str, report: CompressionReport, text: str = "") -> str:
     """Markdown for the folder's README: what was done, its figures, and how to load the model.
 
-    ``text`` says which text was read and why, such as ``calibrated on 49,152 tokens of …``.
+    ``source`` is the name of the original model. ``text`` says which text was read and why, such as ``calibrated on
+    49,152 tokens of …``.
     """
     options = {name: value for name, value in report.made_with.items() if name not in SAID_ELSEWHERE}
     how = "".join(f", {name.replace('_', ' ')} `{value}`" for name, value in options.items())
@@ -71,7 +72,7 @@ The error of a layer is the Frobenius norm of the difference, relative to the or
 
 
 def healed_card(source: str, figures: dict[str, Any]) -> str:
-    """Markdown for the folder of a healed model: how it was trained, and its validation perplexity before and after."""
+    """Markdown for a healed model's README: how it was trained, and its validation perplexity before and after."""
     teacher = f", taught by `{_title(figures['teacher'])}`" if figures["teacher"] else ""
     result = EvalResult(
         task_type="text-generation",
@@ -92,7 +93,7 @@ krony {__version__}).
 
 
 def healed_table(figures: dict[str, Any]) -> Table:
-    """Perplexity before and after, with the original's and its control's where they are known, and ratios then."""
+    """Validation perplexity before and after; also of the original and the control, with ratios, where known."""
     rows = [("before", figures["perplexity_before"]), ("after", figures["perplexity_after"])]
     base = figures.get("perplexity_original")
     if base is not None:
@@ -125,7 +126,7 @@ def _front_matter(source: str, *results: EvalResult) -> str:
 
 
 def _metadata(source: str) -> dict[str, Any]:
-    """The metadata of the source's card, without asking the network; empty if it has none that can be read."""
+    """The metadata of the source's card, without network access; empty if it has none that can be read."""
     try:
         if _is_hub_name(source):
             card = Path(hf_hub_download(source, "README.md", local_files_only=True))
@@ -137,10 +138,10 @@ def _metadata(source: str) -> dict[str, Any]:
 
 
 def _is_hub_name(source: str) -> bool:
-    """Whether the hub knows a model by this name; a local path must not become a card's ``base_model``."""
+    """Whether this can be a name on the hub; a local path must not become a card's ``base_model``."""
     return source != "demo" and not Path(source).exists() and HUB_NAME.fullmatch(source) is not None
 
 
 def _title(source: str) -> str:
-    """A model's name for people: of a folder, its last part."""
+    """The name of a model in a card: for a folder, the last part of its path."""
     return source if _is_hub_name(source) or source == "demo" else Path(source).resolve().name

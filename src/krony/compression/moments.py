@@ -1,16 +1,16 @@
-"""Second moments of activations from text: what the calibrated initialisations know of the model's use.
+"""Second moments of activations on calibration text, which the calibrated initialisations read.
 
 For every group of layers, over the calibration tokens t with weights w_t that sum to one:
 
 - ``inputs``: ``Σ w_t x_t x_tᵀ`` and ``Σ w_t x_t`` of what enters the group (an MLP's up matrices, or a single layer),
-- ``hidden``: the same of what enters an MLP's down matrix.
+- ``hidden``: the same for the inputs of an MLP's down matrix.
+- ``sensitivity``, if asked for: the mean of ``g_t g_tᵀ``, where g is the gradient of the loss with respect to the
+  group's outputs, for next tokens drawn from the model itself. In every layer a change E of the group's matrix then
+  costs about ``½ tr(sensitivity · E C Eᵀ)`` nats per token (the Fisher information, factored as in K-FAC, Martens &
+  Grosse 2015).
 
-- ``sensitivity``, if asked for: the mean of ``g_t g_tᵀ``, g the gradient of the loss with respect to what comes out of
-  the group, for next tokens drawn from the model itself. A change E of the group's matrix then costs about
-  ``½ tr(sensitivity · E C Eᵀ)`` nats a token (the Fisher information, factored as K-FAC does), whatever the layer.
-
-With token weighting ``w_t ∝ 1/‖h_t‖²``, h the residual stream after the layer: what counts is how much of it is lost,
-and a few tokens with huge hidden states would otherwise decide everything.
+With token weighting, ``w_t ∝ 1/‖h_t‖²``, where h is the residual stream after the layer: errors count relative to the
+residual stream. Otherwise a few tokens with huge hidden states would dominate.
 """
 
 from __future__ import annotations
@@ -38,20 +38,23 @@ from krony.models.surgery import Group, enclosing_layer
 from krony.runtime import distributed
 from krony.runtime.progress import Progress, silent
 
-BATCH_TOKENS = 4096  # tokens a forward pass
+BATCH_TOKENS = 4096  # tokens per forward pass
 SENSITIVITY_TOKENS = 16_384  # enough for a matrix of the model's width; a backward pass is expensive
-ROUNDING = 1e-3  # relative difference between the halves of a symmetric matrix that float32 sums may leave
-ABANDONED = 24 * 3600  # seconds after which a half-written file has nobody to finish it
-MEMORY = 4 * 1024**3  # bytes of sums held at once; a model that needs more is read in several passes
+ROUNDING = 1e-3  # relative asymmetry that float32 sums may leave in a symmetric matrix
+ABANDONED = 24 * 3600  # age in seconds of a half-written file that no process finishes any more
+MEMORY = 4 * 1024**3  # bytes of sums in memory at once; a model that needs more takes several passes over the text
 
 
 class Calibration:
-    """The moments of every group of a model, computed when they are asked for, group after group.
+    """The moments of every group of a model, computed on demand, group after group.
 
-    Iterating gives one ``Moments`` a group, in order; as many are held as fit ``MEMORY``, and the model runs again for
-    the next ones. With ``cache`` they are kept in a folder there, a file a group, keyed by weights, tokens and
-    settings, and found again.
-    Under torch.distributed each rank runs its share of the sequences, and the sums are added up.
+    Iterating yields one ``Moments`` per group, in order. The model runs once for as many groups as fit into ``MEMORY``,
+    and again for the next ones. With ``cache`` a folder there stores them, one file per group, under a key of weights,
+    tokens and settings, and later calls read them. Under torch.distributed each rank runs its share of the sequences,
+    and the sums are added up.
+
+    Iterating raises KronyError for activations that are not finite, and for a cache that is damaged or can't be
+    written.
     """
 
     def __init__(
@@ -65,11 +68,22 @@ class Calibration:
         cache: Path | None = None,
         progress: Progress = silent,
     ) -> None:
-        """``ids``: token ids ``(sequences, length)``. Raises KronyError if the model can't take them."""
+        """Checks the text; the model runs only when the moments are read.
+
+        Args:
+            ids: token ids ``(sequences, length)``.
+            token_weighting: weighs tokens by ``1/‖h_t‖²``.
+            sensitivity: computes ``Moments.sensitivity`` too, which takes backward passes.
+            cache: the folder of the cache.
+            progress: called with the number of sequences read, the number of all, and what is being done.
+
+        Raises:
+            KronyError: the model can't take these token ids.
+        """
         self.model, self.groups, self.ids = model, groups, check_ids(ids, model)
         self.token_weighting, self.sensitivity = token_weighting, sensitivity
         self.progress = progress
-        self.kept: list[Moments] | None = None  # those of a model whose sums all fit MEMORY
+        self.computed: list[Moments] | None = None  # where the sums of all groups fit into MEMORY
         self.folder = None if cache is None else cache / f"moments-{self._key()}"
         if cache is not None and distributed.is_first():
             _clear_away(cache)
@@ -79,21 +93,21 @@ class Calibration:
             self.source = f"calibration is taken from {self.folder}, where it was kept"
 
     def __iter__(self) -> Iterator[Moments]:
-        if self.kept is not None:
-            yield from self.kept
+        if self.computed is not None:
+            yield from self.computed
             return
         chunks = list(self._chunks())
         for chunk in chunks:
             if all(map(self._is_stored, chunk)):
                 yield from map(self._load, chunk)
                 continue
-            made = self._run([self.groups[index] for index in chunk])
+            computed = self._run([self.groups[index] for index in chunk])
             if self.folder is not None and distributed.is_first():
-                for index, moments in zip(chunk, made, strict=True):
+                for index, moments in zip(chunk, computed, strict=True):
                     self._store(index, moments)
             if len(chunks) == 1:
-                self.kept = made
-            yield from made
+                self.computed = computed
+            yield from computed
 
     def _file(self, index: int) -> Path:
         assert self.folder is not None
@@ -107,23 +121,24 @@ class Calibration:
             return _unpack(load_file(self._file(index)), self.groups[index])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise KronyError(
-                f"{self._file(index)} is a damaged calibration: delete it, and the text is read again ({error})"
+                f"{self._file(index)} is a damaged calibration: delete it, and krony reads the text again ({error})"
             ) from None
 
     def _store(self, index: int, moments: Moments) -> None:
         file = self._file(index)
-        beside = file.with_suffix(f".{os.getpid()}.partial")  # another process may be writing the same
+        beside = file.with_suffix(f".{os.getpid()}.partial")  # another process may be writing the same file
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(_pack(moments), beside)
             beside.replace(file)
         except (OSError, SafetensorError) as error:
-            raise KronyError(f"{file.parent}: the calibration can't be kept there: {error}") from None
+            raise KronyError(f"{file.parent}: the calibration can't be stored there: {error}") from None
         finally:
-            with suppress(OSError):  # where the folder is none, there is no such file either
+            with suppress(OSError):  # if there is no folder, there is no file
                 beside.unlink()
 
     def _chunks(self) -> Iterator[list[int]]:
+        """The indices of the groups, in portions whose sums fit into ``MEMORY``."""
         chunk: list[int] = []
         size = 0
         for index, group in enumerate(self.groups):
@@ -139,12 +154,12 @@ class Calibration:
         """One pass over the text for these groups."""
         sums = [MomentAccumulator(self.model, group, self.token_weighting, self.sensitivity) for group in groups]
         ids = distributed.shard(self.ids)
-        first = 0  # sequences that measure the sensitivity too
+        first = 0  # sequences that also measure the sensitivity
         if self.sensitivity:
             first = min(len(ids), -(-SENSITIVITY_TOKENS // (ids.shape[1] * distributed.count())))
         try:
             with evaluating(self.model):
-                for rows in batches(ids[:first], BATCH_TOKENS // 4):  # a backward pass keeps what it needs
+                for rows in batches(ids[:first], BATCH_TOKENS // 4):  # a backward pass keeps activations
                     self.progress(0, len(ids), "calibration, sensitivity")
                     _backward(self.model, rows.to(self.model.device))
                 for done, rows in enumerate(batches(ids[first:], BATCH_TOKENS)):
@@ -152,11 +167,12 @@ class Calibration:
                     with torch.no_grad():  # the base model alone: no logits are needed
                         self.model.base_model(input_ids=rows.to(self.model.device), use_cache=False)
         finally:
-            for one in sums:
-                one.remove()
-        return [one.moments(self.ids.numel()) for one in sums]
+            for accumulator in sums:
+                accumulator.remove()
+        return [accumulator.moments(self.ids.numel()) for accumulator in sums]
 
     def _key(self) -> str:
+        """A hash of everything that the moments depend on."""
         digest = hashlib.blake2b(digest_size=16)
         for name, parameter in self.model.named_parameters():
             digest.update(name.encode())
@@ -168,8 +184,8 @@ class Calibration:
 
 
 def _clear_away(cache: Path) -> None:
-    """Deletes what killed processes left half-written in the cache; what is being written is younger."""
-    with suppress(OSError):  # somebody else's, or gone already
+    """Deletes files in the cache that killed processes left half-written; files being written are younger."""
+    with suppress(OSError):  # not ours to delete, or deleted already
         for left in cache.glob("moments-*/*.partial"):
             if time.time() - left.stat().st_mtime > ABANDONED:
                 left.unlink()
@@ -179,9 +195,10 @@ class MomentAccumulator:
     """Adds up the moments of one group while the model runs."""
 
     def __init__(self, model: PreTrainedModel, group: Group, token_weighting: bool, sensitivity: bool) -> None:
+        """Registers the hooks; call ``remove`` after the last forward pass."""
         self.total, self.tokens = 0.0, 0
         self.gradients: Tensor | None = None
-        self.seen: dict[str, Tensor] = {}  # this batch's activations, until the layer is done
+        self.seen: dict[str, Tensor] = {}  # activations of the present batch, until its layer has run
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.weighted = token_weighting
         sites = {"inputs": group.sites[0].name} | ({"hidden": group.sites[-1].name} if group.is_mlp else {})
@@ -223,32 +240,42 @@ class MomentAccumulator:
         self.gradients = products if self.gradients is None else self.gradients.add_(products)
 
     def remove(self) -> None:
+        """Removes the hooks from the model."""
         for handle in self.handles:
             handle.remove()
 
     def moments(self, tokens: int) -> Moments:
+        """The moments of all ranks together; ``tokens`` is the number of tokens read.
+
+        Raises KronyError if an activation was not finite.
+        """
         total = distributed.all_reduce_sum(torch.tensor([self.total], dtype=torch.float64)).item()
-        made = {}
+        seconds = {}
         for key, (second, mean) in self.sums.items():
             matrix, vector = distributed.all_reduce_sum(second) / total, distributed.all_reduce_sum(mean) / total
-            # rounded as the cache stores it, so that a run from the cache gives the same factors
-            made[key] = SecondMoment(matrix.float().double(), vector.float().double())
-            if not torch.isfinite(made[key].matrix).all():
+            # rounded as in the cache, so that a run from the cache gives the same factors
+            seconds[key] = SecondMoment(matrix.float().double(), vector.float().double())
+            if not torch.isfinite(seconds[key].matrix).all():
                 raise KronyError("calibration: the model's activations are not finite on this text")
         sensitivity = None
         if self.gradients is not None:
             count = distributed.all_reduce_sum(torch.tensor(self.tokens)).item()
             sensitivity = (distributed.all_reduce_sum(self.gradients) / count).float().double()
-        return Moments(made["inputs"], made.get("hidden"), tokens, sensitivity)
+        return Moments(seconds["inputs"], seconds.get("hidden"), tokens, sensitivity)
 
 
 def batches(ids: Tensor, tokens: int) -> tuple[Tensor, ...]:
-    """Sequences of about so many tokens together."""
+    """Splits ``ids: (sequences, length)`` into batches of about ``tokens`` tokens, at least one sequence each.
+
+    Examples:
+        >>> [len(batch) for batch in batches(torch.zeros(5, 8, dtype=torch.long), tokens=16)]
+        [2, 2, 1]
+    """
     return ids.split(max(1, tokens // ids.shape[1])) if len(ids) else ()
 
 
 def _backward(model: PreTrainedModel, ids: Tensor) -> None:
-    """Runs forward and backward on ``ids: (sequences, length)`` for the hooks; no weight may ask for a gradient."""
+    """Runs forward and backward on ``ids: (sequences, length)`` for the hooks; weights must not require gradients."""
     first = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
     try:
         with torch.enable_grad():
@@ -260,7 +287,7 @@ def _backward(model: PreTrainedModel, ids: Tensor) -> None:
 
 @torch.no_grad()
 def _draw(likelihoods: Tensor, ids: Tensor) -> Tensor:
-    """A next token for every place as the model would draw it, ``(b, length, 1)``; a sequence's own, in any batch."""
+    """Next tokens drawn from the model's distributions, ``(b, length, 1)``; they don't depend on the batch."""
     drawn = []
     for row, one in zip(ids.tolist(), likelihoods, strict=True):
         generator = torch.Generator().manual_seed(hash(tuple(row)) % 2**63)
@@ -270,7 +297,10 @@ def _draw(likelihoods: Tensor, ids: Tensor) -> Tensor:
 
 
 def check_ids(ids: Tensor, model: PreTrainedModel) -> Tensor:
-    """``ids`` if they are token ids ``(sequences, length)`` that the model takes. Raises KronyError."""
+    """``ids``, if they are token ids ``(sequences, length)`` of the model's vocabulary and context.
+
+    Raises KronyError otherwise.
+    """
     if ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
         raise KronyError(
             f"calibration takes token ids of shape (sequences, length), not {tuple(ids.shape)} {ids.dtype}"
@@ -284,13 +314,14 @@ def check_ids(ids: Tensor, model: PreTrainedModel) -> Tensor:
 
 
 def token_weights(output: Any, weighted: bool) -> Tensor:
-    """``1/‖h_t‖²`` of what a transformer layer gives, or ones: ``(tokens,)``, float32."""
+    """``1/‖h_t‖²`` of a transformer layer's output ``(..., width)``, or ones: ``(tokens,)``, float32."""
     after = (output[0] if isinstance(output, tuple) else output).detach().flatten(0, -2).float()  # (tokens, d)
     sizes = after.square().sum(-1).clamp_min(1e-12)
     return sizes.reciprocal() if weighted else torch.ones_like(sizes)
 
 
 def _pack(moments: Moments) -> dict[str, Tensor]:
+    """The tensors of a cache file, float32."""
     named = {"inputs": moments.inputs, "hidden": moments.hidden}
     tensors = {"tokens": torch.tensor(moments.tokens)}
     if moments.sensitivity is not None:
@@ -303,7 +334,7 @@ def _pack(moments: Moments) -> dict[str, Tensor]:
 
 
 def _unpack(stored: dict[str, Tensor], group: Group) -> Moments:
-    """The moments of ``group`` in a file of the cache. Raises KeyError or ValueError for values that can't be some."""
+    """The moments of ``group`` in a cache file. Raises KeyError or ValueError if it does not hold valid ones."""
     _check_stored(stored, group)
     seconds = {
         key: SecondMoment(stored[f"{key}.matrix"].double(), stored[f"{key}.mean"].double())
@@ -315,7 +346,7 @@ def _unpack(stored: dict[str, Tensor], group: Group) -> Moments:
 
 
 def _check_stored(stored: dict[str, Tensor], group: Group) -> None:
-    """Raises ValueError unless shapes are the group's, values are finite, and second moments can be some."""
+    """Raises ValueError unless the shapes fit the group, values are finite, and second moments are symmetric."""
     into, out = group.sites[0].in_features, group.sites[-1].out_features
     sizes = {"inputs": into} | ({"hidden": group.sites[-1].in_features} if group.is_mlp else {})
     shapes: dict[str, tuple[int, ...]] = {f"{key}.matrix": (n, n) for key, n in sizes.items()} | {
@@ -330,6 +361,6 @@ def _check_stored(stored: dict[str, Tensor], group: Group) -> None:
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} has values that are not finite")
         if value.ndim == 2 and (value.diagonal() < 0).any():
-            raise ValueError(f"{name} has a negative diagonal, and it is a sum of squares")
+            raise ValueError(f"{name} has a negative diagonal, which is a sum of squares")
         if value.ndim == 2 and (value - value.T).abs().max() > ROUNDING * value.abs().max():
             raise ValueError(f"{name} is not symmetric")

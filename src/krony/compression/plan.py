@@ -1,4 +1,4 @@
-"""What a compression will do, known before it is done: the layers, their shapes, and the model's size afterwards."""
+"""Plans a compression without running it: the layers, their shapes, and the size of the compressed model."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from krony.kronecker import schemes
 from krony.kronecker.algebra import KronShape
 from krony.models.surgery import Group, count_parameters, embedding_shape, find_groups, is_tied, model_shape
 
-LIBRARIES = 600 * 1000**2  # bytes of a Python that has imported torch and transformers
+LIBRARIES = 600 * 1000**2  # bytes of a Python process that has imported torch and transformers
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionPlan:
-    """What ``compress`` will replace; made from a model that may lie on the meta device.
+    """What ``compress`` replaces, computed from a model that may lie on the meta device.
 
     Attributes:
         config: the options.
         groups: the layers that are compressed together, in the order of the model.
-        shapes: module name -> split, before allocation shares the budget among the layers.
+        shapes: module name -> split, before allocation divides the budget among the layers.
         embedding: name and split of the input embedding; None if it stays dense.
         params_before: unique parameters of the model.
-        params_after: unique parameters that it has afterwards, at most: with ``allocation="global"`` a layer that
-            stays dense has no right factors, so it can be slightly fewer.
+        params_after: unique parameters of the compressed model, at most: with ``allocation="global"`` a layer that
+            stays dense has no right factors, so there can be slightly fewer.
     """
 
     config: KronyConfig
@@ -42,18 +42,18 @@ class CompressionPlan:
 
     @property
     def replaced_parameters(self) -> int:
-        """How many of the original's parameters are replaced."""
+        """The number of the original's parameters that are replaced."""
         return sum(site.out_features * site.in_features for group in self.groups for site in group.sites)
 
     @property
     def new_parameters(self) -> int:
-        """How many parameters take their place."""
+        """The number of parameters that take their place."""
         return self.params_after - self.params_before + self.replaced_parameters
 
     def working_memory(self, itemsize: int, reads_text: bool) -> int:
-        """About how many bytes computing the factors takes besides the weights, the libraries included.
+        """About how many bytes the computation of the factors needs besides the weights, libraries included.
 
-        ``itemsize`` is the bytes per weight.
+        ``itemsize``: bytes per weight. ``reads_text``: whether second moments are in memory too.
         """
         sites = [site for group in self.groups for site in group.sites]
         matrix = max(site.out_features * site.in_features for site in sites)
@@ -63,17 +63,22 @@ class CompressionPlan:
         return LIBRARIES + 4 * 8 * wide**2 + 3 * 8 * matrix
 
     def memory_bytes(self, itemsize: int, reads_text: bool) -> int:
-        """About how many bytes ``compress`` needs with the model in memory."""
+        """About how many bytes ``compress`` needs with the model in memory; arguments as in ``working_memory``."""
         held = itemsize * (self.params_before + self.params_after) + self.working_memory(itemsize, reads_text)
-        if self.config.tune:  # the original too, and in float32: new weights, a copy, gradients, AdamW's two moments
+        if self.config.tune:  # also the original, and in float32 new weights, a copy, gradients, AdamW's two moments
             held += itemsize * self.params_before + 5 * 4 * self.new_parameters
         return held
 
 
 def plan(model: PreTrainedModel, config: KronyConfig) -> CompressionPlan:
-    """Settles what ``compress`` will do with ``model``, which may lie on the meta device.
+    """Plans the compression of ``model``, which may lie on the meta device; nothing changes.
 
     Raises KronyError if the scheme does not fit, nothing matches, or an option can't work with this model.
+
+    Examples:
+        >>> import krony
+        >>> plan(krony.demo_model(), krony.KronyConfig(keep=0.5, init="van-loan")).new_parameters
+        1572888
     """
     if not config.scheme:
         raise KronyError("a size is missing: KronyConfig(keep=0.5) keeps half of the neurons of every MLP")
@@ -101,7 +106,7 @@ def plan(model: PreTrainedModel, config: KronyConfig) -> CompressionPlan:
 
 
 def parameters_after(model: PreTrainedModel, groups: list[Group], config: KronyConfig) -> int:
-    """Unique parameters that ``compress`` leaves at most, scalars and embedding counted."""
+    """Unique parameters of the compressed model, at most; scalars and embedding included."""
     count = count_parameters(model)
     for shape in uniform_shapes(groups, config).values():
         count += _parameters(shape, config) - shape.rows * shape.columns
@@ -114,7 +119,10 @@ def parameters_after(model: PreTrainedModel, groups: list[Group], config: KronyC
 
 
 def within(model: PreTrainedModel, config: KronyConfig, parameters: int) -> KronyConfig:
-    """``config`` with the scheme of the largest model that has at most ``parameters``. Raises KronyError."""
+    """``config`` with the scheme of the largest model that has at most ``parameters`` unique parameters.
+
+    Raises KronyError if no scheme is small enough.
+    """
     groups = find_groups(model, config.modules, config.layers)
     if config.allocation == "global":
         check_global(groups, config)
@@ -128,16 +136,16 @@ def within(model: PreTrainedModel, config: KronyConfig, parameters: int) -> Kron
 
 
 def uniform_shapes(groups: list[Group], config: KronyConfig) -> dict[str, KronShape]:
-    """The split of every matrix when each layer gets the same scheme. Raises KronyError if one of them doesn't fit."""
+    """The split of every matrix when all layers have the same scheme. Raises KronyError if a layer doesn't fit."""
     shape = config.initialisation.shape
     return {site.name: shape(site.shape(config.scheme)) for group in groups for site in group.sites}
 
 
 def check_global(groups: list[Group], config: KronyConfig) -> None:
-    """Raises KronyError where the layers can't share a budget, whatever the scheme."""
+    """Raises KronyError if these layers can't share a budget with any scheme."""
     if not config.initialisation.takes_allocation:
-        takers = ", ".join(name for name, init in INITIALISATIONS.items() if init.takes_allocation)
-        raise KronyError(f"allocation global follows the costs of init {takers}, and the init is {config.init}")
+        names = ", ".join(name for name, init in INITIALISATIONS.items() if init.takes_allocation)
+        raise KronyError(f"allocation global works with init {names}, and the init is {config.init}")
     widths = {group.sites[0].out_features for group in groups}
     if len(widths) != 1:
         raise KronyError(f"allocation global needs layers of one hidden width, and these have {sorted(widths)}")
@@ -146,18 +154,18 @@ def check_global(groups: list[Group], config: KronyConfig) -> None:
     if first.out_features // unit - 1 > unit * first.in_features:  # portions are factors of unit x in_features
         raise KronyError(
             f"multiple_of {unit} makes more portions of {first.out_features} neurons than a layer can have factors: "
-            "take a larger one"
+            "use a larger one"
         )
 
 
 def check_share(groups: list[Group], config: KronyConfig) -> None:
-    """Raises KronyError where allocation global has less than one portion for every layer."""
+    """Raises KronyError if allocation global has less than one portion per layer."""
     if _kept_by_allocation(groups, config) is not None:
         return
     shape = groups[0].sites[0].shape(config.scheme)
     unit = portion(shape.rows, config.multiple_of)
     if config.max_width is not None and config.max_width < unit:
-        raise KronyError(f"max_width {config.max_width} is less than {unit} neurons, which every layer keeps at least")
+        raise KronyError(f"max_width is {config.max_width}, and every layer keeps at least {unit} neurons: raise it")
     kept = shape.m1 * shape.factors
     raise KronyError(
         f"scheme {config.scheme} keeps {kept} neurons per layer, and allocation global gives each layer at least {unit}"
@@ -166,7 +174,14 @@ def check_share(groups: list[Group], config: KronyConfig) -> None:
 
 @cache
 def portion(width: int, multiple_of: int | None) -> int:
-    """How many neurons allocation gives at a time: ``multiple_of``, or about a 24th of the width."""
+    """The number of neurons per portion of the allocation: ``multiple_of``, or a divisor near a 24th of the width.
+
+    Raises KronyError if ``multiple_of`` does not divide the width.
+
+    Examples:
+        >>> portion(3072, None), portion(3072, 64)
+        (128, 64)
+    """
     if multiple_of is None:
         return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: abs(d - width / 24))
     if width % multiple_of:
@@ -175,30 +190,31 @@ def portion(width: int, multiple_of: int | None) -> int:
 
 
 def _size(model: PreTrainedModel, groups: list[Group], config: KronyConfig) -> int | None:
-    """``parameters_after``, or None for a scheme that allocation can't give."""
+    """``parameters_after``, or None for a scheme with less than one portion per layer."""
     if config.allocation == "global" and _kept_by_allocation(groups, config) is None:
         return None
     return parameters_after(model, groups, config)
 
 
 def _parameters(shape: KronShape, config: KronyConfig) -> int:
+    """Parameters of a layer of this shape, scalars included."""
     return shape.parameters + shape.factors * config.has_scalars(shape.factors)
 
 
 def _extra_of_allocation(groups: list[Group], config: KronyConfig) -> int:
-    """Parameters that allocation adds by right factors and scalars, less those that ``max_width`` saves."""
+    """Parameters that allocation adds in right factors and scalars, less those that ``max_width`` saves."""
     kept, extra = _kept_by_allocation(groups, config) or 0.0, 0.0
     for site in (site for group in groups for site in group.sites):
         shape = site.shape(config.scheme)
         shape = shape.transposed if site.is_turned else shape  # (groups, width) ⊗ (r, 1), k factors
         unit = portion(shape.rows, config.multiple_of)
-        each = shape.rows // unit + config.has_scalars(2)  # of one portion: its right factor, and its scalar
+        each = shape.rows // unit + config.has_scalars(2)  # per portion: its right factor and its scalar
         extra += kept * shape.columns + kept / unit * each - _parameters(shape, config)
     return math.ceil(extra)
 
 
 def _kept_by_allocation(groups: list[Group], config: KronyConfig) -> float | None:
-    """How many neurons a layer keeps on average; None where that is less than one portion each."""
+    """The mean number of neurons that a layer keeps; None if it is less than one portion."""
     shape = groups[0].sites[0].shape(config.scheme)
     unit = portion(shape.rows, config.multiple_of)
     total = shape.m1 * shape.factors * len(groups) // unit * unit

@@ -1,9 +1,9 @@
-"""A short training of each compressed MLP by itself, to give back what the original gave on the calibration text.
+"""A short training of each compressed MLP by itself, towards the original's outputs on the calibration text.
 
-Every MLP is trained alone, on the inputs that the original model gives it, towards the original MLP's outputs:
-``min Σ_t w_t e_tᵀ G e_t``, e_t = student(x_t) − original(x_t), with the calibration's token weights and G the loss's
-sensitivity to the outputs: what the rest of the model does not feel is not repaired. There is no pass through the rest
-of the model, so it costs seconds a layer. Right factors stay as they are: neurons that were dropped stay dropped.
+The training uses the inputs that the MLP has in the original model, and the original MLP's outputs as targets:
+``min Σ_t w_t e_tᵀ G e_t`` with e_t = student(x_t) − original(x_t), the token weights w of the calibration, and the
+sensitivity G of the loss to the outputs, so that errors count as much as they change the loss. No pass runs through the
+rest of the model, so it takes seconds per layer. Right factors do not change: dropped neurons stay dropped.
 """
 
 from __future__ import annotations
@@ -28,29 +28,30 @@ from krony.models.surgery import Group, enclosing_layer, put_in
 from krony.runtime.hardware import fast_dtype
 from krony.runtime.progress import Progress
 
-BATCH = 2048  # tokens a step
-RATE = 0.05  # the highest, relative to the root mean square of what is trained, and to the error it starts from
-WARM_UP = 0.1  # of the steps
-ROUNDING = 0.01  # relative error that bfloat16 can't see
+BATCH = 2048  # tokens per step
+RATE = 0.05  # the highest rate, relative to a parameter's root mean square, and to the relative error at the start
+WARM_UP = 0.1  # share of the steps
+ROUNDING = 0.01  # relative error below which bfloat16 can't improve
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What one group of the original model read: inputs ``(tokens, in)`` and token weights ``(tokens,)`` of mean 1."""
+    """One group's inputs ``(tokens, in)`` in the original model, and token weights ``(tokens,)`` with mean 1."""
 
     inputs: Tensor
     weights: Tensor
 
 
 def module_name(group: Group) -> str:
-    """The module that a group is trained in: the MLP around its matrices, or the single layer itself."""
+    """The name of the module that is trained: the MLP that contains the group's matrices, or the single layer."""
     last = group.sites[-1].name
     return last.rpartition(".")[0] if group.is_mlp else last
 
 
 def check_reconstructible(model: nn.Module, group: Group) -> None:
-    """Raises KronyError where the MLP is no module that can be run by itself: OPT's is part of its layer, and BLOOM's
-    adds the residual stream.
+    """Raises KronyError if the MLP is no module that runs by itself.
+
+    OPT's MLP is part of its layer, and BLOOM's adds the residual stream.
     """
     if not group.is_mlp:
         return
@@ -60,16 +61,21 @@ def check_reconstructible(model: nn.Module, group: Group) -> None:
     if module is enclosing_layer(model, group) or len(needed) != 1:
         raise KronyError(
             f"reconstruct runs every MLP by itself, and {name} ({type(module).__name__}) is more than an MLP: "
-            "leave it out; tune trains all layers together"
+            "leave reconstruct out, or use tune, which trains all layers together"
         )
 
 
 def examples(
     model: PreTrainedModel, groups: list[Group], ids: Tensor, *, token_weighting: bool, progress: Progress
 ) -> Iterator[Examples]:
-    """The inputs of every group in order; as many are held as fit into memory, and the model runs again for the next.
+    """The inputs of every group, in order.
 
-    ``ids``: token ids ``(sequences, length)``.
+    The model runs once for as many groups as fit into ``MEMORY`` bytes, and again for the next ones. Inputs are
+    bfloat16 where that is fast on the model's device, else float32.
+
+    Args:
+        ids: token ids ``(sequences, length)``.
+        token_weighting: weighs tokens by ``1/‖h_t‖²``, else all tokens weigh the same.
     """
     dtype = fast_dtype(model.device)
     size = ids.numel() * max(group.sites[0].in_features for group in groups) * dtype.itemsize
@@ -87,6 +93,7 @@ def _record(
     token_weighting: bool,
     progress: Progress,
 ) -> list[Examples]:
+    """The inputs of these groups, from one run of the model."""
     inputs: list[list[Tensor]] = [[] for _ in groups]
     weights: list[list[Tensor]] = [[] for _ in groups]
     handles: list[Any] = []
@@ -112,8 +119,8 @@ def _record(
     finally:
         for handle in handles:
             handle.remove()
-    joined = [torch.cat(w) for w in weights]
-    return [Examples(torch.cat(x), w / w.mean()) for x, w in zip(inputs, joined, strict=True)]
+    token_weights_of = [torch.cat(w) for w in weights]
+    return [Examples(torch.cat(x), w / w.mean()) for x, w in zip(inputs, token_weights_of, strict=True)]
 
 
 def reconstruct(
@@ -125,17 +132,23 @@ def reconstruct(
     seed: int,
     sensitivity: Tensor | None = None,
 ) -> tuple[float, float]:
-    """Trains new ``layers`` to give together what ``original`` gives, in place and in float32.
+    """Trains new ``layers`` towards the outputs of ``original``, in place and in float32.
 
     Args:
-        original: an MLP, or the single layer that the only one of ``layers``, called "", takes the place of.
-        layers: by their names in ``original``.
-        sensitivity: G, ``(out, out)``; the identity by default.
+        original: an MLP, or a single layer.
+        layers: the new layers by their names in ``original``; a single layer has the name "".
+        text: inputs and token weights.
+        steps: number of steps of ``BATCH`` tokens.
+        seed: seed of the batches.
+        sensitivity: G, ``(out, out)``; None for the identity.
 
-    Returns the relative error of the outputs on the text in G's norm, ``‖new − original‖ / ‖original‖``, before and
-    after. If the training did not lower it the layers are left as they were.
+    Returns:
+        The relative error of the outputs on the text in the norm of G, ``‖new − original‖ / ‖original‖``, before and
+        after. If the training does not lower it, the layers keep their values.
     """
-    small: dict[str, Any] = {n: _Small(layer) for n, layer in layers.items()} if _leave_out(layers) else dict(layers)
+    small: dict[str, Any] = dict(layers)
+    if _drops_neurons(layers):
+        small = {name: _Small(layer) for name, layer in layers.items()}
     student = small[""] if "" in small else copy.deepcopy(original)
     for name, layer in small.items() if "" not in small else ():
         put_in(student, name, layer)
@@ -145,7 +158,7 @@ def reconstruct(
     scale = (text.weights * _squared(targets, sensitivity_root)).mean().clamp_min(torch.finfo(torch.float32).tiny)
     before = _error(student, text, targets, scale, sensitivity_root)
     if before < ROUNDING and text.inputs.dtype != torch.float32:
-        return before, before  # training in half precision would only add its rounding
+        return before, before  # training in half precision would only add rounding errors
     first = [p.detach().clone() for p in parameters]
     with torch.enable_grad():
         _descend(student, parameters, text, targets, scale, sensitivity_root, steps, RATE * min(1.0, before), seed)
@@ -162,7 +175,7 @@ def reconstruct(
 
 
 class _Small(nn.Module):
-    """A Kronecker layer of selections (``B_f = e_f``) without the neurons that are left out: a small dense layer."""
+    """A small dense layer: a Kronecker layer with ``B_f = e_f``, without the dropped neurons."""
 
     def __init__(self, layer: KroneckerLinear) -> None:
         super().__init__()
@@ -182,7 +195,7 @@ class _Small(nn.Module):
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Gives the Kronecker layer what was learnt."""
+        """Copies the trained values into the Kronecker layer."""
         (layer,) = self.layer
         k = layer.shape.factors
         if self.is_up:
@@ -197,8 +210,8 @@ class _Small(nn.Module):
                 layer.bias.copy_(self.bias)
 
 
-def _leave_out(layers: dict[str, KroneckerLinear]) -> bool:
-    """Whether these are an MLP's whose right factors leave hidden neurons out, and do nothing else."""
+def _drops_neurons(layers: dict[str, KroneckerLinear]) -> bool:
+    """Whether these are an MLP's layers whose right factors only drop hidden neurons."""
     *ups, down = layers.values()
     hidden = ups and all(up.shape.n2 == 1 for up in ups) and down.shape.m2 == 1
     return bool(hidden) and all(map(_is_selection, layers.values()))
@@ -214,14 +227,14 @@ def _descend(
     student: nn.Module, parameters: list[nn.Parameter], text: Examples, targets: Tensor, scale: Tensor,
     sensitivity_root: Tensor | None, steps: int, rate: float, seed: int,
 ) -> None:  # fmt: skip
-    """Tokens are drawn, a batch a step."""
+    """Trains ``parameters`` on one random batch of tokens per step."""
     optimizer, schedule = relative_adamw(parameters, rate=rate, warm_up=WARM_UP, steps=steps)
     generator = torch.Generator().manual_seed(seed)
     device = text.inputs.device
     for _ in range(steps):
         chosen = torch.randint(len(text.inputs), (BATCH,), generator=generator).to(device)
-        lost = _forward(student, text.inputs[chosen]) - targets[chosen]  # (BATCH, out)
-        loss = (text.weights[chosen] * _squared(lost, sensitivity_root)).mean() / scale
+        difference = _forward(student, text.inputs[chosen]) - targets[chosen]  # (BATCH, out)
+        loss = (text.weights[chosen] * _squared(difference, sensitivity_root)).mean() / scale
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -229,7 +242,7 @@ def _descend(
 
 
 def _forward(module: nn.Module, inputs: Tensor) -> Tensor:
-    """``(tokens, in) -> (tokens, out)`` in float32, with products in the dtype of the inputs."""
+    """``(tokens, in) -> (tokens, out)`` in float32; matrix products run in the dtype of the inputs."""
     low = inputs.dtype != torch.float32
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=low):
         return module(inputs if low else inputs.float()).float()
@@ -237,23 +250,25 @@ def _forward(module: nn.Module, inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _run(module: nn.Module, inputs: Tensor) -> Tensor:
+    """``_forward`` in pieces that bound the memory."""
     return torch.cat([_forward(module, piece) for piece in inputs.split(4 * BATCH)])
 
 
 def _error(
     student: nn.Module, text: Examples, targets: Tensor, scale: Tensor, sensitivity_root: Tensor | None
 ) -> float:
-    lost = _run(student, text.inputs) - targets
-    return ((text.weights * _squared(lost, sensitivity_root)).mean() / scale).sqrt().item()
+    """The relative error of the student's outputs on the text, in the norm of G."""
+    difference = _run(student, text.inputs) - targets
+    return ((text.weights * _squared(difference, sensitivity_root)).mean() / scale).sqrt().item()
 
 
-def _squared(lost: Tensor, sensitivity_root: Tensor | None) -> Tensor:
+def _squared(difference: Tensor, sensitivity_root: Tensor | None) -> Tensor:
     """``eᵀ G e`` of every row: ``(tokens, out) -> (tokens,)``."""
-    return (lost if sensitivity_root is None else lost @ sensitivity_root).square().sum(-1)
+    return (difference if sensitivity_root is None else difference @ sensitivity_root).square().sum(-1)
 
 
 def _root(sensitivity: Tensor) -> Tensor:
-    """G's square root, with a little of the identity: 16,384 tokens don't tell that the loss ignores a direction."""
+    """The square root of G plus a small multiple of the identity: 16,384 tokens can't show that a direction is free."""
     values, vectors = torch.linalg.eigh(sensitivity.double())
     values = values.clamp_min(0)
     return (vectors * (values + ROUNDING * values.mean()).sqrt()) @ vectors.T

@@ -1,4 +1,4 @@
-"""The layers that take the place of a model's matrices, and what each of them loses."""
+"""Builds the layers that replace a model's matrices, and measures their errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from krony.models.surgery import Group, take_out
 
 @dataclass(frozen=True)
 class Replacement:
-    """A new layer, the factors it started from, and its errors."""
+    """A new layer, its initial factors, and its errors."""
 
     layer: KroneckerLinear
     factors: Factors
@@ -34,22 +34,24 @@ def replacements(
     moments: Moments | None = None,
     train: Callable[[dict[str, KroneckerLinear]], None] | None = None,
 ) -> dict[str, Replacement]:
-    """The layers that take the place of a group's, with their errors; the model stays as it is.
+    """The layers that replace a group's, by name, with their errors; the model does not change.
 
     Args:
-        shapes: module name -> split, for every layer of the group at least.
+        shapes: module name -> split, with at least every layer of the group.
+        moments: the group's moments; None without calibration text.
         train: called with the new layers by name before their errors are measured.
 
-    Raises KronyError for a weight that is not finite.
+    Raises:
+        KronyError: a weight is not finite, or the initialisation can't work with the group.
     """
     targets = _targets(model, group, shapes)
-    made = config.initialisation.initialise(targets, config, moments)
-    layers = {t.name: _build(t, factors, config) for t, factors in zip(targets, made, strict=True)}
+    initial = config.initialisation.initialise(targets, config, moments)
+    layers = {t.name: _build(t, factors, config) for t, factors in zip(targets, initial, strict=True)}
     if train is not None:
         train(layers)
     return {
         t.name: Replacement(layers[t.name], factors, _report(t, factors, layers[t.name], moments))
-        for t, factors in zip(targets, made, strict=True)
+        for t, factors in zip(targets, initial, strict=True)
     }
 
 
@@ -60,7 +62,7 @@ def measured(
     new: dict[str, Replacement],
     moments: Moments | None,
 ) -> dict[str, LayerReport]:
-    """The errors that the new layers of a group have now, by name."""
+    """The present errors of the new layers of a group, by name."""
     return {
         target.name: _report(target, new[target.name].factors, new[target.name].layer, moments)
         for target in _targets(original, group, shapes)
@@ -68,11 +70,12 @@ def measured(
 
 
 def _targets(model: nn.Module, group: Group, shapes: dict[str, KronShape]) -> list[Target]:
+    """The matrices of a group. Raises KronyError for a weight that is not finite."""
     targets = []
     for site in group.sites:
         weight, bias = take_out(model, site.name)
         if not torch.isfinite(weight).all():
-            raise KronyError(f"{site.name}: its weight has values that are not finite, so there is nothing to fit")
+            raise KronyError(f"{site.name}: its weight has values that are not finite, so nothing can be fitted to it")
         targets.append(Target(site.name, site.role, weight, bias, shapes[site.name]))
     return targets
 
@@ -87,7 +90,7 @@ def _build(target: Target, factors: Factors, config: KronyConfig) -> KroneckerLi
     left, scalar = factors.left * factors.scale, 1.0
     if has_scalars:
         scalar = config.scalar_init if config.scalar_init is not None else factors.scale
-        left = left / scalar  # whatever the scalars start at, the matrix is the same
+        left = left / scalar  # the matrix does not depend on the scalars' first values
     if layer.scalars is not None:
         layer.scalars.fill_(scalar)
     layer.weight.copy_(left)
@@ -99,27 +102,27 @@ def _build(target: Target, factors: Factors, config: KronyConfig) -> KroneckerLi
 
 
 def _report(target: Target, factors: Factors, layer: KroneckerLinear, moments: Moments | None) -> LayerReport:
-    """The layer's errors: of the matrix, and of its outputs on the calibration text."""
+    """The relative errors of the layer: of its matrix, and of its outputs on the calibration text."""
     second = None if moments is None else moments.of(target.role).matrix
     weight = target.weight.double()
     sizes = weight.norm().item(), 0.0 if second is None else _output_norm(weight, second)
-    lost = layer.dense_weight(torch.float64)
+    difference = layer.dense_weight(torch.float64)
     if factors.order is not None:
-        places = factors.order.argsort()  # back to the old places: C is larger than W
-        lost = lost[:, places] if target.role == "down" else lost[places]
-    lost.sub_(weight)  # in place: these are the largest matrices there are
-    calibrated = None if second is None else relative(_output_norm(lost, second), sizes[1])
-    error = relative(lost.norm().item(), sizes[0])
+        places = factors.order.argsort()  # reorders Ŵ instead of C, which is larger
+        difference = difference[:, places] if target.role == "down" else difference[places]
+    difference.sub_(weight)  # in place, because these are the largest matrices
+    calibrated = None if second is None else relative(_output_norm(difference, second), sizes[1])
+    error = relative(difference.norm().item(), sizes[0])
     return LayerReport(
         name=target.name, shape=target.shape, error=error, calibrated_error=calibrated, curve=factors.curve
     )
 
 
 def _output_norm(weight: Tensor, second: Tensor) -> float:
-    """sqrt(tr(W C Wᵀ)): root mean square of the outputs."""
+    """sqrt(tr(W C Wᵀ)): the root mean square norm of the outputs."""
     return ((weight @ second.to(weight.device)) * weight).sum().clamp_min(0).sqrt().item()
 
 
-def relative(part: float, whole: float) -> float:
-    """``part / whole``; 0 where the whole is nothing."""
-    return part / whole if whole > 0 else 0.0
+def relative(error: float, size: float) -> float:
+    """``error / size``; 0 if ``size`` is 0."""
+    return error / size if size > 0 else 0.0

@@ -1,4 +1,4 @@
-"""What a compression did: the figures of every layer and of the model."""
+"""The result of a compression: figures of every layer and of the model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SHOWN = 3  # layers at the beginning and at the end of a printed table
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """One replaced matrix.
+    """The figures of one replaced matrix.
 
     Attributes:
         name: dotted name of its layer.
-        shape: the split that it got.
+        shape: its split.
         error: ‖W − Ŵ‖/‖W‖ in Frobenius norm.
         calibrated_error: the same ratio for the layer's outputs on the calibration text; None without text.
-        curve: the calibrated error after each round, for an initialisation that iterates.
+        curve: the calibrated error after each round, where the initialisation iterates.
     """
 
     name: str
@@ -31,6 +31,7 @@ class LayerReport:
     curve: tuple[float, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """The figures as JSON objects, lists and numbers."""
         return {
             "name": self.name,
             "left": list(self.shape.left),
@@ -41,31 +42,31 @@ class LayerReport:
         } | ({} if self.curve is None else {"curve": list(self.curve)})
 
     @classmethod
-    def from_json(cls, made: dict[str, Any]) -> LayerReport:
+    def from_json(cls, figures: dict[str, Any]) -> LayerReport:
         """The report that ``to_json`` wrote."""
-        (m1, n1), (m2, n2) = made["left"], made["right"]
+        (m1, n1), (m2, n2) = figures["left"], figures["right"]
         return cls(
-            name=made["name"],
-            shape=KronShape(m1, n1, m2, n2, made["factors"]),
-            error=made["error"],
-            calibrated_error=made["calibrated_error"],
-            curve=tuple(made["curve"]) if "curve" in made else None,
+            name=figures["name"],
+            shape=KronShape(m1, n1, m2, n2, figures["factors"]),
+            error=figures["error"],
+            calibrated_error=figures["calibrated_error"],
+            curve=tuple(figures["curve"]) if "curve" in figures else None,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionReport:
-    """What ``krony.compress`` did; ``print`` it, or let a notebook show it as a table.
+    """The result of ``krony.compress``; ``print`` shows a table, and so does a notebook.
 
     Attributes:
-        scheme: the size that was asked for.
+        scheme: the requested scheme.
         init: the initialisation.
         params_before: unique parameters before; a tied head is counted once.
         params_after: unique parameters afterwards, scalars included.
-        seconds: how long it took.
+        seconds: wall-clock time of the compression.
         layers: one report per replaced matrix.
         calibration: where the second moments came from, in words; None without text.
-        tuned: what the joint training gained; None without ``tune``.
+        tuned: divergence before and after the joint training; None without ``tune``.
         made_with: the options, as config.json records them.
     """
 
@@ -80,6 +81,7 @@ class CompressionReport:
     made_with: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """The figures as JSON objects, lists and numbers."""
         return {
             "scheme": self.scheme,
             "init": self.init,
@@ -115,7 +117,7 @@ class CompressionReport:
         return "\n".join([title, *(line.rstrip() for line in lines), self.summary()])
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """The table and the summary, for a notebook."""
         return f"{self.table().html()}<p>{self.summary()}</p>"
 
 

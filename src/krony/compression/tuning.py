@@ -1,10 +1,9 @@
-"""A short training of all compressed layers together, towards what the original predicts on the calibration text.
+"""A short training of all compressed layers together, towards the original's predictions on the calibration text.
 
-Training each MLP by itself (``reconstruction``) can't tell which of its errors the layers above make good, or make
-worse. Here the loss is the divergence of the compressed model's next-token distributions from the original's, and its
-gradient reaches every layer. No word of the text is learnt: the original alone says what is right. Only the left
-factors, scalars and biases of the compressed layers move; right factors stay, so that neurons that were dropped stay
-dropped.
+Training each MLP by itself (``reconstruction``) ignores how later layers correct or amplify its errors. Here the loss
+is the divergence of the compressed model's next-token distributions from the original's, and its gradient reaches every
+layer. The targets are the original's distributions only, not the tokens of the text. Only the left factors, scalars and
+biases of the compressed layers change; right factors do not, so dropped neurons stay dropped.
 """
 
 from __future__ import annotations
@@ -24,15 +23,21 @@ from krony.models.surgery import kronecker_layers
 from krony.runtime.hardware import fast_dtype
 from krony.runtime.progress import Progress, silent
 
-RATE = 1e-3  # the highest, relative to the root mean square of what is trained
-WARM_UP = 0.2  # of the steps
-HELD_OUT = 8  # sequences at most that it is judged by, and an eighth of all at most
-CLIP = 1.0  # norm of the gradient, nats
+RATE = 1e-3  # the highest rate, relative to the root mean square of each parameter
+WARM_UP = 0.2  # share of the steps
+HELD_OUT = 8  # held-out sequences at most, and at most an eighth of all
+CLIP = 1.0  # the largest norm of the gradient
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What it gave: the divergence from the original, nats a token, on sequences that were not trained on."""
+    """The divergence from the original, in nats per token, on held-out sequences.
+
+    Attributes:
+        before: before the training.
+        after: after it.
+        steps: the number of steps.
+    """
 
     before: float
     after: float
@@ -48,13 +53,16 @@ def tune(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Tuned:
-    """Trains the compressed layers of ``model`` in place, a sequence a step; the layers keep their dtype.
+    """Trains the compressed layers of ``model`` in place, one sequence per step; the layers keep their dtype.
 
-    If that did not bring the model nearer to the original on the held-out sequences it is left as it was.
+    If the divergence from the original on the held-out sequences does not fall, the layers keep their values.
 
     Args:
-        original: the model that it was compressed from, in eval mode; stays as it is.
-        ids: token ids ``(sequences, length)``; a lone sequence is trained on and judged by.
+        original: the uncompressed model, in eval mode; it does not change.
+        ids: token ids ``(sequences, length)``; a single sequence serves for training and evaluation.
+        steps: number of steps.
+        seed: seed of the choice of held-out sequences.
+        progress: called with the step, the number of steps, and what is being done.
     """
     layers = list(kronecker_layers(model).values())
     dtypes = [layer.weight.dtype for layer in layers]
@@ -79,7 +87,7 @@ def tune(
 
 @contextlib.contextmanager
 def _training(model: PreTrainedModel, layers: list) -> Iterator[list[nn.Parameter]]:
-    """The compressed layers in float32, and only they with gradients; dropout is off."""
+    """Yields the trained parameters: the compressed layers', in float32 and with gradients; dropout is off."""
     for layer in layers:
         layer.float()
     parameters = [p for layer in layers for p in (layer.weight, layer.scalars, layer.bias) if p is not None]
@@ -96,7 +104,7 @@ def _descend(
     model: PreTrainedModel, original: PreTrainedModel, parameters: list[nn.Parameter], ids: Tensor, steps: int,
     progress: Progress,
 ) -> None:  # fmt: skip
-    """A sequence a step, in turn."""
+    """Trains on one sequence per step, in turn."""
     optimizer, schedule = relative_adamw(parameters, rate=RATE, warm_up=WARM_UP, steps=steps)
     for step in range(steps):
         row = ids[step % len(ids)][None]  # (1, length)
@@ -112,7 +120,7 @@ def _descend(
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """``(1, length) -> (1, length, vocabulary)``; products in the model's dtype, or in bfloat16 where that is fast."""
+    """``(1, length) -> (1, length, vocabulary)``; in the model's dtype, or for float32 in bfloat16 where it is fast."""
     low = fast_dtype(model.device) if model.dtype == torch.float32 else model.dtype
     halved = low in (torch.bfloat16, torch.float16)
     with torch.autocast(model.device.type, low if halved else None, enabled=halved):
@@ -120,5 +128,6 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def _mean(model: PreTrainedModel, rows: Tensor, wanted: list[Tensor]) -> float:
+    """The mean divergence over these sequences, in nats per token."""
     losses = [divergence(_logits(model, row[None]), logits).item() for row, logits in zip(rows, wanted, strict=True)]
     return sum(losses) / len(losses)

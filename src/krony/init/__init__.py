@@ -1,1 +1,1 @@
-"""Initialisations: how factors get their first values, one file and one record a method."""
+"""Initialisations: how factors get their first values, with one file and one record per method."""

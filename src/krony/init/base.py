@@ -1,4 +1,4 @@
-"""What every initialisation takes and gives."""
+"""The inputs and outputs that all initialisations share."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from torch import Tensor
 
 from krony.kronecker.algebra import KronShape
 
-RIDGE = 1e-3  # added to C's diagonal, relative to it
+RIDGE = 1e-3  # added to C's diagonal, relative to each entry
 
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """A weighted mean of ``x xᵀ``, ``(n, n)``, and of ``x``, ``(n,)``; float64 holding float32 values."""
+    """Weighted means over tokens of activations x; float64 tensors that hold float32 values.
+
+    Attributes:
+        matrix: the mean of ``x xᵀ``, ``(n, n)``.
+        mean: the mean of ``x``, ``(n,)``.
+    """
 
     matrix: Tensor
     mean: Tensor
@@ -24,14 +29,15 @@ class SecondMoment:
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known of one group.
+    """Statistics of one group (an MLP, or a single layer) on the calibration text.
 
     Attributes:
-        inputs: of what enters its first matrix.
-        hidden: of what enters the down matrix; None for a single layer.
-        tokens: how many were read.
-        sensitivity: ``(out, out)``, the mean of ``g gᵀ`` over tokens, g the gradient of the loss with respect to what
-            comes out of the group; None unless it was asked for.
+        inputs: second moment of the inputs of the first matrix.
+        hidden: second moment of the inputs of the down matrix; None for a single layer.
+        tokens: the number of tokens read.
+        sensitivity: ``(out, out)``, float64: the Fisher information of the group's outputs, which is the mean of
+            ``g gᵀ`` over tokens, where g is the gradient of the loss with respect to the outputs; None unless it was
+            asked for.
     """
 
     inputs: SecondMoment
@@ -40,7 +46,7 @@ class Moments:
     sensitivity: Tensor | None = None
 
     def of(self, role: str) -> SecondMoment:
-        """The moments of the inputs of a matrix with this role."""
+        """The second moment of the inputs of a matrix with this role (``up``, ``down`` or ``other``)."""
         return self.hidden if role == "down" and self.hidden is not None else self.inputs
 
 
@@ -53,7 +59,7 @@ class Target:
         role: ``up`` (to the hidden width of an MLP), ``down`` (back from it) or ``other``.
         weight: ``(out, in)``, in the model's dtype.
         bias: ``(out,)`` or None.
-        shape: the split it gets.
+        shape: how the replacement splits it.
     """
 
     name: str
@@ -70,10 +76,10 @@ class Factors:
     Attributes:
         left: ``(k, m1, n1)``.
         right: ``(k, m2, n2)``.
-        scale: one number for the whole sum; it becomes the scalars where the layer has them.
+        scale: multiplies the sum; it becomes the scalars where the layer has them.
         bias: ``(out,)`` where the initialisation changes it, else None.
-        order: which old hidden neuron stands at each new place, where an initialisation permutes them.
-        curve: calibrated error after each round, where an initialisation iterates.
+        order: ``(hidden,)``, the old index of the hidden neuron at each new index; None where their order stays.
+        curve: relative output error on the calibration text after each round, where the initialisation iterates.
     """
 
     left: Tensor
@@ -85,11 +91,15 @@ class Factors:
 
 
 def regularised(c: Tensor, ridge: float = RIDGE) -> Tensor:
-    """C with a ridge relative to each neuron's own second moment, and a floor for neurons that never fire.
+    """``c: (n, n)`` with a ridge relative to each neuron's own second moment, and a floor for neurons that never fire.
 
-    Relative, because neurons differ in scale by orders of magnitude, and what a matter of units is must not decide.
-    Positive definite whatever comes in: a matrix of rank one, of zeros, or one that rounding has made indefinite, for
-    which the ridge grows tenfold until it suffices.
+    The ridge is relative because neurons differ in scale by orders of magnitude, and units must not decide the result.
+    The result is positive definite for a matrix of rank one, of zeros, or one that rounding has made indefinite: the
+    ridge grows tenfold until a Cholesky factorisation succeeds. Keeps the dtype; ``c`` does not change.
+
+    Examples:
+        >>> regularised(torch.tensor([[4.0, 0.0], [0.0, 0.0]])).diagonal() > 0
+        tensor([True, True])
     """
     diagonal = c.diagonal().clamp_min(0)
     floor = 1e-10 * diagonal.mean() if diagonal.any() else 1.0
@@ -102,7 +112,7 @@ def regularised(c: Tensor, ridge: float = RIDGE) -> Tensor:
 
 
 class Options(Protocol):
-    """What an initialisation reads of ``KronyConfig``."""
+    """The attributes of ``KronyConfig`` that initialisations read."""
 
     @property
     def rescale(self) -> bool: ...
@@ -113,7 +123,10 @@ class Options(Protocol):
 
 
 class Initialise(Protocol):
-    """First values for the matrices of one group (an MLP, or a single layer), in the order of ``targets``."""
+    """Computes first values for the matrices of one group (an MLP, or a single layer), in the order of ``targets``.
+
+    Raises KronyError if the method needs ``moments`` and they are missing, or if it can't initialise these targets.
+    """
 
     def __call__(
         self, targets: Sequence[Target], options: Options, moments: Moments | None = None
@@ -123,7 +136,7 @@ class Initialise(Protocol):
 class CostCurve(Protocol):
     """The cost of dropping the n cheapest hidden neurons, for n from 0 to ``count``: ``(count + 1,)``, rising.
 
-    ``weight: (out, n)`` and ``bias: (out,)`` are the down matrix's.
+    ``weight: (out, hidden)`` and ``bias: (out,)`` belong to the down matrix.
     """
 
     def __call__(self, weight: Tensor, bias: Tensor | None, moments: Moments, count: int) -> Tensor: ...
@@ -139,32 +152,32 @@ class Check(Protocol):
 
 
 def accept_all(names: Sequence[str], shapes: Sequence[KronShape], *, is_mlp: bool) -> None:
-    """The check of a method that takes every layer."""
+    """The check of a method that accepts every layer: it raises nothing."""
 
 
 def same_shape(shape: KronShape) -> KronShape:
-    """The shape that a method gives a matrix where it follows the scheme."""
+    """``shape`` itself: the split that the scheme asks for."""
     return shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Initialisation:
-    """All that the rest of krony knows about a method.
+    """Everything that the rest of krony knows about one initialisation.
 
     To add a method, write a file with a record and list the record in ``krony.init.registry``.
 
     Attributes:
-        name: what ``--init`` calls it.
+        name: its name in ``--init``.
         initialise: computes the factors.
-        needs_text: reads the moments of calibration text.
-        per_matrix: looks at one matrix at a time, so streaming holds no more than one.
-        reorders_neurons: gives hidden neurons other places; ``Factors.order`` says which.
-        rescales: follows ``KronyConfig.rescale``.
+        needs_text: whether it needs the moments of calibration text.
+        per_matrix: whether it works on one matrix at a time, so that streaming holds only one in memory.
+        reorders_neurons: whether it changes the order of the hidden neurons; ``Factors.order`` is the new order.
+        rescales: whether it follows ``KronyConfig.rescale``.
         default_epsilon: entry of the right factor for dropped neurons; None for a method without such an entry.
-        whole_neurons: takes only schemes that keep hidden neurons whole.
-        cost_curve: costs by which ``allocation="global"`` compares layers; None for a method without.
-        shape: the shape that a matrix gets where the scheme says another.
-        check: refuses layers that the method can't initialise.
+        whole_neurons: whether it works only with schemes that don't split hidden neurons.
+        cost_curve: the cost by which ``allocation="global"`` compares layers; None where the method has none.
+        shape: maps the split that the scheme asks for to the split that the method uses.
+        check: raises KronyError for layers that the method can't initialise.
     """
 
     name: str
@@ -181,5 +194,5 @@ class Initialisation:
 
     @property
     def takes_allocation(self) -> bool:
-        """Whether ``allocation="global"`` works with it."""
+        """Whether ``allocation="global"`` works with this method."""
         return self.cost_curve is not None

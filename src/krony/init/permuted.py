@@ -1,14 +1,14 @@
-"""Van Loan's products after the hidden neurons were permuted, as TQCompressor does (Abronin et al. 2024).
+"""Van Loan's factors after a permutation of the hidden neurons, as in TQCompressor (Abronin et al. 2024).
 
 Hidden neurons can stand in any order: the activation is elementwise, so a permutation of the rows of the up matrices
-cancels with the same one of the down matrix's columns. The order decides how near a Kronecker product can come. With
-the products ``Ŵ`` at hand, the best order is a linear assignment: neuron j to place i gains ``⟨Ŵ[i], W[j]⟩``, summed
-over the MLP's matrices, each relative to its own norm. Assignment and Van Loan take turns; neither can make
-``Σ ‖W − Ŵ‖² / ‖W‖²`` larger. As given, the order is often a fixed point of both, so they start from two others: neurons
-sorted along their first principal direction, and neurons grouped with those most parallel to them.
+cancels with the same permutation of the down matrix's columns. The order decides how near a Kronecker product can come.
+For given products ``Ŵ`` the best order solves a linear assignment: neuron j at place i gains ``⟨Ŵ[i], W[j]⟩``, summed
+over the MLP's matrices, each relative to its own norm. Assignment and Van Loan's factors alternate; neither can make
+``Σ ‖W − Ŵ‖² / ‖W‖²`` larger. The given order is often a fixed point of both, so the search starts from two others:
+neurons sorted along their first principal direction, and neurons grouped with the most parallel ones.
 
-TQCompressor permutes the channels between the layers too, which has to be undone while the model runs. Here it is the
-hidden neurons alone, which costs nothing.
+TQCompressor also permutes the channels between layers, which the model must undo at run time. This initialisation
+permutes hidden neurons only, which costs nothing at run time.
 """
 
 from __future__ import annotations
@@ -26,56 +26,61 @@ from krony.kronecker.algebra import KronShape, dense, nearest
 from krony.kronecker.assignment import assign
 
 ROUNDS = 20
-ENOUGH = 1e-4  # relative gain of a round below which it stops
+MIN_GAIN = 1e-4  # a round whose relative gain is smaller is the last
 
 
 def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
-    """Van Loan's factors of the permuted matrices; ``Factors.order`` says which neuron stands where.
+    """Van Loan's factors of the permuted matrices, in float64; ``Factors.order`` is the new order of the neurons.
 
-    Raises KronyError unless the targets are an MLP's matrices.
+    Raises KronyError unless the targets are an MLP's matrices, the down matrix last.
     """
     *ups, down = targets
     check_mlp([t.name for t in targets], [t.shape for t in targets], is_mlp=bool(ups) and down.role == "down")
-    tall = [(t.weight.double(), t.shape) for t in ups] + [(down.weight.double().T, down.shape.transposed)]
-    order = best_order([w for w, _ in tall], [s for _, s in tall])
-    moved = [replace(t, weight=t.weight[order]) for t in ups] + [replace(down, weight=down.weight[:, order])]
-    made = van_loan.initialise(moved, options)
+    neuron_rows = [(t.weight.double(), t.shape) for t in ups] + [(down.weight.double().T, down.shape.transposed)]
+    order = best_order([w for w, _ in neuron_rows], [s for _, s in neuron_rows])
+    permuted = [replace(t, weight=t.weight[order]) for t in ups] + [replace(down, weight=down.weight[:, order])]
+    factors = van_loan.initialise(permuted, options)
     biases = [None if t.bias is None else t.bias.double()[order] for t in ups] + [None]
-    return [replace(f, bias=bias, order=order) for f, bias in zip(made, biases, strict=True)]
+    return [replace(f, bias=bias, order=order) for f, bias in zip(factors, biases, strict=True)]
 
 
 def check_mlp(names: Sequence[str], shapes: Sequence[KronShape], *, is_mlp: bool) -> None:
-    """Raises KronyError unless these are an MLP's matrices, the one that leads back last."""
+    """Raises KronyError unless these are an MLP's matrices, the down matrix last."""
     if not is_mlp:
-        raise KronyError(f"{names[-1]}: init permuted needs whole MLPs; for single layers take van-loan")
+        raise KronyError(f"{names[-1]}: init permuted needs complete MLPs; for single layers use van-loan")
 
 
 def best_order(matrices: Sequence[Tensor], shapes: Sequence[KronShape]) -> Tensor:
-    """The order of the rows, ``(n,)``, in which Kronecker products come nearest to all ``matrices: (n, width)``.
+    """The best order found of the rows, ``(n,)``, for Kronecker products near to all ``matrices: (n, width)``, float64.
 
-    The best that was found, the given order among them: no other is returned unless its error is smaller.
+    Returns the given order, ``0, 1, …, n − 1``, unless the error of another is smaller.
+
+    Examples:
+        >>> rows = torch.arange(1.0, 5.0).outer(torch.ones(2)).double()  # any order is exact: rank one
+        >>> best_order([rows], [KronShape(2, 2, 2, 1)]).sort().values.tolist()
+        [0, 1, 2, 3]
     """
     scaled = [w / w.norm().clamp_min(torch.finfo(w.dtype).tiny) for w in matrices]
     given = torch.arange(len(scaled[0]), device=scaled[0].device)
     starts = [_along_first_direction(scaled), _grouped(scaled, shapes[0].m2)]
-    found = [(_products(scaled, shapes, given)[0], given)] + [_improved(scaled, shapes, start) for start in starts]
-    return min(found, key=lambda pair: pair[0])[1]
+    candidates = [(_products(scaled, shapes, given)[0], given)] + [_improved(scaled, shapes, start) for start in starts]
+    return min(candidates, key=lambda pair: pair[0])[1]
 
 
 def _improved(scaled: list[Tensor], shapes: Sequence[KronShape], order: Tensor) -> tuple[float, Tensor]:
-    """Assignment and Van Loan in turns from ``order``: the error that is left, and the order."""
+    """Alternates assignment and Van Loan's factors from ``order``; returns the remaining error and the order."""
     error, gain = _products(scaled, shapes, order)
     for _ in range(ROUNDS):
         new = assign(gain)
         new_error, gain = _products(scaled, shapes, new)
-        if new_error > error * (1 - ENOUGH):
+        if new_error > error * (1 - MIN_GAIN):
             return min((error, order), (new_error, new), key=lambda pair: pair[0])
         error, order = new_error, new
     return error, order
 
 
 def _products(scaled: list[Tensor], shapes: Sequence[KronShape], order: Tensor) -> tuple[float, Tensor]:
-    """The error of the nearest products in this order, and what each neuron would gain at each place, ``(n, n)``."""
+    """The error of the nearest products in this order, and the gain of neuron j at place i: ``(n, n)``."""
     error, gain = 0.0, torch.zeros(len(order), len(order), dtype=torch.float64, device=order.device)
     for w, shape in zip(scaled, shapes, strict=True):
         near = dense(*nearest(w[order], shape))
@@ -85,24 +90,25 @@ def _products(scaled: list[Tensor], shapes: Sequence[KronShape], order: Tensor) 
 
 
 def _along_first_direction(scaled: list[Tensor]) -> Tensor:
-    gram = torch.cat(scaled, dim=1)  # (n, widths)
-    _, vectors = torch.linalg.eigh(gram.T @ gram)
-    return (gram @ vectors[:, -1]).argsort(stable=True)
+    """The neurons sorted by their coordinate along the first principal direction of their rows."""
+    rows = torch.cat(scaled, dim=1)  # (n, widths)
+    _, vectors = torch.linalg.eigh(rows.T @ rows)
+    return (rows @ vectors[:, -1]).argsort(stable=True)
 
 
 def _grouped(scaled: list[Tensor], size: int) -> Tensor:
-    """The neurons, longest first, each followed by those most parallel or antiparallel to it."""
+    """The neurons, largest norm first, each followed by the ``size - 1`` most parallel or antiparallel ones left."""
     rows = torch.cat(scaled, dim=1)
-    lengths = rows.norm(dim=1)
-    rows = rows / lengths.clamp_min(torch.finfo(rows.dtype).tiny)[:, None]
-    alike = (rows @ rows.T).square()  # (n, n)
+    norms = rows.norm(dim=1)
+    rows = rows / norms.clamp_min(torch.finfo(rows.dtype).tiny)[:, None]
+    similarity = (rows @ rows.T).square()  # (n, n)
     free = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     order: list[int] = []
-    for lead in lengths.argsort(descending=True, stable=True).tolist():
+    for lead in norms.argsort(descending=True, stable=True).tolist():
         if not free[lead]:
             continue
         free[lead] = False
-        followers = alike[lead].where(free, -1.0).topk(size - 1).indices
+        followers = similarity[lead].where(free, -1.0).topk(size - 1).indices
         free[followers] = False
         order += [lead, *followers.tolist()]
     return torch.tensor(order, device=rows.device)

@@ -1,4 +1,4 @@
-"""The list of initialisations. Each is one file and one record; this is the only place that names them all."""
+"""The list of initialisations. Each has one file and one record; only this module names them all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ INITIALISATIONS: dict[str, Initialisation] = {
 
 
 def find_initialisation(name: str) -> Initialisation:
-    """The initialisation of this name. Raises KronyError for an unknown one."""
+    """The initialisation of this name. Raises KronyError for an unknown name.
+
+    Examples:
+        >>> find_initialisation("neurons").needs_text, find_initialisation("van-loan").needs_text
+        (True, False)
+    """
     try:
         return INITIALISATIONS[name]
     except (KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Turns a compressed model back into one that transformers knows without krony."""
+"""Turns a compressed model into a plain one that transformers loads without krony."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from krony.errors import KronyError
 from krony.models.surgery import find_groups, kronecker_layers, original, plain_layer, put_in, take_out
 
 FORMS = ("dense", "slim")
-WIDTHS = ("n_inner", "intermediate_size", "ffn_dim", "ffn_hidden_size")  # what configs call the hidden width
+WIDTHS = ("n_inner", "intermediate_size", "ffn_dim", "ffn_hidden_size")  # names of the hidden width in configs
 
 
 @dataclass(frozen=True)
 class Slim:
-    """A plain model of a smaller hidden width, and the parameters that its one width gives back to narrower layers."""
+    """A plain model with a smaller hidden width.
+
+    Attributes:
+        model: the model.
+        width: the hidden width of every layer.
+        padding: the number of zero parameters that bring narrower layers to this width.
+    """
 
     model: PreTrainedModel
     width: int
@@ -25,12 +31,20 @@ class Slim:
 
 
 def export_model(model: PreTrainedModel, to: str = "dense") -> PreTrainedModel:
-    """The model without Kronecker layers, changed in place.
+    """Replaces the Kronecker layers of a model by plain ones, in place, and returns the model.
 
-    ``dense`` multiplies the factors out, scalars included: a plain model of the original's size. ``slim`` is ``slim``'s
-    model: the same logits from a smaller hidden width, where that is exact.
+    ``to="dense"`` multiplies the factors and scalars out: a plain model of the original's size. ``to="slim"`` gives the
+    same logits from a smaller hidden width (see ``slim``).
 
-    Raises KronyError for an unknown form, a model that isn't compressed, or one that can't be made slim.
+    Raises KronyError for an unknown form, a model that isn't compressed, or one that can't be made slim exactly.
+
+    Examples:
+        >>> import krony
+        >>> model = krony.demo_model()
+        >>> report = krony.compress(model, krony.KronyConfig("512x256", init="van-loan", layers="0"))
+        >>> plain = krony.export_model(model)
+        >>> type(plain.transformer.h[0].mlp.c_fc).__name__
+        'Conv1D'
     """
     if to not in FORMS:
         raise KronyError(f"export to {to!r} is unknown: it is one of {', '.join(FORMS)}")
@@ -42,20 +56,20 @@ def export_model(model: PreTrainedModel, to: str = "dense") -> PreTrainedModel:
 
 @torch.no_grad()
 def slim(model: PreTrainedModel, multiple_of: int = 1) -> Slim:
-    """Leaves away the hidden neurons whose column of the down matrix is exactly zero, in place.
+    """Removes the hidden neurons whose column of the down matrix is exactly zero, in place; the logits stay the same.
 
-    Such are those that neuron selection drops: the logits stay the same. Plain configs take one width for all layers,
-    so narrower ones are padded with zero neurons.
+    Neuron selection with epsilon 0 leaves such neurons. Plain configs have one width for all layers, so narrower layers
+    are padded with zero neurons.
 
     Args:
-        multiple_of: the width is rounded up to a multiple of it, for tensor cores and quantised blocks.
+        multiple_of: rounds the width up to a multiple of this number, for tensor cores and quantised blocks.
 
     Raises:
-        KronyError: a model that isn't compressed, or one whose neurons can't be left away exactly.
+        KronyError: the model isn't compressed, or no neuron can be removed from every layer exactly.
     """
     _check_compressed(model)
     if multiple_of < 1:
-        raise KronyError(f"multiple_of is {multiple_of}: it takes a number of neurons from 1")
+        raise KronyError(f"multiple_of is {multiple_of}: it is a number of neurons, at least 1")
     compressed = kronecker_layers(model)
     downs = {group.sites[-1].name: group for group in find_groups(original(model))}
     alive = {name: _alive(model, name) for name in downs}
@@ -66,8 +80,8 @@ def slim(model: PreTrainedModel, multiple_of: int = 1) -> Slim:
         why = "is not compressed" if widest not in compressed else f"uses {len(alive[widest])} of its {full} neurons"
         rounded = "" if width == len(alive[widest]) else f", {width} when rounded up"
         raise KronyError(
-            f"export to slim saves nothing exactly: {widest} {why}{rounded}. It takes right factors that are "
-            "selections, as init neurons leaves them with epsilon 0, in every layer; --to dense always works"
+            f"export to slim can't remove neurons exactly: {widest} {why}{rounded}. It needs init neurons with epsilon "
+            "0 in every layer; --to dense always works"
         )
     attribute = _width_attribute(model)
     model = model.dequantize()
@@ -87,25 +101,26 @@ def _check_compressed(model: PreTrainedModel) -> None:
 
 
 def _alive(model: PreTrainedModel, down: str) -> Tensor:
-    """The hidden neurons that reach the output: those with a column of the down matrix that isn't zero."""
+    """The hidden neurons that reach the output, ``(n,)``: their column of the down matrix isn't zero."""
     compressed = kronecker_layers(model).get(down)
     weight = take_out(model, down)[0] if compressed is None else compressed.dense_weight()
     return weight.any(dim=0).nonzero().squeeze(1)
 
 
 def _width_attribute(model: PreTrainedModel) -> str:
+    """The name of the hidden width in the model's config. Raises KronyError if there is none."""
     for attribute in WIDTHS:
         if hasattr(model.config, attribute):
             return attribute
-    raise KronyError(f"{type(model).__name__} has no hidden width in its config: export to slim can't set it")
+    raise KronyError(f"{type(model).__name__} has no hidden width in its config, so export to slim can't set it")
 
 
 def _narrow(model: PreTrainedModel, name: str, neurons: Tensor, width: int, *, columns: bool) -> nn.Module:
-    """The layer for these neurons alone, padded with zeros to ``width``: columns of the down matrix, rows of others."""
+    """The layer with only these neurons, padded with zeros to ``width``: columns of the down matrix, rows of others."""
     weight, bias = take_out(model, name)
-    more = width - len(neurons)
+    missing = width - len(neurons)
     cut = weight[:, neurons] if columns else weight[neurons]
-    cut = nn.functional.pad(cut, (0, more) if columns else (0, 0, 0, more))  # (out, in)
+    cut = nn.functional.pad(cut, (0, missing) if columns else (0, 0, 0, missing))  # (out, in)
     if bias is not None and not columns:
-        bias = nn.functional.pad(bias[neurons], (0, more))
+        bias = nn.functional.pad(bias[neurons], (0, missing))
     return plain_layer(model.get_submodule(name), cut, bias)

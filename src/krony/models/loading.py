@@ -1,4 +1,4 @@
-"""Loading and saving models and tokenizers by name, in one line each."""
+"""Loads and saves models and tokenizers by name."""
 
 from __future__ import annotations
 
@@ -18,45 +18,55 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", device: str = "c
     Args:
         name: a folder, a hub name, or ``demo`` for the model that comes with krony.
         dtype: ``auto`` for the dtype it was saved in (``demo``: float32), or float32, bfloat16, float16, float64.
-        device: as torch names it; ``auto`` spreads the model over the devices there are.
+        device: a device name of torch; ``auto`` spreads the model over all devices.
 
     Raises:
-        KronyError: no such model, no network, a damaged or incomplete file, an architecture that isn't a causal LM.
+        KronyError: no such model, no network, a damaged or incomplete file, or an architecture that isn't a causal LM.
+
+    Examples:
+        >>> model = load_model("demo")
+        >>> sum(parameter.numel() for parameter in model.parameters())
+        5918720
     """
     return ModelSource.find(name).load(dtype=dtype, device=device)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model: a folder, a hub name, or ``demo``. Raises KronyError if there is none."""
+    """Loads the tokenizer of a model: a folder, a hub name, or ``demo``. Raises KronyError if there is none.
+
+    Examples:
+        >>> len(load_tokenizer("demo"))
+        4096
+    """
     return ModelSource.find(name).tokenizer()
 
 
 def load_config(name: str) -> PretrainedConfig:
-    """The config of a model, without its weights. Raises KronyError."""
+    """The config of a model; no weights are read. Raises KronyError if there is no such model."""
     return ModelSource.find(name).config
 
 
 def demo_model() -> PreTrainedModel:
     """Loads the GPT-2 of six layers that comes with krony, in float32 and eval mode.
 
-    ``load_tokenizer("demo")`` fits it.
+    ``load_tokenizer("demo")`` loads its tokenizer.
     """
     return load_model("demo")
 
 
 def save(model: PreTrainedModel, folder: Path, *, source: str) -> None:
-    """Writes ``model`` with the tokenizer (chat template included) of ``source``, if it has one."""
+    """Writes ``model`` to ``folder``, with the tokenizer and chat template of the model ``source`` if it has them."""
     model.save_pretrained(folder)
     save_tokenizer(folder, source=source)
 
 
 def save_tokenizer(folder: Path, *, source: str) -> None:
-    """Writes the tokenizer of ``source``, if it has one."""
+    """Writes the tokenizer of the model ``source`` to ``folder``; writes nothing if it has none."""
     with suppress(KronyError):
         load_tokenizer(source).save_pretrained(folder)
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """The most tokens that the model takes at once."""
+    """The number of tokens in the model's context; 1024 if its config gives none."""
     config = model.config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 1024)

@@ -1,4 +1,4 @@
-"""A model's mode: set for a while, and everything as it was afterwards."""
+"""Sets a model's mode for a block of code, and restores it afterwards."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradient for any parameter, as long as the block runs.
+    """Puts the model in eval mode and turns ``requires_grad`` off for every parameter while the block runs.
 
-    Afterwards every submodule has its own mode again, and every parameter its own ``requires_grad``.
+    Afterwards every submodule has its earlier mode, and every parameter its earlier ``requires_grad``, also if the
+    block raises.
+
+    Examples:
+        >>> layer = nn.Dropout()
+        >>> with evaluating(layer):
+        ...     layer.training
+        False
+        >>> layer.training
+        True
     """
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

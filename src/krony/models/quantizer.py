@@ -1,7 +1,7 @@
-"""transformers and krony: the registered quantizer that lets ``from_pretrained`` build Kronecker layers, and loading.
+"""The quantizer that krony registers with transformers, so that ``from_pretrained`` builds Kronecker layers.
 
 A compressed model is an ordinary transformers model whose config carries ``quantization_config`` with
-``quant_method: krony`` and a map of module names to shapes. One code path serves every architecture.
+``quant_method: krony`` and a map of module names to shapes. The same code serves every architecture.
 """
 
 from __future__ import annotations
@@ -30,22 +30,28 @@ METHOD = "krony"
 
 @register_quantization_config(METHOD)
 class KronyQuantizationConfig(QuantizationConfigMixin):
-    """What a saved model's ``config.json`` says of its Kronecker layers.
+    """The entry ``quantization_config`` of a saved model's ``config.json``: which layers are Kronecker layers.
 
     Attributes:
         modules: module name -> ``{"left": [m1, n1], "right": [m2, n2], "factors": k, "scalars": bool}``.
-        made_with: how it was compressed, for the record; loading does not read it.
+        made_with: the options of the compression, for the record; loading ignores them.
     """
 
     def __init__(
         self, modules: dict[str, dict[str, Any]] | None = None, made_with: dict[str, Any] | None = None, **_: Any
     ) -> None:
         self.quant_method = METHOD
-        self.modules: Any = modules  # what a file says: checked where it is used
+        self.modules: Any = modules  # as a file says, so ``shape`` checks it
         self.made_with = made_with or {}
 
     def shape(self, name: str) -> tuple[KronShape, bool]:
-        """The split of the module of this name, and whether it has scalars. Raises KronyError if it is malformed."""
+        """The split of the module of this name, and whether it has scalars. Raises KronyError for a malformed entry.
+
+        Examples:
+            >>> entry = {"left": [4, 2], "right": [2, 1], "factors": 1, "scalars": False}
+            >>> KronyQuantizationConfig({"h.0.mlp.c_fc": entry}).shape("h.0.mlp.c_fc")
+            (KronShape(m1=4, n1=2, m2=2, n2=1, factors=1), False)
+        """
         try:
             entry = self.modules[name]
             numbers = [*entry["left"], *entry["right"], entry["factors"]]
@@ -55,17 +61,17 @@ class KronyQuantizationConfig(QuantizationConfigMixin):
         except (KeyError, TypeError, ValueError):
             raise KronyError(
                 f"config.json: quantization_config.modules[{name!r}] is malformed: "
-                "it takes left: [m1, n1], right: [m2, n2], factors: k, scalars: true or false"
+                "it has left: [m1, n1], right: [m2, n2], factors: k, scalars: true or false"
             ) from None
 
 
 @register_quantizer(METHOD)
 class KronyQuantizer(HfQuantizer):
-    """Puts empty Kronecker layers into a model before its weights are loaded, and makes dense ones of them again."""
+    """Puts empty Kronecker layers into a model before its weights are loaded; ``dequantize`` makes them dense again."""
 
-    requires_calibration = True  # from_pretrained can't compress: krony.compress does
+    requires_calibration = True  # from_pretrained can't compress; krony.compress does
     is_trainable = True
-    is_qat_trainable = True  # else Trainer takes the model for a frozen, quantised one
+    is_qat_trainable = True  # otherwise Trainer treats the model as frozen and quantised
     is_compileable = True
 
     def is_serializable(self) -> bool:
@@ -76,10 +82,13 @@ class KronyQuantizer(HfQuantizer):
         fuse(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        model.is_quantized = False  # it is trainable and castable like any other: .half() and .float() must work
+        model.is_quantized = False  # .half(), .float() and training work as for a dense model
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        """The plain model, in its own dtype unless one is asked for: transformers' would take what its config says."""
+        """Makes the model dense, in place, in its present dtype or in ``dtype``, and returns it.
+
+        transformers' own method would cast to the dtype that the config names.
+        """
         model = self._dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         self.remove_quantization_config(model)
         return model
@@ -89,7 +98,7 @@ class KronyQuantizer(HfQuantizer):
 
 
 def put_layers_in(model: PreTrainedModel, config: KronyQuantizationConfig | dict[str, Any]) -> None:
-    """Puts empty Kronecker layers where a saved config says; a config of another method changes nothing.
+    """Puts empty Kronecker layers where a saved config names them; does nothing for another method's config.
 
     Raises KronyError for a config that is malformed or does not fit the model.
     """
@@ -104,7 +113,7 @@ def put_layers_in(model: PreTrainedModel, config: KronyQuantizationConfig | dict
     found = {}
     for name in config.modules:
         own = _own_name(model, name)
-        if own is None:  # the head, in a model that is the body alone
+        if own is None:  # the head, in a model that is only the body
             continue
         shape, scalars = config.shape(name)
         put_in(model, own, _empty_layer(model, own, shape, scalars))
@@ -113,22 +122,23 @@ def put_layers_in(model: PreTrainedModel, config: KronyQuantizationConfig | dict
 
 
 def _own_name(model: PreTrainedModel, name: str) -> str | None:
-    """What ``model`` calls a layer: ``AutoModel`` builds the body alone, whose names lack the prefix of the others.
+    """The name of a layer in ``model``: ``AutoModel`` builds only the body, whose names lack the prefix.
 
     Returns None for a layer outside the body if ``model`` is the body.
     """
-    there = dict(model.named_modules())
+    modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
-    if name in there:
+    if name in modules:
         return name
     if model.base_model is model:
         return name.removeprefix(prefix) if name.startswith(prefix) else None
-    return prefix + name if prefix + name in there else name
+    return prefix + name if prefix + name in modules else name
 
 
 def _empty_layer(
     model: PreTrainedModel, name: str, shape: KronShape, scalars: bool
 ) -> KroneckerLinear | KroneckerEmbedding:
+    """A layer without values in place of the one called ``name``. Raises KronyError if the shapes don't fit."""
     original = dict(model.named_modules()).get(name)
     if type(original) is nn.Embedding and shape.left[0] == original.num_embeddings:
         return _empty_embedding(original, name, shape)
@@ -151,9 +161,10 @@ def _empty_embedding(original: nn.Embedding, name: str, shape: KronShape) -> Kro
 
 
 def attach_quantizer(model: PreTrainedModel, made_with: dict[str, Any]) -> None:
-    """Gives a model that was compressed in memory what ``save_pretrained`` needs, and fuses its MLPs.
+    """Attaches the config and quantizer that ``save_pretrained`` needs to a compressed model, and fuses its MLPs.
 
-    ``made_with`` says how it was compressed, for the record.
+    ``made_with`` holds the options of the compression, for the record. If the model was compressed before, its earlier
+    options are kept under ``earlier``.
     """
     fuse(model)
     modules = {
@@ -170,7 +181,7 @@ def attach_quantizer(model: PreTrainedModel, made_with: dict[str, Any]) -> None:
         modules[name] = {"left": list(s.left), "right": list(s.right), "factors": 1, "scalars": False}
     made_with = {"krony": __version__} | made_with
     earlier = getattr(model.config, "quantization_config", None)
-    if isinstance(earlier, KronyQuantizationConfig):  # other layers were compressed before
+    if isinstance(earlier, KronyQuantizationConfig):  # other layers were compressed earlier
         made_with["earlier"] = earlier.made_with
     model.config.quantization_config = KronyQuantizationConfig(modules, made_with)
     quantizer = KronyQuantizer(model.config.quantization_config, pre_quantized=True)

@@ -1,7 +1,7 @@
-"""Find the linear layers of a model that krony replaces, take their matrices out, put KroneckerLinears in.
+"""Finds the linear layers of a model that krony replaces, reads their matrices, and puts other layers in their place.
 
-Everything outside this file is ``(out, in)``. GPT-2's ``Conv1D`` stores ``(in, out)``: it is transposed here, in
-``take_out`` and ``plain_layer``, and nowhere else.
+Every matrix outside this file is ``(out, in)``. GPT-2's ``Conv1D`` stores ``(in, out)``: ``take_out`` and
+``plain_layer`` transpose it, and nothing else does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # this module is imported while transformers is being importe
 
 Role = Literal["up", "down", "other"]
 
-# The names by which transformers' models call the matrices of an MLP: those to the hidden width, and the one back.
+# The names of an MLP's matrices in transformers: the up matrices (to the hidden width), and the down matrix (back).
 MLP_NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("c_fc",), "c_proj"),  # GPT-2, GPT-Neo, StarCoder
     (("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma
@@ -35,12 +35,18 @@ MLP_NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("fc_in",), "fc_out"),  # GPT-J
     (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
 )
-FUSED = "gate_up_proj"  # of Phi-3 and GLM: gate and up matrix in one
+FUSED = "gate_up_proj"  # in Phi-3 and GLM: gate and up matrix in one
 
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer: its dotted name, its place in an MLP, and its size."""
+    """A linear layer: its dotted name, its role in an MLP, and its size.
+
+    Examples:
+        >>> site = Site("h.0.mlp.c_proj", "down", out_features=768, in_features=3072)
+        >>> site.tall, str(site.shape("keep=0.5"))
+        ((3072, 768), '768x1536')
+    """
 
     name: str
     role: Role
@@ -49,16 +55,16 @@ class Site:
 
     @property
     def tall(self) -> tuple[int, int]:
-        """Its matrix with the hidden width (outside an MLP: the larger side) as rows."""
+        """Rows and columns of its matrix when the hidden width (outside an MLP: the larger side) counts the rows."""
         return (self.in_features, self.out_features) if self.is_turned else (self.out_features, self.in_features)
 
     @property
     def is_turned(self) -> bool:
-        """Whether a scheme is transposed for it."""
+        """Whether a scheme is transposed for this layer."""
         return self.role == "down" or (self.role == "other" and self.in_features > self.out_features)
 
     def shape(self, scheme: str) -> KronShape:
-        """The split that ``scheme`` means here. Raises KronyError, naming the layer."""
+        """The split that ``scheme`` means for this layer. Raises KronyError, naming the layer, if it does not fit."""
         try:
             shape = resolve(scheme, *self.tall)
         except KronyError as error:
@@ -68,21 +74,28 @@ class Site:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that are compressed together: the matrices of one MLP, the one that leads back last, or a single layer."""
+    """Layers that are compressed together: the matrices of one MLP, the down matrix last, or a single layer."""
 
     sites: tuple[Site, ...]
 
     @property
     def is_mlp(self) -> bool:
+        """Whether the last layer is a down matrix."""
         return self.sites[-1].role == "down"
 
     @property
     def layer(self) -> int | None:
+        """The zero-based number of the transformer layer that contains the group; None outside any layer."""
         return layer_index(self.sites[0].name)
 
 
 def layer_index(name: str) -> int | None:
-    """The zero-based number of the transformer layer that a module belongs to: the first number in its name."""
+    """The zero-based number of the transformer layer that a module belongs to: the first number in its name.
+
+    Examples:
+        >>> layer_index("transformer.h.11.mlp.c_fc"), layer_index("lm_head")
+        (11, None)
+    """
     match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(match[1]) if match else None
 
@@ -95,7 +108,7 @@ def find_groups(model: nn.Module, modules: str = "mlp", layers: str = "all") -> 
         layers: ``all``, ``odd``, ``even`` or a zero-based inclusive range ``2-28``.
 
     Raises:
-        KronyError: nothing matches, the expression or the range is wrong, or a layer's weight is tied to another's.
+        KronyError: nothing matches, the expression or the range is malformed, or a layer shares its weight.
     """
     mlps = [mlp for name, module in model.named_modules() if (mlp := _mlp(name, module))]
     if modules == "mlp":
@@ -104,43 +117,50 @@ def find_groups(model: nn.Module, modules: str = "mlp", layers: str = "all") -> 
             raise KronyError(_no_mlp(model))
     else:
         groups = _matching(model, modules, mlps)
-    kept = [g for g in groups if is_chosen(g.layer, layers)]
-    if not kept:
+    chosen = [g for g in groups if is_chosen(g.layer, layers)]
+    if not chosen:
         numbers = sorted({g.layer for g in groups if g.layer is not None})
-        there = f"the layers {numbers[0]}-{numbers[-1]} of this model" if numbers else f"{groups[0].sites[0].name}"
-        raise KronyError(f"layers {layers!r} chooses none of {there}")
-    return kept
+        available = f"the layers {numbers[0]}-{numbers[-1]} of this model" if numbers else f"{groups[0].sites[0].name}"
+        raise KronyError(f"layers {layers!r} chooses none of {available}")
+    return chosen
 
 
 def is_chosen(layer: int | None, layers: str) -> bool:
-    """Whether ``--layers`` chooses the layer of this number; a module outside any layer is chosen by ``all`` only."""
+    """Whether ``--layers`` chooses the layer of this number; only ``all`` chooses a module outside any layer.
+
+    Raises KronyError if ``layers`` is none of ``all``, ``odd``, ``even`` and a zero-based inclusive range.
+
+    Examples:
+        >>> is_chosen(3, "odd"), is_chosen(3, "4-8"), is_chosen(None, "all")
+        (True, False, True)
+    """
     if layers == "all":
         return True
     if layers in ("odd", "even"):
         return layer is not None and layer % 2 == (layers == "odd")
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", layers)
     if match is None or int(match[1]) > int(match[2] or match[1]):
-        raise KronyError(f"layers {layers!r} is not understood: it is all, odd, even, or a range such as 2-28")
+        raise KronyError(f"layers {layers!r} is not understood: use all, odd, even, or a range such as 2-28")
     return layer is not None and int(match[1]) <= layer <= int(match[2] or match[1])
 
 
 def model_shape(model: nn.Module, groups: list[Group]) -> ModelShape:
-    """What ``krony.kronecker.schemes`` needs to know of the model. Parameters that layers share are counted once."""
+    """The sizes that ``krony.kronecker.schemes`` needs. Parameters that layers share are counted once."""
     return ModelShape(count_parameters(model), tuple(site.tall for group in groups for site in group.sites))
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Unique parameters: a head tied to the embedding is counted once (paper, Appendix B)."""
+    """The number of unique parameters: a head tied to the embedding is counted once (paper, Appendix B)."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_untied(model: PreTrainedModel) -> int:
-    """Parameters with a tied head counted apart from the embedding, as other papers run theirs (Appendix B)."""
+    """The number of parameters where a tied head counts beside the embedding, as in other papers (Appendix B)."""
     return count_parameters(model) + (model.get_output_embeddings().weight.numel() if is_tied(model) else 0)
 
 
 def take_out(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
-    """The weight ``(out, in)`` and the bias ``(out,)`` or None of a linear layer, detached, not copied."""
+    """The weight ``(out, in)`` and the bias ``(out,)`` or None of a linear layer: detached views, not copies."""
     module: Any = model.get_submodule(name)
     weight = module.weight.detach()
     bias = None if module.bias is None else module.bias.detach()
@@ -148,15 +168,15 @@ def take_out(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
 
 
 def put_in(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts ``module`` in the place of the one called ``name``."""
+    """Replaces the submodule called ``name`` by ``module``."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 def plain_layer(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A layer of the kind and mode of ``like``, ``nn.Linear`` or ``Conv1D``, with these values, copied.
+    """A layer of the class and mode of ``like``, ``nn.Linear`` or ``Conv1D``, with copies of these values.
 
-    ``weight``: ``(out, in)``; ``bias``: ``(out,)`` or None.
+    ``weight: (out, in)`` and ``bias: (out,)`` or None keep their dtype and device.
     """
     out, into = weight.shape
     with torch.device("meta"):
@@ -169,22 +189,26 @@ def plain_layer(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Modu
 
 
 def kronecker_layers(model: nn.Module) -> dict[str, KroneckerLinear]:
-    """The compressed layers of a model by name."""
+    """The compressed linear layers of a model, by dotted name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, KroneckerLinear)}
 
 
 def kronecker_embeddings(model: nn.Module) -> dict[str, KroneckerEmbedding]:
-    """The factorised embeddings of a model by name."""
+    """The factorised embeddings of a model, by dotted name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, KroneckerEmbedding)}
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """Multiplies every compressed layer out, in place: the kind of layer that the model's own class has there."""
-    whole = original(model)
+    """Multiplies the factors of every compressed layer out, in place, and returns the model.
+
+    Each layer becomes one of the class that the uncompressed model has there, in the dtype and on the device of its
+    factors.
+    """
+    dense = original(model)
     unfuse(model)
     for name, layer in kronecker_layers(model).items():
         bias = None if layer.bias is None else layer.bias.detach()
-        plain = plain_layer(whole.get_submodule(name), layer.dense_weight().detach(), bias)
+        plain = plain_layer(dense.get_submodule(name), layer.dense_weight().detach(), bias)
         put_in(model, name, plain.train(layer.training))
     for name, embedding in kronecker_embeddings(model).items():
         weight = embedding.dense_weight().detach()
@@ -193,13 +217,13 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def original(model: PreTrainedModel) -> PreTrainedModel:
-    """The uncompressed model's modules, on the meta device."""
+    """The uncompressed model on the meta device: its modules without their values."""
     with torch.device("meta"):
         return type(model)(plain_config(model))
 
 
 def plain_config(model: PreTrainedModel) -> PretrainedConfig:
-    """A copy of the model's config without the entry that makes it a compressed one."""
+    """A copy of the model's config without ``quantization_config``."""
     config = type(model.config).from_dict(model.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -207,14 +231,14 @@ def plain_config(model: PreTrainedModel) -> PretrainedConfig:
 
 
 def enclosing_layer(model: PreTrainedModel, group: Group) -> nn.Module:
-    """The transformer layer that the group is in; the model itself for what is in none."""
+    """The transformer layer that contains the group; the base model if no layer does."""
     parts = group.sites[0].name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return model.get_submodule(".".join(parts[: numbers[0] + 1])) if numbers else model.base_model
 
 
 def embedding_of(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
-    """The name and module of the input embedding. Raises KronyError where it is no plain one."""
+    """The name and module of the input embedding. Raises KronyError unless it is an ``nn.Embedding``."""
     module = model.get_input_embeddings()
     if type(module) is not nn.Embedding:
         raise KronyError(f"the input embedding of this model is a {type(module).__name__}: it can't be factorised")
@@ -222,29 +246,32 @@ def embedding_of(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
 
 
 def embedding_shape(model: PreTrainedModel, size: int) -> tuple[str, KronShape]:
-    """The name of the embedding, and its split with a right factor of ``1 x size``. Raises KronyError."""
+    """The name of the embedding, and its split with a right factor of ``1 x size``.
+
+    Raises KronyError for a size that does not divide the width, and for an embedding that can't be factorised.
+    """
     name, module = embedding_of(model)
     vocabulary, width = module.weight.shape
     if size < 2 or width % size:
-        raise KronyError(f"embedding {size}: its right factor takes from 2 columns, and a divisor of the width {width}")
+        raise KronyError(f"embedding {size}: the right factor's columns are a divisor of the width {width}, at least 2")
     return name, KronShape(vocabulary, width // size, 1, size)
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the head is the embedding."""
+    """Whether the head shares its weight with the input embedding."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Lets the head keep a matrix of its own from now on, in memory and when it is saved and loaded."""
+    """Records that the head has its own matrix, so that saving and loading no longer tie it to the embedding."""
     model.config.get_text_config().tie_word_embeddings = False
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Whether krony can replace it: ``nn.Linear`` itself (subclasses mean something else by it) or ``Conv1D``."""
+    """Whether krony can replace it: ``nn.Linear`` itself (a subclass may compute something else) or ``Conv1D``."""
     return isinstance(module, Conv1D) or type(module) is nn.Linear
 
 
@@ -259,7 +286,7 @@ def _site(name: str, module: nn.Module, role: Role) -> Site:
 
 
 def _mlp(name: str, module: nn.Module) -> Group | None:
-    """The MLP whose matrices are children of ``module``, if it has one."""
+    """The MLP whose matrices are children of ``module``; None if there is none."""
     children = dict(module.named_children())
     for ups, down in MLP_NAMES:
         if all(is_linear(children.get(child)) for child in (*ups, down)):
@@ -270,7 +297,7 @@ def _mlp(name: str, module: nn.Module) -> Group | None:
 
 
 def _matching(model: nn.Module, pattern: str, mlps: list[Group]) -> list[Group]:
-    """Groups of the linear layers whose names match; an MLP that matches as a whole stays one group."""
+    """Groups of the linear layers whose names match; an MLP whose matrices all match stays one group."""
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -280,18 +307,19 @@ def _matching(model: nn.Module, pattern: str, mlps: list[Group]) -> list[Group]:
     if not chosen:
         raise KronyError(f"modules {pattern!r} matches no linear layer; there are, for example, {_examples(names)}")
     _refuse_tied(model, sorted(chosen))
-    whole = {s.name: g for g in mlps if all(s.name in chosen for s in g.sites) for s in g.sites}
-    roles = {s.name: s for g in mlps for s in g.sites}
-    groups = [whole.get(n) or Group((roles.get(n) or _site(n, names[n], "other"),)) for n in names if n in chosen]
+    complete = {s.name: g for g in mlps if all(s.name in chosen for s in g.sites) for s in g.sites}
+    sites = {s.name: s for g in mlps for s in g.sites}
+    groups = [complete.get(n) or Group((sites.get(n) or _site(n, names[n], "other"),)) for n in names if n in chosen]
     return list(dict.fromkeys(groups))
 
 
 def _refuse_tied(model: nn.Module, chosen: list[str]) -> None:
-    owners: dict[int, list[str]] = {}
+    """Raises KronyError if one of these layers shares its weight with another module."""
+    names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+        names.setdefault(id(parameter), []).append(name)
     for name in chosen:
-        shared = owners[id(model.get_submodule(name).weight)]
+        shared = names[id(model.get_submodule(name).weight)]
         if len(shared) > 1:
             raise KronyError(f"{name} shares its weight ({' = '.join(shared)}), so it can't be replaced on its own")
 
@@ -301,21 +329,22 @@ def _examples(names: dict[str, nn.Module]) -> str:
 
 
 def _no_mlp(model: nn.Module) -> str:
+    """Why no MLP was found in this model, and what to do instead: the text of an error."""
     if layers := kronecker_layers(model):
         return f"this model is compressed already ({len(layers)} layers): compress the original instead"
     names = {n: m for n, m in model.named_modules() if is_linear(m)}
     for name, module in model.named_modules():
         if stacked := [key for key, value in module.named_parameters(recurse=False) if value.ndim == 3]:
             return (
-                f"{name} keeps the matrices of all its experts in one tensor ({stacked[0]}), and krony replaces linear "
-                f"layers: name others with modules=REGEX, for example {_examples(names)}"
+                f"{name} holds the matrices of all its experts in one tensor ({stacked[0]}), and krony replaces linear "
+                f"layers: choose others with modules=REGEX, for example {_examples(names)}"
             )
         if is_linear(module) and name.endswith(FUSED):
             return (
-                f"{name} holds the gate and the up matrix in one, so hidden neurons can't be told from it: name the "
-                "matrices one by one, modules='gate_up_proj|down_proj', with init van-loan, als or prune"
+                f"{name} holds the gate and the up matrix in one, so krony can't tell the hidden neurons apart: choose "
+                "single matrices with modules='gate_up_proj|down_proj', and init van-loan, als or prune"
             )
     return (
-        f"no MLP is known in {type(model).__name__}: name its linear layers with modules=REGEX; "
+        f"no MLP is known in {type(model).__name__}: choose linear layers with modules=REGEX; "
         f"there are, for example, {_examples(names)}"
     )

@@ -1,4 +1,4 @@
-"""What the machine is, and what it is good at."""
+"""The machine: its memory, its devices, and the dtype that is fast on them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from krony.errors import KronyError
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 where this device multiplies matrices faster in it than in float32, else float32."""
+    """bfloat16 if this device multiplies matrices in it faster than in float32, else float32."""
     kind = torch.device(device).type
     fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == "cpu":
-        abilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.10 on
+        abilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
         fast = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
 
 
 def memory() -> int:
-    """Bytes of memory that this process may have: the machine's, or its control group's if that is less."""
+    """Bytes of memory that this process may use: the machine's, or the control group's limit if that is less."""
     total = psutil.virtual_memory().total
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.is_file() else ""
@@ -32,22 +32,27 @@ def memory() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. torch says so in words alone: ``out of memory`` of a GPU, and that it can't allocate."""
+    """Whether the error means that memory ran out; torch reports that in the text of a RuntimeError.
+
+    Examples:
+        >>> is_out_of_memory(RuntimeError("CUDA out of memory")), is_out_of_memory(RuntimeError("other"))
+        (True, False)
+    """
     words = str(error).lower()
-    torchs = any(sign in words for sign in ("out of memory", "can't allocate memory", "not enough memory"))
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torchs)
+    from_torch = any(sign in words for sign in ("out of memory", "can't allocate memory", "not enough memory"))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and from_torch)
 
 
 def check_device(device: str) -> None:
-    """Raises KronyError unless there is a device of this name; ``auto`` leaves it to what there is."""
+    """Raises KronyError unless torch can use the device of this name; ``auto`` is always accepted."""
     try:
         torch.empty(0, device="cpu" if device == "auto" else device)
-    except (RuntimeError, AssertionError) as error:  # torch's words for a device that isn't there
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device that isn't there
         raise KronyError(f"device {device!r} can't be used: {str(error).strip().splitlines()[0]}") from None
 
 
 def machine() -> dict[str, str | int]:
-    """Processor, cores, and the versions of what decides: said beside every figure."""
+    """Processor, cores, accelerator and versions, recorded beside every figure."""
     import transformers
 
     return {

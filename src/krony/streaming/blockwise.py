@@ -1,9 +1,9 @@
-"""A model that runs one transformer layer at a time: the others are on disk, and what they said is kept.
+"""Runs a model one transformer layer at a time: the other layers stay on disk, and so do the hidden states.
 
-The skeleton lies on the meta device. To run layer i on the calibration text the skeleton runs as a whole, so that masks
-and position embeddings are what they always are, but for two things: every other layer hands its input on unchanged,
-and layer i takes the hidden states that were kept from layer i − 1. What it gives is kept in turn, in a file of its
-own, and is what an undivided run in the same batches gives, bit for bit.
+The model lies on the meta device. To run layer i on the calibration text, the complete model runs, so that masks and
+position embeddings are the usual ones, with two changes: every other layer returns its input unchanged, and layer i
+reads the hidden states that layer i − 1 wrote to a file. Layer i writes its output to another file. The hidden states
+equal those of a run of the complete model in the same batches, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,28 +24,38 @@ from krony.models.surgery import Group
 from krony.storage.shards import TensorFile
 from krony.storage.tensor_files import Entry, read_header
 
-Read = Callable[[str], Tensor]  # a parameter or buffer of the model by name, in the dtype that the model wants
+Read = Callable[[str], Tensor]  # reads a parameter or buffer of the model by name, in the model's dtype
 
 
 class Blocks:
-    """The stack of layers of ``model``, which is on the meta device, and the text ``ids: (sequences, length)``."""
+    """Runs the layers of ``model``, which is on the meta device, one by one on ``ids: (sequences, length)``."""
 
     def __init__(
         self, model: PreTrainedModel, stack: str, ids: Tensor, read: Read, *, weighted: bool, device: str = "cpu"
     ) -> None:
+        """Fills all modules outside the stack.
+
+        Args:
+            stack: dotted name of the list of layers.
+            read: reads a parameter or buffer by name.
+            weighted: whether tokens are weighted by ``1/‖h_t‖²``.
+            device: where the layers run.
+        """
         self.model, self.stack, self.ids, self.read = model, stack, ids, read
         self.weighted, self.device = weighted, device
         self.layers: list[nn.Module] = list(model.get_submodule(stack))  # type: ignore[call-overload]
-        self.returns = 0  # how many things a layer returns; 0 for a bare tensor
+        self.returns = 0  # length of the tuple that a layer returns; 0 for a tensor
         for name in self._around():
             _fill_one(model, name, read, device)
 
     def step(self, index: int, groups: Sequence[Group], before: Path | None, after: Path | None) -> list[Moments]:
-        """Runs layer ``index`` on the whole text, and gives the moments of its ``groups``. The layer stays filled.
+        """Runs layer ``index`` on the complete text, and returns the moments of its ``groups``.
+
+        The layer's weights stay in memory until ``release``.
 
         Args:
-            before: the file with what enters it; None for the first layer, which the embeddings feed.
-            after: the file to write for the next layer; None after the last.
+            before: the file with the layer's inputs; None for the first layer, which reads the embeddings.
+            after: the file to write for the next layer; None after the last layer that is compressed.
         """
         fill(self.model, f"{self.stack}.{index}", self.read, self.device)
         run = _Run(None if before is None else read_header(before)[0], after, len(self.ids), self.device)
@@ -55,18 +65,18 @@ class Blocks:
                 for rows in batches(self.ids, BATCH_TOKENS):
                     self.model.base_model(input_ids=rows.to(self.device), use_cache=False)
         finally:
-            for one in sums:
-                one.remove()
+            for accumulator in sums:
+                accumulator.remove()
         if run.file is not None:
             run.file.sync()
-        return [one.moments(self.ids.numel()) for one in sums]
+        return [accumulator.moments(self.ids.numel()) for accumulator in sums]
 
     def release(self, index: int) -> None:
-        """Lets the layer's weights go."""
+        """Frees the weights of layer ``index``."""
         release(self.model, f"{self.stack}.{index}")
 
     def _around(self) -> list[str]:
-        """The modules of the base model that hold something and are not in the stack."""
+        """The modules of the base model outside the stack that have parameters or buffers of their own."""
         inner = {id(m) for layer in self.layers for m in layer.modules()}
         base = {id(m) for m in self.model.base_model.modules()}
         return [
@@ -77,7 +87,7 @@ class Blocks:
 
     @contextmanager
     def _alone(self, index: int, run: _Run) -> Iterator[None]:
-        """While the block lasts, layer ``index`` goes through ``run``, and the others pass on what they get."""
+        """In the block, layer ``index`` reads and writes through ``run``, and other layers return their input."""
 
         def pass_on(*args: Any, **options: Any) -> Any:
             hidden = args[0] if args else options["hidden_states"]
@@ -87,10 +97,10 @@ class Blocks:
 
         def forward(*args: Any, **options: Any) -> Any:
             hidden = run.enter(args[0] if args else options.pop("hidden_states"))
-            given = own(hidden, *args[1:], **options)
-            self.returns = len(given) if isinstance(given, tuple) else 0
-            run.leave(given[0] if isinstance(given, tuple) else given)
-            return given
+            output = own(hidden, *args[1:], **options)
+            self.returns = len(output) if isinstance(output, tuple) else 0
+            run.leave(output[0] if isinstance(output, tuple) else output)
+            return output
 
         for layer in self.layers:
             layer.forward = pass_on  # type: ignore[method-assign]
@@ -99,11 +109,11 @@ class Blocks:
             yield
         finally:
             for layer in self.layers:
-                del layer.forward  # the class's own shows again
+                del layer.forward  # the method of the class is visible again
 
     @contextmanager
     def _embeddings(self, *, needed: bool) -> Iterator[None]:
-        """The table of token embeddings, the largest matrix of many models, is needed for the first layer alone."""
+        """Frees the token embeddings, the largest matrix of many models, in the block unless they are ``needed``."""
         table = self.model.get_input_embeddings()
         if needed:
             yield
@@ -119,7 +129,7 @@ class Blocks:
 
 
 class _Run:
-    """What enters a layer and what leaves it, batch after batch."""
+    """Reads the inputs of a layer and writes its outputs, batch after batch."""
 
     def __init__(self, entering: Entry | None, after: Path | None, rows: int, device: str) -> None:
         self.entering, self.after, self.rows, self.device = entering, after, rows, device
@@ -127,10 +137,11 @@ class _Run:
         self.file: TensorFile | None = None
 
     def enter(self, hidden: Tensor) -> Tensor:
-        """``(batch, length, width)``: what was kept for these rows, or for the first layer what the embeddings gave."""
+        """The inputs of these rows, ``(batch, length, width)``: from the file, or ``hidden`` for the first layer."""
         return hidden if self.entering is None else self.entering.read(self.row, self.row + len(hidden)).to(self.device)
 
     def leave(self, hidden: Tensor) -> None:
+        """Writes the outputs of these rows, ``(batch, length, width)``, if a next layer needs them."""
         if self.after is not None:
             if self.file is None:
                 self.file = TensorFile(self.after, {"hidden": (hidden.dtype, (self.rows, *hidden.shape[1:]))})
@@ -140,45 +151,48 @@ class _Run:
 
 
 def stack_name(groups: Sequence[Group], model: nn.Module) -> str:
-    """The list of layers that all groups are in. Raises KronyError if there isn't one."""
-    found = set()
+    """The dotted name of the ``nn.ModuleList`` that contains all groups. Raises KronyError if there is none."""
+    stacks = set()
     for group in groups:
         parts = group.sites[0].name.split(".")
         numbers = [i for i, part in enumerate(parts) if part.isdigit()]
         if not numbers:
             raise KronyError(f"{group.sites[0].name} is in no transformer layer, so it can't be run layer by layer")
-        found.add(".".join(parts[: numbers[0]]))
-    if len(found) != 1:
-        raise KronyError(f"the layers are in several stacks ({', '.join(sorted(found))}): they can't be run one by one")
-    stack = found.pop()
+        stacks.add(".".join(parts[: numbers[0]]))
+    if len(stacks) != 1:
+        raise KronyError(
+            f"the layers are in several stacks ({', '.join(sorted(stacks))}), so they can't run one by one"
+        )
+    stack = stacks.pop()
     if not isinstance(model.get_submodule(stack), nn.ModuleList):
         raise KronyError(f"{stack} is no list of layers, so it can't be run layer by layer")
     return stack
 
 
 def fill(model: PreTrainedModel, name: str, read: Read, device: str = "cpu") -> None:
-    """Gives a module that is on the meta device, and all in it, its weights, and buffers as transformers makes them."""
+    """Reads the weights of a module on the meta device and its submodules; transformers initialises other buffers."""
     for inner, _ in model.get_submodule(name).named_modules():
         _fill_one(model, ".".join(part for part in (name, inner) if part), read, device)
 
 
 def _fill_one(model: PreTrainedModel, name: str, read: Read, device: str) -> None:
+    """``fill`` for a single module without its submodules."""
     module, prefix = model.get_submodule(name), f"{name}." if name else ""
     for key, value in module._parameters.items():
         if value is not None:
-            made = nn.Parameter(read(prefix + key).to(device), requires_grad=False)
-            made._is_hf_initialized = True  # type: ignore[attr-defined]  # so that transformers leaves it alone
-            module._parameters[key] = made
-    passing = module._non_persistent_buffers_set
+            parameter = nn.Parameter(read(prefix + key).to(device), requires_grad=False)
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # so that transformers leaves it alone
+            module._parameters[key] = parameter
+    not_saved = module._non_persistent_buffers_set
     for key, buffer in module._buffers.items():
         if buffer is not None:
-            empty = torch.empty_like(buffer, device=device) if key in passing else None
+            empty = torch.empty_like(buffer, device=device) if key in not_saved else None
             module._buffers[key] = read(prefix + key).to(device) if empty is None else empty
-    if passing:
+    if not_saved:
         with torch.no_grad():
             model._init_weights(module)
 
 
 def release(model: nn.Module, name: str) -> None:
-    """Puts a module back on the meta device."""
+    """Moves a module back to the meta device, which frees its weights."""
     model.get_submodule(name).to("meta")

@@ -1,4 +1,4 @@
-"""A compression that goes layer by layer, settled before it runs: what is read and written, and in how much memory."""
+"""Plans a compression layer by layer: the tensors that it reads and writes, and the memory it needs."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ REST = "embeddings, head and norms"
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """A compression that is planned and not yet run; ``prepare`` makes it.
+    """The plan of a compression layer by layer; ``prepare`` makes it, ``krony.streaming.stream.run`` runs it.
 
     Attributes:
         folder: the model's folder.
-        settled: what is replaced by what.
-        source: the model as it is, on the meta device.
+        settled: the groups and their splits.
+        source: the original model, on the meta device.
         target: the compressed model, on the meta device.
-        entries: where each tensor of the source lies in the files.
-        layout: what is written, by the target model's names.
-        names: what the files call it.
-        reads: whether it reads calibration text.
+        entries: the file and position of each tensor of the source, by name.
+        layout: dtype and shape of each tensor to write, by its name in the target.
+        names: name in the target -> name in the files.
+        reads: whether calibration text is read.
     """
 
     folder: Path
@@ -52,37 +52,41 @@ class Stream:
 
     @property
     def config(self) -> KronyConfig:
+        """The options of the compression."""
         return self.settled.config
 
     @property
     def read_bytes(self) -> int:
-        return sum(entry.bytes for entry in set(self.entries.values()))  # tied names lead to one
+        """Bytes of tensors in the source's files."""
+        return sum(entry.bytes for entry in set(self.entries.values()))  # tied names share an entry
 
     @property
     def write_bytes(self) -> int:
+        """Bytes of tensors to write."""
         return total(self.layout)
 
     def kept_bytes(self, tokens: int) -> int:
-        """What ``OUT.work`` holds besides: the hidden states that enter a layer and those that leave it."""
+        """Bytes of temporary hidden states in ``OUT.work`` for this many tokens: the inputs and outputs of a layer."""
         if not self.reads:
             return 0
         return 2 * tokens * self.source.get_input_embeddings().weight.shape[1] * self.source.dtype.itemsize
 
     @property
     def memory_bytes(self) -> int:
-        """About how much memory the run needs at its height, the libraries included."""
+        """About how many bytes of memory the run needs at most, libraries included."""
         working = self.settled.working_memory(self.source.dtype.itemsize, self.reads)
         if not self.reads:
             return working
         layers = [_bytes_of(self.source.get_submodule(name)) for name in self._layers()]
         table = _bytes_of(self.source.get_input_embeddings())
-        return max(layers) + max(working, table + LIBRARIES)  # the embeddings are needed before any moments are used
+        return max(layers) + max(working, table + LIBRARIES)  # the embeddings are freed before moments are used
 
     def units(self) -> list[str]:
-        """What is done one after the other: every layer by name, then all the rest."""
+        """The units of work in order: every layer by name, then everything outside the layers."""
         return [*self._layers(), REST]
 
     def _layers(self) -> list[str]:
+        """The names of all layers; none if nothing has to be done layer by layer."""
         inside = [group for group in self.settled.groups if group.layer is not None or self.reads]
         if not inside:
             return []
@@ -91,6 +95,7 @@ class Stream:
 
 
 def _bytes_of(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
@@ -100,13 +105,15 @@ def choose(
     """The plan for compressing layer by layer, or None for loading the model.
 
     Args:
-        reads: whether calibration text is given, whatever the initialisation needs.
-        wanted: what the user says; None follows the rule: a folder is streamed if the initialisation looks at one
-            matrix at a time and no text is read, and otherwise if its weights are more than half of the machine's
-            memory.
+        wanted: True to stream, False to load the model. None streams a folder if the initialisation works on one
+            matrix at a time and no text is read; otherwise if the weights exceed half of the machine's memory.
+        dtype: dtype of the compressed model, ``auto`` for that of the files.
+        device: where layers run and factors are computed.
+        reads: whether calibration text is given, even if the initialisation doesn't need it.
 
     Raises:
-        KronyError: it is wanted and can't be done, the folder is damaged, or there is no such device.
+        KronyError: ``wanted`` is True and the model can't be streamed, the folder is damaged, or there is no such
+            device.
     """
     check_device(device)
     why = _obstacle(source, config, device)
@@ -121,9 +128,9 @@ def choose(
 
 
 def _obstacle(source: ModelSource, config: KronyConfig, device: str = "cpu") -> str | None:
-    """Why a compression can't go layer by layer, in words; None if it can."""
+    """Why the model can't be compressed layer by layer, in words; None if it can."""
     if source.folder is None:
-        return "it takes a folder, so fetch the model first (hf download NAME --local-dir FOLDER)"
+        return "it is no folder, so download it first (hf download NAME --local-dir FOLDER)"
     if config.allocation == "global":
         return "--allocation global needs the gradient through the full model"
     for option in ("reconstruct", "tune"):
@@ -136,7 +143,7 @@ def _obstacle(source: ModelSource, config: KronyConfig, device: str = "cpu") -> 
     if device == "auto":
         return "--device auto spreads the full model over devices"
     if distributed.count() > 1:
-        return f"it takes one process, and there are {distributed.count()}"
+        return f"that works in one process, and there are {distributed.count()}"
     if source.is_compressed:
         return "it is compressed already"
     if file_names(source.skeleton()) is None:
@@ -147,9 +154,11 @@ def _obstacle(source: ModelSource, config: KronyConfig, device: str = "cpu") -> 
 def prepare(
     source: ModelSource, config: KronyConfig, *, dtype: str | torch.dtype = "auto", reads: bool = False
 ) -> Stream:
-    """Reads the headers of the model's files and settles what will be written. Raises KronyError.
+    """Reads the headers of the model's files and plans the tensors to write. No weights are read.
 
-    ``reads`` says that calibration text will be given although the initialisation doesn't need it.
+    ``reads``: whether calibration text will be given, even if the initialisation doesn't need it.
+
+    Raises KronyError if the model can't be compressed layer by layer, or if its files are damaged or incomplete.
     """
     why = _obstacle(source, config)
     if why or source.folder is None:
@@ -183,12 +192,12 @@ def _settle(where: ModelSource, folder: Path, config: KronyConfig, *, dtype: str
         names=file_names(target) or {},
         reads=reads or config.initialisation.needs_text,
     )
-    stream.units()  # there is one stack of layers
+    stream.units()  # raises KronyError unless there is one stack of layers
     return stream
 
 
 def _dtype(wanted: str | torch.dtype, configured: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that loading would give: the wanted one, the config's, or that of the first tensor with a fraction."""
+    """The dtype that loading would give: ``wanted``, the config's, or that of the first floating-point tensor."""
     dtype = parse_dtype(wanted)
     if isinstance(dtype, torch.dtype):
         return dtype

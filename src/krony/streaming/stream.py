@@ -1,11 +1,11 @@
-"""Compression of a model that never fits in memory: from safetensors to safetensors, layer by layer.
+"""Compresses a model that does not fit in memory, from safetensors to safetensors, layer by layer.
 
-Initialisations that look at one matrix at a time (``Initialisation.per_matrix``) hold one matrix. Where calibration
-text is read, one transformer layer and its second moments are in memory; what enters the layer is kept on disk. All
-other tensors are copied piece by piece. The result has the tensors of ``krony.compress``, bit for bit.
+Initialisations that work on one matrix at a time (``Initialisation.per_matrix``) hold one matrix in memory. With
+calibration text, one transformer layer and its second moments are in memory, and the layer's inputs are on disk. All
+other tensors are copied piece by piece. The tensors are identical to those of ``krony.compress``.
 
-The layout of OUT is known beforehand, so its files are created in ``OUT.work`` and filled layer by layer. After an
-interruption the same call resumes after the last finished layer; at the end the folder takes OUT's place.
+The layout of OUT is known beforehand, so the files are created in ``OUT.work`` and filled layer by layer. After an
+interruption the same call resumes after the last finished layer. At the end the folder becomes OUT.
 """
 
 from __future__ import annotations
@@ -54,15 +54,16 @@ def run(
     """Compresses the model and writes it to ``out``.
 
     Args:
-        calibration: token ids ``(sequences, length)``, where the plan says that text is read.
-        device: where layers are run and factors computed.
-        shard_size: about how many bytes of tensors a file holds.
-        finish: puts tokenizer, card and the like into the folder before it takes its place.
-        say: called with a sentence where an interrupted run resumes.
+        calibration: token ids ``(sequences, length)`` if ``stream.reads``, else None.
+        device: where layers run and factors are computed.
+        shard_size: about how many bytes of tensors each file holds.
+        finish: called with the folder and the report; writes tokenizer and card before the folder becomes OUT.
+        progress: called with the unit, the number of units, and the unit's name.
+        say: called with a sentence if an interrupted run resumes.
 
     Raises:
-        KronyError: bad input; nothing is left then. KeyboardInterrupt and a killed process leave ``OUT.work``, from
-            which the same call resumes.
+        KronyError: bad input; nothing is left on disk.
+        KeyboardInterrupt: interrupted; like a killed process it leaves ``OUT.work``, and the same call resumes.
     """
     start = time.perf_counter()
     _check_text(stream, calibration)
@@ -78,9 +79,9 @@ def run(
             shards.create()
         if journal.done:
             say(f"resuming after {journal.done[-1]['unit']}, unit {len(journal.done)} of {len(stream.units())}")
-        for unit, made in _work(stream, journal, shards, calibration, device, progress):
+        for unit, layers in _work(stream, journal, shards, calibration, device, progress):
             shards.sync()
-            journal.note({"unit": unit, "layers": [report.to_json() for report in made]})
+            journal.note({"unit": unit, "layers": [layer.to_json() for layer in layers]})
         report = _report(stream, journal, calibration, start)
         _describe(stream, folder)
         finish(folder, report)
@@ -95,21 +96,21 @@ def run(
 
 
 def _check_text(stream: Stream, calibration: Tensor | None) -> None:
-    """Raises KronyError unless there is calibration text just where the plan reads some, and the model takes it."""
+    """Raises KronyError unless text is given if and only if the plan reads it, and its ids fit the model."""
     if stream.reads and calibration is None:
         raise KronyError(f"init {stream.config.init} needs calibration text: pass calibration=")
     if calibration is not None and not stream.reads:
-        raise KronyError("calibration text is given, and the plan was made without it: prepare(…, reads=True)")
+        raise KronyError("calibration text is given, and the plan was made without it: use prepare(…, reads=True)")
     if calibration is not None:
         check_ids(calibration, stream.source)
 
 
 def _report(stream: Stream, journal: Journal, calibration: Tensor | None, start: float) -> CompressionReport:
-    """The report of all units, in the order of the model; the target's config gets what ``save_pretrained`` needs."""
+    """The report of all units, in the order of the model; also attaches the quantizer to the target."""
     layers = [LayerReport.from_json(one) for line in journal.done for one in line["layers"]]
     order = {site.name: n for n, site in enumerate(s for g in stream.settled.groups for s in g.sites)}
     layers.sort(key=lambda layer: order[layer.name])
-    vars(stream.target.config).pop("quantization_config", None)  # of an earlier run of this plan
+    vars(stream.target.config).pop("quantization_config", None)  # from an earlier run of this plan
     quantizer.attach_quantizer(stream.target, made_with(stream.config, calibration))
     return CompressionReport(
         scheme=stream.config.scheme,
@@ -125,7 +126,7 @@ def _report(stream: Stream, journal: Journal, calibration: Tensor | None, start:
 def _work(
     stream: Stream, journal: Journal, shards: Shards, ids: Tensor | None, device: str, progress: Progress
 ) -> Iterator[tuple[str, list[LayerReport]]]:
-    """Fills the shards unit by unit, from the first that is not done, and yields each when it is written."""
+    """Fills the shards unit by unit, from the first unfinished one, and yields each with its reports."""
     units = stream.units()
     first = len(journal.done)
     last = max((n for n, unit in enumerate(units[:-1]) if _groups_of(stream, unit, units)), default=-1)
@@ -134,7 +135,7 @@ def _work(
     for number, unit in enumerate(units[first:], start=first):
         progress(number, len(units), unit)
         groups = _groups_of(stream, unit, units)
-        made: list[LayerReport] = []
+        reports: list[LayerReport] = []
         if stream.reads and number <= last:
             if blocks is None:
                 assert ids is not None
@@ -148,31 +149,31 @@ def _work(
                 )
             before = _states(journal, number) if number else None
             after = None if number == last else _states(journal, number + 1)
-            made += _replace_all(stream, groups, blocks.step(number, groups, before, after), shards)
+            reports += _replace_all(stream, groups, blocks.step(number, groups, before, after), shards)
             blocks.release(number)
         else:
             for group in groups:
                 for part in _parts(group, stream.config):
                     for site in part.sites:
                         fill(stream.source, site.name, read, device)
-                    made += _replace(stream, part, None, shards)
+                    reports += _replace(stream, part, None, shards)
                     for site in part.sites:
                         release(stream.source, site.name)
         for name in stream.layout:
             if _owner(name, units) == unit and name in stream.entries and not _is_replaced(name, stream):
                 _copy(stream, name, shards)
-        yield unit, made
+        yield unit, reports
         if stream.reads and number:
             _states(journal, number).unlink(missing_ok=True)
 
 
 def _parts(group: Group, config: KronyConfig) -> list[Group]:
-    """A group, matrix by matrix where the initialisation takes each for itself."""
+    """The group, divided into single matrices if the initialisation works on one at a time."""
     return [Group((site,)) for site in group.sites] if config.initialisation.per_matrix else [group]
 
 
 def _replace_all(stream: Stream, groups: list[Group], moments: Iterable[Moments], shards: Shards) -> list[LayerReport]:
-    """Writes the new layers of all groups; nothing holds their moments afterwards, which are as large as the next."""
+    """Writes the new layers of all groups; no reference to their moments remains, so the next ones reuse the memory."""
     return [
         report
         for group, known in zip(groups, moments, strict=True)
@@ -181,7 +182,7 @@ def _replace_all(stream: Stream, groups: list[Group], moments: Iterable[Moments]
 
 
 def _replace(stream: Stream, group: Group, moments: Any, shards: Shards) -> list[LayerReport]:
-    """Writes the new layers of a group, whose old ones are filled."""
+    """Writes the new layers of a group; the weights of the old ones are in memory."""
     reports = []
     with torch.no_grad():
         for name, new in replacements(stream.source, group, stream.settled.shapes, stream.config, moments).items():
@@ -192,7 +193,7 @@ def _replace(stream: Stream, group: Group, moments: Any, shards: Shards) -> list
 
 
 def _copy(stream: Stream, name: str, shards: Shards) -> None:
-    """Writes a tensor that stays, piece by piece."""
+    """Copies a tensor that is not replaced, piece by piece."""
     entry, dtype = stream.entries[name], stream.layout[name][0]
     at = 0
     for piece in entry.pieces():
@@ -203,7 +204,7 @@ def _copy(stream: Stream, name: str, shards: Shards) -> None:
 
 
 def _reader(stream: Stream) -> Callable[[str], Tensor]:
-    """Reads tensors of the source model by name, in the model's dtype. Raises KronyError for one that isn't finite."""
+    """A function that reads the source's tensors in the model's dtype; it raises KronyError for infinite values."""
     wanted = stream.source.state_dict()
 
     def read(name: str) -> Tensor:
@@ -216,25 +217,29 @@ def _reader(stream: Stream) -> Callable[[str], Tensor]:
 
 
 def _check_finite(entry: Entry, values: Tensor) -> None:
+    """Raises KronyError, naming file and tensor, for values that are not finite."""
     if values.is_floating_point() and not torch.isfinite(values).all():
         why = "" if values.dtype == entry.dtype else f" in {str(values.dtype).removeprefix('torch.')}"
         raise KronyError(f"{entry.file}: {entry.name} has values that are not finite{why}")
 
 
 def _is_replaced(name: str, stream: Stream) -> bool:
+    """Whether a tensor belongs to a layer that is replaced."""
     return name.rpartition(".")[0] in stream.settled.shapes
 
 
 def _owner(name: str, units: list[str]) -> str:
+    """The unit that contains a tensor."""
     return next((unit for unit in units if name.startswith(f"{unit}.")), REST)
 
 
 def _groups_of(stream: Stream, unit: str, units: list[str]) -> list[Group]:
+    """The groups in a unit."""
     return [group for group in stream.settled.groups if _owner(f"{group.sites[0].name}.", units) == unit]
 
 
 def _states(journal: Journal, number: int) -> Path:
-    """The file with the hidden states that enter the layer of this number."""
+    """The file with the inputs of the layer of this number."""
     return journal.folder / f"enters-{number:05}.safetensors"
 
 
@@ -251,13 +256,13 @@ def _describe(stream: Stream, folder: Path) -> None:
 
 
 def _key(stream: Stream, ids: Tensor | None, shard_size: int) -> dict[str, Any]:
-    """What makes two runs the same job: files (by size and time), settings, text, and what computes."""
+    """Identifies a job, so that only the same job resumes: files (by size and time), options, text and version."""
     files = sorted({entry.file for entry in stream.entries.values()})
-    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     text = None if ids is None else hashlib.blake2b(ids.numpy().tobytes(), digest_size=16).hexdigest()
     return {
         "source": str(stream.folder.resolve()),
-        "files": hashlib.blake2b(repr(seen).encode(), digest_size=16).hexdigest(),
+        "files": hashlib.blake2b(repr(stamps).encode(), digest_size=16).hexdigest(),
         **asdict(stream.config),
         "dtype": str(stream.source.dtype),
         "calibration": text,

@@ -1,4 +1,4 @@
-"""Which file holds each tensor of a model, and what a saved model calls it."""
+"""The file that holds each tensor of a model, and the tensor's name in a saved model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from krony.storage.tensor_files import Checkpoint, Entry
 
 
 def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What ``save_pretrained`` would write of a model: of tied weights the one that the others are tied to."""
+    """The tensors that ``save_pretrained`` writes, by name; of tied weights only the one that others are tied to."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or [])
     spare = {name for names in _names_of_parameters(model) if len(names) > 1 for name in names if name in tied}
@@ -21,7 +21,7 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def file_names(model: PreTrainedModel) -> dict[str, str] | None:
-    """What ``save_pretrained`` calls each tensor of a model; None where it does more than to rename them."""
+    """Name in the model -> name that ``save_pretrained`` writes; None if it does more than rename tensors."""
     changes = get_model_conversion_mapping(model, add_legacy=False)
     if not all(isinstance(change, WeightRenaming) for change in changes):
         return None
@@ -32,17 +32,20 @@ def file_names(model: PreTrainedModel) -> dict[str, str] | None:
 
 
 def find_entries(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Entry]:
-    """Where each tensor of the model lies, by the model's names. Raises KronyError for one that lies nowhere."""
+    """The file entry of each tensor of the model, by its name in the model.
+
+    Raises KronyError for a tensor that no file holds, or whose shape differs.
+    """
     prefix, renamed = f"{model.base_model_prefix}.", file_names(model) or {}
     same = {name: names for names in _names_of_parameters(model) for name in names}
     found = {}
     for name, value in model.state_dict().items():
-        own = [name, *(other for other in same.get(name, []) if other != name)]
-        called = [n for other in own for n in (other, renamed.get(other, other))]
-        there = [n for other in called for n in (other, other.removeprefix(prefix)) if n in checkpoint.entries]
-        if not there:
+        tied = [name, *(other for other in same.get(name, []) if other != name)]
+        candidates = [n for other in tied for n in (other, renamed.get(other, other))]
+        stored = [n for other in candidates for n in (other, other.removeprefix(prefix)) if n in checkpoint.entries]
+        if not stored:
             raise KronyError(f"{checkpoint.folder}: the weights are incomplete: there is no {name}")
-        entry = checkpoint.entries[there[0]]
+        entry = checkpoint.entries[stored[0]]
         check_entry(entry, value)
         found[name] = entry
     return found
