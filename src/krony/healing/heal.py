@@ -71,29 +71,20 @@ def heal(
     chosen = HealOptions(**options)
     if chosen.freeze is None and isinstance(recipe, str):
         chosen = replace(chosen, freeze=default_freeze(recipe))
-    plain = fitted_recipe(recipe, model, data)
+    plain = _fitted_recipe(recipe, model, data)
     distributed.init(training_device(chosen.device))
     check_settings(model, plain.length, recipe=plain, teacher=teacher, options=chosen)
     reader = Reader.of(model, tokenizer, plain.length)
     train, validation = load_text(data, val, reader, max_tokens=max_tokens)
     with _work_folder(work) as folder:
-        report = train_on_rows(
-            model,
-            train,
-            validation,
-            work=folder,
-            recipe=plain,
-            teacher=teacher,
-            tokenizer=tokenizer,
-            options=chosen,
-            progress=progress,
-        )
+        common: dict[str, Any] = {"tokenizer": tokenizer, "teacher": teacher, "progress": progress}
+        report = train_on_rows(model, train, validation, work=folder, recipe=plain, options=chosen, **common)
     if not report.improved and distributed.is_first():
         warnings.warn(report.no_gain("the model"), KronyWarning, stacklevel=2)
     return report
 
 
-def fitted_recipe(recipe: str | Recipe, model: PreTrainedModel, data: object = None) -> Recipe:
+def _fitted_recipe(recipe: str | Recipe, model: PreTrainedModel, data: object = None) -> Recipe:
     """The recipe, with rows that the model can take if it was named, or with those of ``data`` if it has rows."""
     plain = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
     if isinstance(data, Rows):

@@ -40,7 +40,7 @@ class HealOptions:
 
     freeze: Collection[str] | None = option(
         None,
-        "What stays: right, inherited, scalars, embeddings, several with commas, or none.",
+        "What is frozen: right, inherited, scalars, embeddings, several with commas, or none.",
         type=str,
         show_default="right; none for the paper's recipes",
     )

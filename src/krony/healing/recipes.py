@@ -45,8 +45,8 @@ class Recipe:
     """
 
     epochs: float = option(1.0, "Passes over the training text.", panel=CHANGES)
-    sequences: int = option(2, "Rows per step.", panel=CHANGES)
-    length: int = option(512, "Tokens per row.", panel=CHANGES)
+    sequences: int = option(2, "Sequences per step.", panel=CHANGES)
+    length: int = option(512, "Tokens per sequence.", panel=CHANGES)
     learning_rate: float = option(3e-4, "The highest learning rate.", panel=CHANGES)
     factor_rate: float | None = option(
         None, "The highest for factors and scalars.", flag="factor-learning-rate", panel=CHANGES
@@ -59,7 +59,7 @@ class Recipe:
     temperature: float = option(1.0, "Softens both distributions.", panel=TAUGHT)
     text: float = option(0.0, "Share of the loss on the text itself, from 0 to 1.", panel=TAUGHT)
     hidden: float = option(0.0, "Weight of the distance between the hidden states.", panel=TAUGHT)
-    batch: int = option(2, "At most N rows at once on one device.", metavar="N", panel=MACHINE)
+    batch: int = option(2, "At most N sequences at once on one device.", metavar="N", panel=MACHINE)
     final_rate: float = 3e-6
     evaluations: int = EVALUATIONS
     patience: int = 3

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, default_data_collator
 from transformers.trainer_utils import EvalLoopOutput
 
 from krony.errors import KronyError
@@ -29,9 +29,9 @@ class HealingTrainer(Trainer):
     """transformers' Trainer with krony's optimiser, an exact validation loss, and a teacher if there is one."""
 
     def __init__(self, recipe: Recipe, teacher: PreTrainedModel | None, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(data_collator=default_data_collator, **options)
         self.recipe = recipe
-        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
+        self.teacher = None if teacher is None else teacher.eval().to(self.args.device)
         # all rows have one length, so the mean over a step is the mean of its batches' means, for any loss
         self.model_accepts_loss_kwargs = False
 

@@ -24,7 +24,6 @@ from transformers import (
     PrinterCallback,
     TrainerState,
     TrainingArguments,
-    default_data_collator,
 )
 
 from krony.data.rows import Rows
@@ -74,14 +73,12 @@ def train_on_rows(
         train: rows to train on.
         validation: rows that choose the best state; their loss is the report's.
         work: folder for checkpoints and TensorBoard's log.
-        teacher: the original. The loss is then the divergence from its next-token distributions, and whatever the
-            recipe adds.
+        teacher: the original; the loss is then the divergence from its predictions, and whatever the recipe adds.
         tokenizer: saved with every checkpoint, which can then be loaded as a model by itself.
 
     Raises:
-        KronyError: rows that are too long or too few, nothing to freeze or to train, a teacher that does not fit, a
-            batch that can't be divided, no such device, a loss that is not finite, nothing to resume or other settings
-            than before, a full disk. The last complete checkpoint stays in ``work``.
+        KronyError: rows, teacher, recipe or options that don't fit, a loss that is not finite, nothing to resume or
+            other settings than before, a full disk. The last complete checkpoint stays in ``work``.
         krony.runtime.signals.Interrupt: a signal asked for the end.
     """
     start = time.perf_counter()
@@ -95,17 +92,9 @@ def train_on_rows(
         save_start(model, work)
         try:
             with full_precision(model), _nothing_left_on(model):
-                trainer = HealingTrainer(
-                    recipe,
-                    teacher,
-                    model=model,
-                    args=_arguments(model, train, recipe, work, options),
-                    data_collator=default_data_collator,
-                    train_dataset=train,
-                    eval_dataset=validation,
-                    processing_class=tokenizer,
-                    callbacks=[EarlyStoppingCallback(recipe.patience)],
-                )
+                arguments = _arguments(model, train, recipe, work, options)
+                data = {"train_dataset": train, "eval_dataset": validation, "processing_class": tokenizer}
+                trainer = HealingTrainer(recipe, teacher, model=model, args=arguments, **data)
                 loss = _run(trainer, last, work, progress)
         except KronyError:  # a loss that is not finite
             restore_start(model, work)
@@ -169,6 +158,7 @@ def _run(trainer: HealingTrainer, last: str | None, work: Path, progress: Progre
     """Trains from the start or from the checkpoint ``last``, loads the best trained state, and returns its loss."""
     tokens_per_step = trainer.recipe.sequences * trainer.train_dataset.length
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(EarlyStoppingCallback(trainer.recipe.patience))
     with loggers(work) as logs, deferred() as stop:
         for callback in (ShowProgress(progress, tokens_per_step), StopAtBadLoss(), SaveAtSignal(stop), *logs):
             trainer.add_callback(callback)
