@@ -190,7 +190,7 @@ def test_on_the_command_line(outcomes, options, place, monkeypatch, capsys):
         (("figure1", *common, "--plot", "x.png"), "ends in .svg"),
         (("table11",), "is unknown: it is one of table1"),
         (("table5", *common, "--budget", "huge"), "it is quick or full"),
-        (("table5", "--model", "nowhere/none"), "can't be fetched from the hub"),
+        (("table5", "--model", "nowhere/none"), "it is not in the hub's cache"),
     ]:
         code, said = run(*arguments)
         assert code == 2 and words in said.err and "Traceback" not in said.err and said.err.count("\n") == 1
