@@ -185,7 +185,8 @@ def _heal(
     train, validation = rows.split(8)
     recipe = replace(RECIPES["quick"], learning_rate=LEARNING_RATE, final_rate=LEARNING_RATE / 100)
     recipe = replace(recipe, epochs=tokens / (len(train) * train.length))
-    options = HealOptions(seed=seed, keep_anyway=True)  # the original has seen this text: training can't improve it
+    # the original has seen this text: training can't improve it, and is to show what it does
+    options = HealOptions(seed=seed, keep_anyway=teacher is None)
     with tempfile.TemporaryDirectory() as work:
         return train_on_rows(model, train, validation, work=Path(work), recipe=recipe, teacher=teacher, options=options)
 
