@@ -87,12 +87,12 @@ def check_weights(folder: Path, model: nn.Module) -> None:
     ``model`` is on the meta device. Tensors of other names are left to transformers, which renames some.
     """
     found = Checkpoint(folder).entries
-    _check_sizes(folder, model, sum(math.prod(entry.shape) for entry in found.values()))
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name, value in model.state_dict().items():
         entry = found.get(name) or found.get(name.removeprefix(prefix))
         if entry is not None:
             check_entry(entry, value)
+    _check_sizes(folder, model, sum(math.prod(entry.shape) for entry in found.values()))
 
 
 def _check_sizes(folder: Path, model: nn.Module, stored: int) -> None:
