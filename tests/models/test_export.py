@@ -109,3 +109,14 @@ def test_mistakes(ids):
         slim(model, multiple_of=0)
     with pytest.raises(KronyError, match="96 of its 192 neurons, 192 when rounded up"):
         slim(model, multiple_of=192)
+
+
+@pytest.mark.parametrize("to", ["dense", "slim"])
+def test_a_model_with_adapters_says_to_take_them_off(to):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = gpt2()
+    compress(model, KronyConfig("keep=0.5", init="van-loan"))
+    inject_adapter_in_model(LoraConfig(target_modules=["c_fc"]), model)
+    with pytest.raises(KronyError, match="has adapters of PEFT on its layers"):
+        export_model(model, to)

@@ -96,6 +96,8 @@ def slim(model: PreTrainedModel, multiple_of: int = 1) -> Slim:
 
 
 def _check_compressed(model: PreTrainedModel) -> None:
+    if any(name.endswith("base_layer") for name, _ in model.named_modules()):
+        raise KronyError("this model has adapters of PEFT on its layers: take them off first, by peft's unload()")
     if not kronecker_layers(model):
         raise KronyError("this model has no Kronecker layers: there is nothing to export")
 
