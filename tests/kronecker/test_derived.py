@@ -298,6 +298,8 @@ def test_training_with_frozen_right_factors_reads_them_in_every_step():
 @pytest.fixture
 def made(monkeypatch):
     """Counts how often derived values are made: dense matrices, combinations, patterns."""
+    for scheme in SCHEMES:
+        compressed(scheme)  # kept for all tests; compressing makes dense matrices too, to report errors
     counts = {"dense_weight": 0, "_combination": 0, "_read_pattern": 0}
 
     def count(owner, name):
