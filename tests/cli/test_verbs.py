@@ -257,7 +257,7 @@ def test_compress_by_neuron_selection_and_export_slim(krony, gpt2_folder, tmp_pa
 def test_global_allocation_and_its_dry_run(krony, gpt2_folder, tmp_path):
     options = (*CALIBRATED, "--allocation", "global", "--max-width", 128)
     dry = krony("compress", gpt2_folder, tmp_path / "a", *options, "--dry-run")
-    assert "shares it among layers" in dry.out
+    assert "shares it among the layers" in dry.out
     done = krony("compress", gpt2_folder, tmp_path / "a", *options, "--json", "-")
     kept = {layer["left"][0] * layer["factors"] for layer in done.json["layers"] if layer["name"].endswith("c_fc")}
     assert max(kept) <= 128
