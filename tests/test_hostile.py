@@ -22,7 +22,8 @@ import krony
 import krony.compression.model_card
 from krony import KronyConfig, KronyError
 from krony.cli.app import main
-from krony.models.loading import load_config, load_model
+from krony.models.loading import load_model
+from krony.models.source import ModelSource
 from krony.storage.files import fresh_folder
 from small_models import gpt2
 
@@ -473,4 +474,4 @@ def test_many_flipped_bytes(place):
 def test_the_config_alone_is_enough_to_refuse(place):
     changed("config.json", lambda c: c.update(n_head="four"))(place / "dense")
     with pytest.raises(KronyError, match=r"config\.json: n_head is 'four': it takes a whole number from 1"):
-        load_config(str(place / "dense"))
+        ModelSource.find(str(place / "dense"))

@@ -164,6 +164,6 @@ class KronyConfig:
         return factors > 1 if self.scalar_init is None else True
 
 
-def _check_choice(name: str, value: str | None, known: tuple) -> None:
+def _check_choice(name: str, value: str | None, known: tuple[str | None, ...]) -> None:
     if value not in known:
         raise KronyError(f"{name} {value!r} is unknown: it is one of {', '.join(str(k) for k in known)}")

@@ -94,3 +94,28 @@ def test_what_can_be_read_and_not_saved_is_known_before_the_work(folder, file, v
     said = capsys.readouterr().err
     assert (code == 0 and out.is_dir()) or (code == 2 and not worked and said.count("\n") == 1 and not out.exists())
     assert not list(tmp_path.glob("out*.jinja")) and not list(tmp_path.parent.glob("out*.jinja"))
+
+
+def test_a_damaged_tokenizer_is_not_left_out_without_a_word(folder, tmp_path, monkeypatch, capsys):
+    """van-loan reads no text, so only the saving needs the tokenizer."""
+    from krony.cli.app import main
+
+    (folder / "tokenizer.json").write_text('{"model": {}}')
+    out = tmp_path / "out"
+    arguments = ["compress", str(folder), str(out), "--scheme", "keep=0.5", "--init", "van-loan"]
+    monkeypatch.setattr("sys.argv", ["krony", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and "no tokenizer can be loaded from there" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_model_without_a_tokenizer_is_saved_without(tmp_path):
+    from krony.models.source import ModelSource
+
+    gpt2().save_pretrained(tmp_path / "model")
+    source = ModelSource.find(str(tmp_path / "model"))
+    source.check_saves()
+    source.save(source.load(), tmp_path / "copy")
+    assert not source.has_tokenizer and (tmp_path / "copy/model.safetensors").exists()
+    assert not list((tmp_path / "copy").glob("token*"))

@@ -50,9 +50,9 @@ def test_a_folder_is_resolved_once(gpt2_folder, monkeypatch):
     checked = []
     monkeypatch.setattr(source, "check_folder", checked.append)
     found = ModelSource.find(str(gpt2_folder))
-    model, tokenizer = found.load(), found.tokenizer()
+    model, tokenizer = found.load(), found.tokenizer
     assert checked == [gpt2_folder] and found.folder == gpt2_folder
-    assert found.skeleton().device.type == "meta" and model.device.type == "cpu"
+    assert found.skeleton.device.type == "meta" and model.device.type == "cpu"
     assert tokenizer("a")["input_ids"]
 
 

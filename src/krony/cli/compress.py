@@ -79,7 +79,7 @@ def run(
 
     quiet_libraries()
     source = ModelSource.find(model)
-    skeleton = source.skeleton()
+    skeleton = source.skeleton
     if params is not None:
         config = within(skeleton, config, parse_parameters(params))
     settled = plan(skeleton, config)
@@ -143,7 +143,7 @@ class _Job:
             return
         self.ids = calibration_set(
             name,
-            self.source.tokenizer(),
+            self.source.tokenizer,
             tokens=self.text.calibration_tokens,
             length=min(LENGTH, context_length(skeleton)),
             seed=self.config.seed,
@@ -156,7 +156,6 @@ class _Job:
         """Loads the model, compresses it, and writes OUT."""
         from krony.compression.compress import compress
         from krony.compression.model_card import model_card
-        from krony.models.loading import save
         from krony.runtime import distributed
         from krony.storage.files import cache_folder, fresh_folder
 
@@ -169,19 +168,18 @@ class _Job:
         if report.calibration is not None:
             self.to.say(report.calibration)
         with fresh_folder(self.out) as folder:
-            save(model, folder, source=self.source.name)
+            self.source.save(model, folder)
             (folder / "README.md").write_text(model_card(self.source.name, report, self.read), encoding="utf-8")
         return report
 
     def layer_by_layer(self, way: Stream) -> CompressionReport:
         """Compresses from file to file; unfinished work stays in OUT.work."""
         from krony.compression.model_card import model_card
-        from krony.models.loading import save_tokenizer
         from krony.storage.journal import work_folder
         from krony.streaming.stream import run
 
         def finish(folder: Path, report: CompressionReport) -> None:
-            save_tokenizer(folder, source=self.source.name)
+            self.source.save_tokenizer(folder)
             (folder / "README.md").write_text(model_card(self.source.name, report, self.read), encoding="utf-8")
 
         self.to.say(

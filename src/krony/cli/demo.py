@@ -27,7 +27,7 @@ def run(
     from krony.compression.model_card import healed_card
     from krony.demo.report import demo_page, table
     from krony.demo.run import HEALED, run_demo
-    from krony.models.loading import save
+    from krony.models.source import ModelSource
     from krony.storage.files import check_writable, fresh_folder
 
     quiet_libraries()
@@ -37,7 +37,7 @@ def run(
         demo = run_demo(heal_tokens=heal_tokens, max_tokens=max_tokens, seed=seed, progress=progress)
     figures = {"teacher": "demo", "recipe": "quick"} | demo.healing[HEALED].to_json()
     with fresh_folder(out) as folder:
-        save(demo.model, folder, source="demo")
+        ModelSource.find("demo").save(demo.model, folder)
         (folder / "README.md").write_text(healed_card("demo", figures), encoding="utf-8")
         (folder / "report.html").write_text(demo_page(demo), encoding="utf-8")
     shown = table(demo.rows)

@@ -72,7 +72,7 @@ def run(
     quiet_libraries()
     source = ModelSource.find(model)
     loaded = source.load(dtype=dtype, device=distributed.init(device))
-    tokenizer = source.tokenizer()
+    tokenizer = source.tokenizer
     results = []
     for name in data or ([] if names else ["wikitext-2"]):
         with to.progress() as progress:

@@ -80,12 +80,12 @@ def _dataclass_of(hint: Any) -> tuple[type, bool, tuple[str, ...]] | None:
     return (hint, False, ()) if isinstance(hint, type) and is_dataclass(hint) else None
 
 
-def _name(field: Field) -> str:
+def _name(field: Field[Any]) -> str:
     """The option's name as a Python name: ``flag`` says another one than the field's."""
     return str(field.metadata.get("flag", field.name)).removeprefix("--").replace("-", "_")
 
 
-def _option(name: str, field: Field, kind: Any, changes: bool) -> inspect.Parameter:
+def _option(name: str, field: Field[Any], kind: Any, changes: bool) -> inspect.Parameter:
     """The keyword parameter that typer makes an option of."""
     said = field.metadata
     default = None if changes or field.default is MISSING else field.default
@@ -97,5 +97,5 @@ def _option(name: str, field: Field, kind: Any, changes: bool) -> inspect.Parame
     settings["rich_help_panel"] = said.get("panel")
     info = typer.Option(*names, help=said.get("help", ""), **settings)
     optional = default is None and type(None) not in get_args(kind)
-    annotation: Any = Annotated[kind | None if optional else kind, info]  # type: ignore[valid-type]
+    annotation: Any = Annotated[kind | None if optional else kind, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

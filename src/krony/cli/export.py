@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,7 +36,6 @@ def run(
         _reference(words, model, out)
         return
     from krony.models.export import export_model, slim
-    from krony.models.loading import save
     from krony.models.source import ModelSource
     from krony.models.surgery import count_parameters
     from krony.storage.files import check_writable, fresh_folder
@@ -46,7 +45,7 @@ def run(
     source = ModelSource.find(model)
     source.check_saves()
     loaded = source.load()
-    figures: dict = {"model": model, "out": str(out), "to": to, "params_before": count_parameters(loaded)}
+    figures: dict[str, Any] = {"model": model, "out": str(out), "to": to, "params_before": count_parameters(loaded)}
     if to == "slim":
         exported = slim(loaded, multiple_of or 1)
         plain = exported.model
@@ -54,7 +53,7 @@ def run(
     else:
         plain = export_model(loaded, to)
     with fresh_folder(out) as folder:
-        save(plain, folder, source=model)
+        source.save(plain, folder)
     figures["params_after"] = count_parameters(plain)
     words.say(
         f"{model} -> {out}: {figures['params_before']:,} -> {figures['params_after']:,} parameters, loads without krony"

@@ -40,7 +40,7 @@ def run(
     if not is_text(prompt):
         raise KronyError("--prompt is not UTF-8 text")
     source = ModelSource.find(model)
-    loaded, tokenizer = source.load(dtype=dtype, device=device), source.tokenizer()
+    loaded, tokenizer = source.load(dtype=dtype, device=device), source.tokenizer
     inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     given = inputs["input_ids"].shape[1]
     context = context_length(loaded)
@@ -50,7 +50,7 @@ def run(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     start = time.perf_counter()
-    output = loaded.generate(  # type: ignore[operator]
+    output = loaded.generate(
         **inputs, max_new_tokens=min(max_new_tokens, room), pad_token_id=tokenizer.eos_token_id, **sampling
     )[0]
     seconds = time.perf_counter() - start

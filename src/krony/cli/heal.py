@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from krony.data.rows import Rows
     from krony.healing.report import HealReport
+    from krony.models.source import ModelSource
 
 
 Data = Annotated[
@@ -36,7 +38,7 @@ Validation = Annotated[
     ),
 ]
 RecipeName = Annotated[str, typer.Option(help="quick, or the paper's: paper, paper-small (4 epochs), paper-final.")]
-RecipeChanges = Annotated[dict, Changes(Recipe, leave_out=("final_rate", "evaluations", "patience"))]
+RecipeChanges = Annotated[dict[str, Any], Changes(Recipe, leave_out=("final_rate", "evaluations", "patience"))]
 Teacher = Annotated[str | None, typer.Option(metavar="MODEL", help="The original: learn to predict as it does.")]
 Control = Annotated[
     str | None, typer.Option(metavar="MODEL", help="The original: train it too, on the same text, to compare with.")
@@ -123,6 +125,13 @@ class _Job:
     recipe: str
     options: HealOptions
 
+    @cached_property
+    def source(self) -> ModelSource:
+        """The model that is trained."""
+        from krony.models.source import ModelSource
+
+        return ModelSource.find(self.model)
+
     @property
     def work(self) -> Path:
         """The folder for checkpoints and logs."""
@@ -146,13 +155,13 @@ class _Job:
 
     def load_models(self) -> _Models:
         """Loads what is trained and what teaches it; the control only to see whether it loads. Raises KronyError."""
-        from krony.models.loading import load_model, load_tokenizer
+        from krony.models.loading import load_model
 
+        self.source.check_saves()
         if self.control is not None:
             load_model(self.control, dtype=self.dtype)
-        model, tokenizer = load_model(self.model, dtype=self.dtype), load_tokenizer(self.model)
         teacher = None if self.teacher is None else load_model(self.teacher, dtype=self.dtype)
-        return _Models(model, tokenizer, teacher)
+        return _Models(self.source.load(dtype=self.dtype), self.source.tokenizer, teacher)
 
     def train(
         self, models: _Models, train: Rows, validation: Rows, recipe: Recipe
@@ -206,11 +215,10 @@ class _Job:
         """Writes OUT with its card and logs, and removes the work folder."""
         from krony.compression.model_card import healed_card
         from krony.healing.checkpoints import explain_write_errors, keep_logs
-        from krony.models.loading import save
         from krony.storage.files import fresh_folder
 
         with explain_write_errors(self.out), fresh_folder(self.out) as folder:
-            save(model, folder, source=self.model)
+            self.source.save(model, folder)
             (folder / "README.md").write_text(healed_card(self.model, figures), encoding="utf-8")
             keep_logs(self.work, folder)
             if self.control is not None:

@@ -26,20 +26,20 @@ def run(
 ) -> None:
     """Read a checkpoint in the published code's layout (padas-lab-de/krony-PT), and write it as a model to OUT."""
     to = Output(json_to, out)
-    from krony.models.loading import load_config, save
     from krony.models.published_code import from_reference, read_reference
+    from krony.models.source import ModelSource
     from krony.models.surgery import count_parameters, kronecker_layers
     from krony.storage.files import check_writable, fresh_folder
 
     quiet_libraries()
     check_writable(out)
-    model = from_reference(read_reference(file), load_config(like), activation=activation)
+    source = ModelSource.find(like)
+    model = from_reference(read_reference(file), source.config, activation=activation)
     with fresh_folder(out) as folder:
-        save(model, folder, source=like)
-        has_tokenizer = (folder / "tokenizer.json").exists() or (folder / "tokenizer_config.json").exists()
+        source.save(model, folder)
     shape = next(iter(kronecker_layers(model).values())).shape
     params = count_parameters(model)
     to.say(f"{file} -> {out}: {model.config.n_layer} layers of scheme {shape}, {params:,} parameters, {activation}")
-    if not has_tokenizer:
+    if not source.has_tokenizer:
         to.say(f"without a tokenizer: none of {like} can be read here, so copy GPT-2's into {out}")
     to.json({"file": str(file), "out": str(out), "scheme": str(shape), "params": params, "activation": activation})

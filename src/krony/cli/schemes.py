@@ -30,7 +30,7 @@ def run(
     from krony.models.surgery import find_groups, model_shape
 
     quiet_libraries()
-    empty = ModelSource.find(model).skeleton()
+    empty = ModelSource.find(model).skeleton
     shape = model_shape(empty, find_groups(empty, modules, layers))
     rows = schemes.table(shape, everything=everything, factors=_counts(factors))
     table = [

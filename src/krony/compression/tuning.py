@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from krony.compression.descent import relative_adamw
+from krony.kronecker.linear import KroneckerLinear
 from krony.models.divergence import divergence
 from krony.models.modes import evaluating
 from krony.models.surgery import kronecker_layers
@@ -86,7 +87,7 @@ def tune(
 
 
 @contextlib.contextmanager
-def _training(model: PreTrainedModel, layers: list) -> Iterator[list[nn.Parameter]]:
+def _training(model: PreTrainedModel, layers: list[KroneckerLinear]) -> Iterator[list[nn.Parameter]]:
     """Yields the trained parameters: the compressed layers', in float32 and with gradients; dropout is off."""
     for layer in layers:
         layer.float()

@@ -22,7 +22,7 @@ HUB_NAMES = {"openwebtext": "Skylion007/openwebtext"}  # the name in nanoGPT and
 BIN = np.dtype("<u2")  # nanoGPT's train.bin and val.bin: token ids, two bytes each
 
 
-class Rows(Dataset):
+class Rows(Dataset[dict[str, Tensor]]):
     """Token ids cut into rows of ``length``, each ``{"input_ids": (length,), "labels": (length,)}``, int64.
 
     Examples:

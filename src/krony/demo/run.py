@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from krony.compression.compress import CompressionReport, compress
+from krony.compression.compress import compress
+from krony.compression.report import CompressionReport
 from krony.config import KronyConfig
 from krony.data.calibration_set import pack
 from krony.data.python_docs import topics
@@ -199,7 +200,7 @@ def _perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_
 def _sentence(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
     torch.manual_seed(0)
     inputs = tokenizer(PROMPT, return_tensors="pt")
-    output = model.generate(  # type: ignore[operator]
+    output = model.generate(
         **inputs, max_new_tokens=32, do_sample=True, temperature=0.7, top_p=0.9, pad_token_id=tokenizer.eos_token_id
     )
     return " ".join(str(tokenizer.decode(output[0], skip_special_tokens=True)).split())

@@ -21,8 +21,8 @@ from krony.errors import KronyError
 from krony.evaluation.memory import model_bytes, peak_bytes
 from krony.evaluation.settings import SpeedSettings
 from krony.evaluation.workloads import TrainingStep, alternate, decode, prefill, random_ids
-from krony.models.loading import context_length, load_config, load_model
-from krony.models.source import parse_dtype
+from krony.models.loading import context_length, load_model
+from krony.models.source import ModelSource, parse_dtype
 from krony.models.surgery import count_parameters
 from krony.runtime.hardware import check_device, machine
 from krony.runtime.progress import Progress, silent
@@ -202,7 +202,7 @@ def random_model(
     name: str, *, dtype: str | torch.dtype = "auto", device: str = "cpu", seed: int = 0
 ) -> PreTrainedModel:
     """A model with the config of ``name`` and random weights; ``auto`` is float32. Raises KronyError."""
-    config, kind = load_config(name), parse_dtype(dtype)
+    config, kind = ModelSource.find(name).config, parse_dtype(dtype)
     kind = torch.float32 if isinstance(kind, str) else kind
     if hasattr(config, "quantization_config"):
         raise KronyError(f"{name} is a compressed model: --random builds the original, and --scheme compresses it")

@@ -53,7 +53,7 @@ class HealingTrainer(Trainer):
         return (loss, outputs) if options.get("return_outputs") else loss
 
     def evaluation_loop(
-        self, dataloader: DataLoader, description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
+        self, dataloader: DataLoader[Any], description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any
     ) -> EvalLoopOutput:
         """The validation loss. Trainer's own repeats rows until every process has a full batch, and counts them."""
         self.model.eval()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 Value = TypeVar("Value")
+States = tuple[Any, ...]  # addresses, versions and dtypes of parameters
 
 
 def derived(layers: tuple[nn.Module, ...], name: str, make: Callable[[], Value]) -> Value:
@@ -80,7 +81,7 @@ class Scope:
 
     def __init__(self, body: nn.Module) -> None:
         self._members = frozenset(map(id, body.modules()))
-        self._values: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[tuple, Any]]] = weakref.WeakKeyDictionary()
+        self._values: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[States, Any]]] = weakref.WeakKeyDictionary()
         self._length: Any = 0  # of the cache when the body left it
         self._keys: tuple[StorageWeakRef, int | None] | None = None
 
@@ -136,7 +137,7 @@ def _running() -> list[tuple[Callable[[], nn.Module | None], Callable[[], Scope 
     return _thread.running
 
 
-def _enter(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _enter(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The forward pre-hook of a body: opens the scope of the cache it was given, or none."""
     if torch.compiler.is_compiling():
         return
@@ -149,7 +150,7 @@ def _enter(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     running.append((weakref.ref(body), _nothing if scope is None else weakref.ref(scope)))
 
 
-def _leave(body: nn.Module, args: tuple, kwargs: dict[str, Any], _: Any) -> None:
+def _leave(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
     """The forward hook of a body, called after exceptions as well: closes its scope."""
     if torch.compiler.is_compiling():
         return
@@ -160,7 +161,7 @@ def _leave(body: nn.Module, args: tuple, kwargs: dict[str, Any], _: Any) -> None
             scope.remember(_cache_in(args, kwargs))
 
 
-def _scope_for(body: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Scope | None:
+def _scope_for(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scope | None:
     if body.training or torch.is_grad_enabled():
         _scopes.pop(body, None)  # a step of an optimiser may follow, even in the middle of a generation
         return None
@@ -179,7 +180,7 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _cache_in(args: tuple, kwargs: dict[str, Any]) -> Any:
+def _cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The key-value cache among the arguments of a body, a ``Cache`` of transformers, or None."""
     for value in (kwargs.get("cache"), kwargs.get("past_key_values"), *args):
         if hasattr(type(value), "get_seq_length"):
@@ -207,7 +208,7 @@ def _keys_of(cache: Any) -> tuple[StorageWeakRef, int | None] | None:
     return None
 
 
-def _states(layers: tuple[nn.Module, ...]) -> tuple | None:
+def _states(layers: tuple[nn.Module, ...]) -> States | None:
     """Tells one state of the parameters from another as far as tensors can; None for tensors that can't at all."""
     try:
         states: list[Any] = [

@@ -140,7 +140,7 @@ class FusedMLP(nn.Module):
 
     krony_parts: Parts
 
-    def __reduce_ex__(self, _: Any) -> tuple:
+    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
         return _rebuild, (type(self).__bases__[1],), self.__dict__.copy()  # pickle can't find a class made at run time
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from pathlib import Path
-
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from krony.errors import KronyError
 from krony.models.source import ModelSource
 
 
@@ -38,12 +34,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         >>> len(load_tokenizer("demo"))
         4096
     """
-    return ModelSource.find(name).tokenizer()
-
-
-def load_config(name: str) -> PretrainedConfig:
-    """The config of a model; no weights are read. Raises KronyError if there is no such model."""
-    return ModelSource.find(name).config
+    return ModelSource.find(name).tokenizer
 
 
 def demo_model() -> PreTrainedModel:
@@ -52,18 +43,6 @@ def demo_model() -> PreTrainedModel:
     ``load_tokenizer("demo")`` loads its tokenizer.
     """
     return load_model("demo")
-
-
-def save(model: PreTrainedModel, folder: Path, *, source: str) -> None:
-    """Writes ``model`` to ``folder``, with the tokenizer and chat template of the model ``source`` if it has them."""
-    model.save_pretrained(folder)
-    save_tokenizer(folder, source=source)
-
-
-def save_tokenizer(folder: Path, *, source: str) -> None:
-    """Writes the tokenizer of the model ``source`` to ``folder``; writes nothing if it has none."""
-    with suppress(KronyError):
-        load_tokenizer(source).save_pretrained(folder)
 
 
 def context_length(model: PreTrainedModel) -> int:

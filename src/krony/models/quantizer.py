@@ -185,4 +185,4 @@ def attach_quantizer(model: PreTrainedModel, made_with: dict[str, Any]) -> None:
         made_with["earlier"] = earlier.made_with
     model.config.quantization_config = KronyQuantizationConfig(modules, made_with)
     quantizer = KronyQuantizer(model.config.quantization_config, pre_quantized=True)
-    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.hf_quantizer = quantizer

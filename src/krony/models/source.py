@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from krony.runtime.hardware import check_device, is_out_of_memory
 
 DEMO = Path(__file__).parents[1] / "shipped" / "demo"  # the model called ``demo``
 GPT2_NAMES = ("gpt2", "openai-community/gpt2")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 HUB_SECONDS = 4.0  # how long the hub is waited for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -69,8 +69,9 @@ class ModelSource:
     def is_compressed(self) -> bool:
         return getattr(self.config, "quantization_config", None) is not None
 
+    @cached_property
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device, with the Kronecker layers that it has. Raises KronyError."""
+        """The model on the meta device, with the Kronecker layers that it has, to be read. Raises KronyError."""
         model = empty_model(self.config)
         if self.is_compressed:
             with LoadingErrors(self.name):
@@ -81,6 +82,7 @@ class ModelSource:
         """The dtype that the model is loaded in: ``demo`` is stored in half precision only to be small."""
         return torch.float32 if self.name == "demo" and dtype == "auto" else parse_dtype(dtype)
 
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer. Raises KronyError if there is none."""
         if self.folder is not None:
@@ -100,13 +102,32 @@ class ModelSource:
         Raises KronyError for what transformers reads but does not write, such as a temperature that is no number.
         """
         with tempfile.TemporaryDirectory() as folder, LoadingErrors(self.name, "it can be read but not saved again"):
-            self.skeleton().config.save_pretrained(folder)
+            self.config.save_pretrained(folder)
             if self.folder is not None and (self.folder / "generation_config.json").is_file():
                 GenerationConfig.from_pretrained(self.folder).save_pretrained(folder)
-            with suppress(KronyError):  # a model without a tokenizer is saved without
-                tokenizer = self.tokenizer()
-                _check_template_names(self.name, tokenizer)
-                tokenizer.save_pretrained(folder)
+            if self.has_tokenizer:
+                _check_template_names(self.tokenizer)
+            self.save_tokenizer(folder)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether its folder has a tokenizer, which may be damaged; of a name on the hub, whether one can be loaded."""
+        if self.folder is not None:
+            return any((self.folder / file).exists() for file in TOKENIZER_FILES)
+        try:
+            return self.tokenizer is not None
+        except KronyError:
+            return False
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Writes a model that was made from this one, with this one's tokenizer and chat template."""
+        model.save_pretrained(folder)
+        self.save_tokenizer(folder)
+
+    def save_tokenizer(self, folder: Path | str) -> None:
+        """Writes its tokenizer, chat template included; nothing if it has none. Raises KronyError for a damaged one."""
+        if self.has_tokenizer:
+            self.tokenizer.save_pretrained(folder)
 
     def load(self, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
         """The model in eval mode, from safetensors only; ``krony.load_model`` says the rest."""
@@ -114,7 +135,7 @@ class ModelSource:
         options: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
         options |= _hub_options(self.folder or self.name)
         if self.folder is not None:
-            check_weights(self.folder, self.skeleton())
+            check_weights(self.folder, self.skeleton)
         with LoadingErrors(self.name):
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.where,
@@ -134,7 +155,7 @@ class ModelSource:
         return model
 
 
-def _check_template_names(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_template_names(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises RuntimeError for a chat template whose name leads out of the folder: each is saved as a file."""
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     for template in templates:

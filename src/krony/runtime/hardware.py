@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -18,7 +19,7 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     kind = torch.device(device).type
     fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == "cpu":
-        abilities: dict = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
+        abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
         fast = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
 

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class TensorFile:
         order = sorted(
             layout, key=lambda name: -layout[name][0].itemsize
         )  # wide dtypes first, so that all tensors are aligned
-        header: dict = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self.offsets: dict[str, int] = {}
         position = 0
         for name in order:

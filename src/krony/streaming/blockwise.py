@@ -43,7 +43,7 @@ class Blocks:
         """
         self.model, self.stack, self.ids, self.read = model, stack, ids, read
         self.weighted, self.device = weighted, device
-        self.layers: list[nn.Module] = list(model.get_submodule(stack))  # type: ignore[call-overload]
+        self.layers: list[nn.Module] = list(model.get_submodule(stack))
         self.returns = 0  # length of the tuple that a layer returns; 0 for a tensor
         for name in self._around():
             _fill_one(model, name, read, device)
@@ -103,8 +103,8 @@ class Blocks:
             return output
 
         for layer in self.layers:
-            layer.forward = pass_on  # type: ignore[method-assign]
-        self.layers[index].forward = forward  # type: ignore[method-assign]
+            layer.forward = pass_on
+        self.layers[index].forward = forward
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ class Stream:
         if not inside:
             return []
         stack = stack_name(inside, self.source)
-        return [f"{stack}.{n}" for n in range(len(self.source.get_submodule(stack)))]  # type: ignore[arg-type]
+        return [f"{stack}.{n}" for n in range(len(self.source.get_submodule(stack)))]
 
 
 def _bytes_of(module: nn.Module) -> int:
@@ -146,7 +147,7 @@ def _obstacle(source: ModelSource, config: KronyConfig, device: str = "cpu") -> 
         return f"that works in one process, and there are {distributed.count()}"
     if source.is_compressed:
         return "it is compressed already"
-    if file_names(source.skeleton()) is None:
+    if file_names(source.skeleton) is None:
         return f"transformers rearranges the tensors of a {source.config.model_type} while it loads them"
     return None
 
@@ -168,7 +169,7 @@ def prepare(
 
 def _settle(where: ModelSource, folder: Path, config: KronyConfig, *, dtype: str | torch.dtype, reads: bool) -> Stream:
     checkpoint = Checkpoint(folder)
-    model_config = where.config
+    model_config = copy.deepcopy(where.config)  # it gets the dtype of what is written
     model_config.dtype = _dtype(where.dtype(dtype), model_config.dtype, checkpoint)
     source, target = empty_model(model_config).eval(), empty_model(model_config)
     settled = plan(source, config)
