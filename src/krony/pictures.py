@@ -26,7 +26,7 @@ COLOURS = (
     ("#6f5bb5", "#a99be0"),  # violet
     INK,
 )
-MARKERS, HATCHES, DASHES = "osD^vPX", ("", "///", "...", "\\\\\\", "xxx", "+++", "ooo"), ("-", "--", ":")
+MARKERS, HATCHES, DASHES = "osD^vPX", ("", "///", "...", "\\\\\\", "xx", "++", "oo"), ("-", "--", ":")
 WIDTH = 7.2  # inches
 LINE = 0.2  # inches per line of text
 MANY = 24  # points of a curve, or bars, from which each is drawn smaller and without its figure

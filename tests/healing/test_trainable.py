@@ -67,16 +67,23 @@ def test_all_is_undone(scaled):
     assert scaled.transformer.h[0].attn.attn_dropout.p == 0.1
 
 
+def check_dropout_is_off(model):
+    """In training mode the model computes what it computes in eval mode; it is left in training mode."""
+    ids = torch.arange(20)[None]
+    with trainable(model, ()):
+        assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+        model.train()
+    assert not torch.equal(model(ids).logits, model.eval()(ids).logits)
+
+
 def test_dropout_that_is_read_from_the_config_in_every_call_is_off_too():
     config = PersimmonConfig(
         vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=64, attention_dropout=0.5, hidden_dropout=0.5,
     )  # fmt: skip
     torch.manual_seed(0)
-    model, ids = PersimmonForCausalLM(config).train(), torch.arange(20)[None]
-    with trainable(model, ()):
-        assert torch.equal(model(ids).logits, model.eval()(ids).logits)
-        model.train()
+    model = PersimmonForCausalLM(config)
+    check_dropout_is_off(model)
     assert model.config.attention_dropout == 0.5
 
 
@@ -87,13 +94,10 @@ def test_dropout_that_layers_keep_as_numbers_is_off_too():
         max_position_embeddings=64, dropout=0.5, attention_dropout=0.5, layerdrop=0.5,
     )  # fmt: skip
     torch.manual_seed(0)
-    model, ids = OPTForCausalLM(config).train(), torch.arange(20)[None]
-    with trainable(model, ()):
-        assert torch.equal(model(ids).logits, model.eval()(ids).logits)
-        model.train()
+    model = OPTForCausalLM(config)
+    check_dropout_is_off(model)
     layer = model.model.decoder.layers[0]
     assert layer.dropout == layer.self_attn.dropout == model.model.decoder.layerdrop == 0.5
-    assert not torch.equal(model(ids).logits, model.eval()(ids).logits)
 
 
 def test_only_factors_decay_and_each_kind_has_its_rate(scaled):

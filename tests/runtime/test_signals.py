@@ -78,20 +78,20 @@ def test_the_signal_of_a_launcher_right_after_the_terminals_changes_nothing():
         assert process.returncode == 130
 
 
-def test_a_second_sigterm_waits_and_a_second_ctrl_c_does_not():
-    endless = SAFE_POINTS.replace("time.sleep(0.5)", 'print("saving", flush=True); time.sleep(2)')
-    process = started(endless)
-    process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize(
+    ("number", "said", "code"),
+    [
+        pytest.param(signal.SIGTERM, "saved\n", 143, id="a second SIGTERM waits"),
+        pytest.param(signal.SIGINT, "", 130, id="a second Ctrl-C does not"),
+    ],
+)
+def test_a_second_signal_while_work_is_being_saved(number, said, code):
+    process = started(SAFE_POINTS.replace("time.sleep(0.5)", 'print("saving", flush=True); time.sleep(2)'))
+    process.send_signal(number)
     assert process.stdout.readline() == "saving\n"
     time.sleep(0.8)
-    process.send_signal(signal.SIGTERM)
-    assert process.communicate()[0] == "saved\n" and process.returncode == 143
-    process = started(endless)
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "saving\n"
-    time.sleep(0.8)
-    process.send_signal(signal.SIGINT)
-    assert process.communicate()[0] == "" and process.returncode == 130
+    process.send_signal(number)
+    assert process.communicate()[0] == said and process.returncode == code
 
 
 def test_what_is_ignored_stays_ignored():
