@@ -8,6 +8,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from krony import KronyConfig, KronyError, compress
+from krony.models.attention import fast_attention
+from krony.models.comparison import Comparison
+from krony.models.divergence import Goal, divergence
 from krony.models.export import slim
 from krony.models.loading import load_model
 from krony.models.source import ModelSource
@@ -136,6 +139,28 @@ def test_an_architecture_works(name, ids, tmp_path):
     thin.model.save_pretrained(tmp_path / "slim")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
     torch.testing.assert_close(plain(ids).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+MORE_THAN_A_HEAD = {"Gemma 2"}  # caps its logits
+
+
+@pytest.mark.parametrize("name", list(WORK))
+def test_a_student_is_compared_from_its_states_and_with_fast_attention(name, ids):
+    """The loss is the divergence of the logits, and the implementation of attention changes rounding alone."""
+    teacher, student = built(*WORK[name]), built(*WORK[name])
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    logits = [model(ids).logits for model in (student, teacher)]
+    comparison = Comparison(student, teacher)
+    assert bool(comparison.layers) == (name not in MORE_THAN_A_HEAD)
+    before = [model.config._attn_implementation for model in (student, teacher)]
+    with fast_attention(student, teacher, device="cpu", length=ids.shape[1], dtype=torch.bfloat16):
+        assert {model.config._attn_implementation for model in (student, teacher)} == {"eager"}
+        with comparison.headless():
+            loss = comparison.loss(*(model(ids).logits for model in (student, teacher)), Goal(2.0))
+    torch.testing.assert_close(loss, divergence(*logits, Goal(2.0)), rtol=1e-4, atol=1e-6)
+    assert loss > 1e-3 and [model.config._attn_implementation for model in (student, teacher)] == before
 
 
 @pytest.mark.parametrize("name", list(REFUSED))

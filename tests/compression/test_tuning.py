@@ -23,7 +23,7 @@ def ids() -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch):
-    monkeypatch.setattr(tuning, "fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr("krony.models.precision.fast_dtype", lambda _: torch.float32)
 
 
 def sharp(build):

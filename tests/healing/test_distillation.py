@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from krony.healing.distillation import distance, distil
+from krony.healing.distillation import distance, distil, following
 from krony.healing.recipes import RECIPES
-from krony.models.divergence import divergence
+from krony.models.divergence import NO_LABEL, Goal, divergence
 
 
 def pair(*size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,6 +26,12 @@ def test_distance_is_relative_to_the_teachers_state():
     assert distance([torch.zeros(2, 5)], [torch.zeros(2, 5)]) == 0  # no 0/0
 
 
+class Logits:
+    """Compares logits as they are."""
+
+    loss = staticmethod(divergence)
+
+
 def test_the_parts_add_up():
     (logits, wanted), (states, their_states) = pair(2, 4, 7), pair(2, 4, 5)
     ids = torch.tensor([[1, 2, 3, 4], [6, 5, 0, 1]])
@@ -33,6 +39,10 @@ def test_the_parts_add_up():
     teacher = ModelOutput(logits=wanted, hidden_states=(their_states, their_states))
     recipe = replace(RECIPES["quick"], text=0.25, hidden=3.0, temperature=2.0)
     text = F.cross_entropy(logits[:, :-1].reshape(-1, 7), ids[:, 1:].reshape(-1))
-    expected = 0.75 * divergence(logits, wanted, 2.0) + 0.25 * text
+    expected = 0.75 * divergence(logits, wanted, Goal(2.0)) + 0.25 * text
     expected = expected + 3 * distance([2 * states], [their_states])  # not the embeddings' own
-    torch.testing.assert_close(distil(outputs, teacher, ids, recipe), expected)
+    torch.testing.assert_close(distil(outputs, teacher, ids, recipe, Logits()), expected)
+
+
+def test_the_last_token_of_a_row_is_followed_by_none():
+    assert following(torch.tensor([[1, 2], [3, 4]])).tolist() == [2, NO_LABEL, 4, NO_LABEL]

@@ -225,12 +225,12 @@ WORKER = """
 import pathlib, sys, time, torch
 sys.path.insert(0, {tests!r})
 from krony import KronyConfig, compress
-from krony.healing import training, validation
+from krony.models import precision
 from krony.runtime import distributed
 from krony.runtime.signals import interruptible
 from healing_runs import TINY, heal, text
 from small_models import gpt2
-training.fast_dtype = validation.fast_dtype = lambda _: torch.float32
+precision.fast_dtype = lambda _: torch.float32
 device = distributed.init()
 model = gpt2(attn_pdrop=0.1).to({dtype})
 compress(model, KronyConfig("keep=0.5", init="van-loan"))

@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 
 from krony.data.rows import Rows
-from krony.healing import validation
 from krony.healing.validation import validation_loss
 from small_models import gpt2
 
@@ -32,7 +31,7 @@ def by_hand(model, some: Rows) -> float:
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 100])
 def test_a_smaller_last_batch_counts_for_less(monkeypatch, batch):
-    monkeypatch.setattr(validation, "fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr("krony.models.precision.fast_dtype", lambda _: torch.float32)
     model = gpt2().double()
     assert validation_loss(model, rows(5), batch=batch) == pytest.approx(by_hand(model, rows(5)), rel=1e-6)
 
@@ -41,11 +40,12 @@ WORKER = """
 import sys, torch
 sys.path[:0] = [{tests!r}, {tests!r} + "/healing"]
 from krony.healing import validation
+from krony.models import precision
 from krony.runtime import distributed
 from small_models import gpt2
 from test_validation import rows
 distributed.init()
-validation.fast_dtype = lambda _: torch.float32
+precision.fast_dtype = lambda _: torch.float32
 model = gpt2().double()
 found = [validation.validation_loss(model, rows(count), batch=batch) for count in (1, 4, 5) for batch in (1, 2)]
 torch.save(found, f"{out}-{{torch.distributed.get_rank()}}.pt")
@@ -55,7 +55,7 @@ torch.save(found, f"{out}-{{torch.distributed.get_rank()}}.pt")
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_finds_the_same(tmp_path, monkeypatch, processes):
     """One row is fewer than processes, five don't divide."""
-    monkeypatch.setattr(validation, "fast_dtype", lambda _: torch.float32)
+    monkeypatch.setattr("krony.models.precision.fast_dtype", lambda _: torch.float32)
     script, out = tmp_path / "worker.py", tmp_path / "found"
     script.write_text(WORKER.format(tests=TESTS, out=out))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

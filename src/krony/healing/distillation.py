@@ -10,30 +10,36 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from krony.errors import KronyError
 from krony.healing.recipes import Recipe
-from krony.models.divergence import at_least_float32, divergence
+from krony.models.comparison import Comparison
+from krony.models.divergence import NO_LABEL, Goal, at_least_float32
 
 
-def distil(outputs: ModelOutput, wanted: ModelOutput, ids: Tensor, recipe: Recipe) -> Tensor:
+def distil(outputs: ModelOutput, wanted: ModelOutput, ids: Tensor, recipe: Recipe, comparison: Comparison) -> Tensor:
     """The loss of a student with a teacher, a scalar.
 
     Args:
-        outputs: output of the student's forward pass on ``ids``; with ``hidden_states`` if ``recipe.hidden``.
+        outputs: output of the student's forward pass on ``ids``, in ``comparison.headless()``; with ``hidden_states``
+            if ``recipe.hidden``.
         wanted: output of the teacher's.
         ids: token ids ``(batch, length)``.
     """
-    loss = (1 - recipe.text) * divergence(outputs.logits, wanted.logits, recipe.temperature)
-    if recipe.text:
-        logits = at_least_float32(outputs.logits[:, :-1].flatten(0, 1))  # (batch*(length-1), vocabulary)
-        loss = loss + recipe.text * F.cross_entropy(logits, ids[:, 1:].flatten())
+    labels = following(ids) if recipe.text else None
+    loss = comparison.loss(outputs.logits, wanted.logits, Goal(recipe.temperature, recipe.text, labels))
     if recipe.hidden:
         loss = loss + recipe.hidden * distance(outputs.hidden_states[1:], wanted.hidden_states[1:])
     return loss
+
+
+def following(ids: Tensor) -> Tensor:
+    """The token after each one, ``(batch, length) -> (batch*length,)``; the last of a row has none."""
+    labels = ids.roll(-1, dims=1)
+    labels[:, -1] = NO_LABEL
+    return labels.flatten()
 
 
 def distance(states: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:

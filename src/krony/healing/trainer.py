@@ -20,6 +20,7 @@ from krony.healing.distillation import distil
 from krony.healing.recipes import Recipe
 from krony.healing.trainable import adamw
 from krony.healing.validation import validation_loss
+from krony.models.comparison import Comparison
 from krony.runtime import distributed
 from krony.runtime.progress import Progress
 from krony.runtime.signals import Interrupt, Pending
@@ -32,6 +33,8 @@ class HealingTrainer(Trainer):
         super().__init__(data_collator=default_data_collator, **options)
         self.recipe = recipe
         self.teacher = None if teacher is None else teacher.eval().to(self.args.device)
+        half = torch.bfloat16 if self.args.bf16 else None
+        self.comparison = None if self.teacher is None else Comparison(self.model, self.teacher, half)
         # all rows have one length, so the mean over a step is the mean of its batches' means, for any loss
         self.model_accepts_loss_kwargs = False
 
@@ -43,13 +46,14 @@ class HealingTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Any:
         """The cross-entropy with the text, or in training the distance from the teacher."""
-        if self.teacher is None or not model.training:
+        if self.teacher is None or self.comparison is None or not model.training:
             return super().compute_loss(model, inputs, **options)
         asked = {"input_ids": inputs["input_ids"], "use_cache": False, "output_hidden_states": self.recipe.hidden > 0}
-        with torch.no_grad(), self.accelerator.autocast():
-            wanted = self.teacher(**asked)
-        outputs = model(**asked)
-        loss = distil(outputs, wanted, inputs["input_ids"], self.recipe)
+        with self.comparison.headless():
+            with torch.no_grad(), self.accelerator.autocast():
+                wanted = self.teacher(**asked)
+            outputs = model(**asked)
+        loss = distil(outputs, wanted, inputs["input_ids"], self.recipe, self.comparison)
         return (loss, outputs) if options.get("return_outputs") else loss
 
     def evaluation_loop(

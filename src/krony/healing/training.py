@@ -10,7 +10,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,11 @@ from krony.healing.recipes import RECIPES, Recipe
 from krony.healing.report import HealReport
 from krony.healing.trainable import full_precision, trainable
 from krony.healing.trainer import HealingTrainer, SaveAtSignal, ShowProgress, StopAtBadLoss
+from krony.models.attention import fast_attention
 from krony.models.loading import context_length
+from krony.models.precision import product_dtype
 from krony.runtime import distributed
-from krony.runtime.hardware import check_device, fast_dtype
+from krony.runtime.hardware import check_device
 from krony.runtime.progress import Progress, silent
 from krony.runtime.signals import deferred
 
@@ -91,7 +93,7 @@ def train_on_rows(
         hold_to_settings(work, settings, resume=options.resume)
         save_start(model, work)
         try:
-            with full_precision(model), _nothing_left_on(model):
+            with full_precision(model), _nothing_left_on(model), _fast_attention(model, teacher, train, options):
                 arguments = _arguments(model, train, recipe, work, options)
                 data = {"train_dataset": train, "eval_dataset": validation, "processing_class": tokenizer}
                 trainer = HealingTrainer(recipe, teacher, model=model, args=arguments, **data)
@@ -166,6 +168,13 @@ def _run(trainer: HealingTrainer, last: str | None, work: Path, progress: Progre
         return float(trainer.evaluate()["eval_loss"])
 
 
+def _fast_attention(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, train: Rows, options: HealOptions
+) -> AbstractContextManager[None]:
+    device = training_device(options.device)
+    return fast_attention(model, teacher, device=device, length=train.length, dtype=product_dtype(model, device))
+
+
 @contextmanager
 def _nothing_left_on(model: PreTrainedModel) -> Iterator[None]:
     """Removes what Trainer and accelerate leave on a model: the forward with autocast, the mark that the model is
@@ -211,8 +220,7 @@ def _arguments(
     log = max(1, min(10, steps // 50))
     every = max(1, steps // recipe.evaluations // log) * log  # a resumed run then logs at the same steps
     constant = recipe.final_rate == recipe.learning_rate
-    on_cpu = options.device == "cpu" or not torch.cuda.is_available()
-    half = fast_dtype("cpu" if on_cpu else "cuda") == torch.bfloat16 and model.dtype == torch.float32
+    device = training_device(options.device)
     arguments = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=batch,
@@ -224,8 +232,8 @@ def _arguments(
         lr_scheduler_kwargs={} if constant else {"min_lr": recipe.final_rate},
         warmup_steps=min(recipe.warm_up, steps // 5),
         max_grad_norm=1.0,
-        bf16=half,
-        use_cpu=on_cpu,
+        bf16=product_dtype(model, device) == torch.bfloat16,
+        use_cpu=device == "cpu",
         torch_compile=options.compile,
         eval_on_start=not options.resume,  # accelerate would take a model evaluated earlier for a prepared one
         restore_callback_states_from_checkpoint=True,  # patience too
@@ -239,7 +247,7 @@ def _arguments(
         logging_steps=log,
         logging_nan_inf_filter=False,
         prediction_loss_only=True,
-        dataloader_pin_memory=not on_cpu,
+        dataloader_pin_memory=device != "cpu",
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         log_level="error",

@@ -7,8 +7,8 @@ from torch import distributed as dist
 from transformers import PreTrainedModel
 
 from krony.data.rows import Rows
+from krony.models.precision import fast_products
 from krony.runtime import distributed
-from krony.runtime.hardware import fast_dtype
 
 
 @torch.no_grad()
@@ -21,15 +21,13 @@ def validation_loss(model: PreTrainedModel, rows: Rows, *, batch: int = 1) -> fl
     Args:
         batch: rows at once.
     """
-    dtype = fast_dtype(model.device)
-    in_bfloat16 = dtype == torch.bfloat16 and model.dtype == torch.float32
     first = dist.get_rank() if dist.is_initialized() else 0
     own = range(first, len(rows), distributed.count())
     sums = torch.zeros(2, dtype=torch.float64)  # loss and predicted tokens
     for start in range(0, len(own), batch):
         ids = torch.stack([rows[index]["input_ids"] for index in own[start : start + batch]])  # (batch, length)
         ids = ids.to(model.device)
-        with torch.autocast(model.device.type, dtype, enabled=in_bfloat16):
+        with fast_products(model):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         predicted = len(ids) * (rows.length - 1)
         sums += torch.tensor([loss.item() * predicted, predicted], dtype=torch.float64)

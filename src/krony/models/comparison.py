@@ -1,0 +1,81 @@
+"""A student compared with its teacher, from the states before their heads wherever these make the logits alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from krony.models.divergence import PLAIN, Goal, Head, divergence, head_divergence
+from krony.models.modes import evaluating
+
+
+class Comparison:
+    """How far the predictions of a student are from those of its teacher.
+
+    Args:
+        student: the model that learns.
+        teacher: the model that it learns from.
+        dtype: the dtype of the heads' products; None for that of their weights.
+
+    Raises nothing: where a model does more to its logits than its head does (Gemma 2 caps them), the logits themselves
+    are compared, which takes more memory and time.
+    """
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+        heads = [plain_head(model) for model in (student, teacher)]
+        self.layers = [] if None in heads else [head for head in heads if head is not None]
+        self.dtype = dtype
+        self.fixed: dict[int, Head] = {}  # heads that don't train, in their dtype
+
+    @contextmanager
+    def headless(self) -> Iterator[None]:
+        """Within it the ``logits`` of both models are their last states, ``(batch, length, width)``."""
+        with ExitStack() as stack:
+            for layer in dict.fromkeys(self.layers):
+                stack.enter_context(without_effect(layer))
+            yield
+
+    def loss(self, ours: Tensor, theirs: Tensor, goal: Goal = PLAIN) -> Tensor:
+        """The divergence in nats per token, a scalar; the arguments are what ``headless`` made of the ``logits``."""
+        if not self.layers:
+            return divergence(ours, theirs, goal)
+        student, teacher = (self._head(layer) for layer in self.layers)
+        return head_divergence(ours, theirs, student, teacher, goal)
+
+    def _head(self, layer: nn.Linear) -> Head:
+        """The matrix of a head in the dtype of the products; a frozen one is converted once."""
+        if id(layer) in self.fixed:
+            return self.fixed[id(layer)]
+        head = Head(*(None if p is None else p.to(self.dtype or p.dtype) for p in (layer.weight, layer.bias)))
+        if not any(p.requires_grad for p in layer.parameters()):
+            self.fixed[id(layer)] = head
+        return head
+
+
+@torch.no_grad()
+def plain_head(model: PreTrainedModel) -> nn.Linear | None:
+    """The last layer of a causal LM, if the logits are what it makes of the last states and nothing else; or None."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+        return None
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with evaluating(model):
+        logits = model(input_ids=ids, use_cache=False).logits
+        with without_effect(head):
+            states = model(input_ids=ids, use_cache=False).logits
+        same = states.shape[-1] == head.in_features and torch.allclose(head(states), logits)
+    return head if same else None
+
+
+@contextmanager
+def without_effect(layer: nn.Module) -> Iterator[None]:
+    """Within it the layer returns what it gets; its parameters stay where they are."""
+    layer.forward = lambda x: x  # an attribute of its own hides the method of its class
+    try:
+        yield
+    finally:
+        del layer.forward

@@ -1,0 +1,35 @@
+"""A student beside its teacher; tests/test_architectures.py compares the losses for every architecture."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from krony.models.comparison import Comparison, plain_head, without_effect
+from small_models import llama
+
+
+def test_a_head_that_trains_is_not_kept_and_gets_a_gradient():
+    model = llama()
+    comparison = Comparison(model, copy.deepcopy(model).requires_grad_(False), torch.bfloat16)
+    ids = torch.randint(0, 200, (1, 9))
+    with comparison.headless():
+        comparison.loss(*(m(input_ids=ids).logits for m in (model, model))).backward()
+    assert model.lm_head.weight.grad is not None
+    assert [head.weight.dtype for head in comparison.fixed.values()] == [torch.bfloat16]  # the teacher's
+
+
+def test_a_head_that_somebody_changed_is_not_plain():
+    model = llama()
+    assert plain_head(model) is model.lm_head
+    model.lm_head.register_forward_hook(lambda *_: None)
+    assert plain_head(model) is None
+
+
+def test_a_layer_without_effect_works_again_afterwards():
+    layer, x = nn.Linear(2, 3), torch.randn(4, 2)
+    with pytest.raises(RuntimeError, match="in the middle"), without_effect(layer):
+        assert layer(x) is x
+        raise RuntimeError("in the middle")
+    assert layer(x).shape == (4, 3) and "forward" not in vars(layer)
