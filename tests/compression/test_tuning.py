@@ -45,7 +45,7 @@ def divergence(model, original, ids):
 
 CONFIGS = (
     {"scheme": "keep=0.5"},
-    {"scheme": "keep=0.5", "allocation": "global", "reconstruct": 5},
+    {"scheme": "keep=0.34", "allocation": "global", "reconstruct": 5},
     {"scheme": "24x48:3", "init": "van-loan", "scalars": True, "scalar_init": 2.0},
     {"scheme": "keep=0.5", "init": "van-loan"},
 )

@@ -9,6 +9,7 @@ biases of the compressed layers change; right factors do not, so dropped neurons
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,10 +19,11 @@ from transformers import PreTrainedModel
 
 from krony.compression.descent import relative_adamw
 from krony.kronecker.linear import KroneckerLinear
-from krony.models.divergence import divergence
+from krony.models.attention import fast_attention
+from krony.models.comparison import Comparison
 from krony.models.modes import evaluating
+from krony.models.precision import fast_products, product_dtype
 from krony.models.surgery import kronecker_layers
-from krony.runtime.hardware import fast_dtype
 from krony.runtime.progress import Progress, silent
 
 RATE = 1e-3  # the highest rate, relative to the root mean square of each parameter
@@ -67,16 +69,17 @@ def tune(
     """
     layers = list(kronecker_layers(model).values())
     dtypes = [layer.weight.dtype for layer in layers]
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(HELD_OUT, max(1, len(ids) // 8))
-    held, trained = ids[order[:count]], ids[order[count:]] if len(ids) > 1 else ids
-    with torch.no_grad(), _training(model, layers) as parameters:
+    held, trained = order[:count], order[count:] if len(ids) > 1 else order
+    fast = fast_attention(model, original, device=model.device, length=ids.shape[1], dtype=product_dtype(model))
+    with torch.no_grad(), _training(model, layers) as parameters, fast:
+        lesson = _Lesson(model, original, ids)
         first = [p.clone() for p in parameters]
-        wanted = [_logits(original, row[None]) for row in held]
-        before = _mean(model, held, wanted)
+        before = lesson.mean(held)
         with torch.enable_grad():
-            _descend(model, original, parameters, trained, steps, progress)
-        after = _mean(model, held, wanted)
+            _descend(lesson, parameters, trained, steps, seed, progress)
+        after = lesson.mean(held)
         if not after < before:
             for parameter, value in zip(parameters, first, strict=True):
                 parameter.copy_(value)
@@ -102,16 +105,15 @@ def _training(model: PreTrainedModel, layers: list[KroneckerLinear]) -> Iterator
 
 
 def _descend(
-    model: PreTrainedModel, original: PreTrainedModel, parameters: list[nn.Parameter], ids: Tensor, steps: int,
-    progress: Progress,
-) -> None:  # fmt: skip
-    """Trains on one sequence per step, in turn."""
+    lesson: _Lesson, parameters: list[nn.Parameter], rows: list[int], steps: int, seed: int, progress: Progress
+) -> None:
+    """Trains on one sequence per step, in a new order in each pass over the text."""
     optimizer, schedule = relative_adamw(parameters, rate=RATE, warm_up=WARM_UP, steps=steps)
+    shuffle = random.Random(seed)
     for step in range(steps):
-        row = ids[step % len(ids)][None]  # (1, length)
-        with torch.no_grad():
-            wanted = _logits(original, row)
-        loss = divergence(_logits(model, row), wanted)
+        if step and step % len(rows) == 0:
+            shuffle.shuffle(rows)
+        loss = lesson.loss(rows[step % len(rows)])
         progress(step, steps, f"all layers together, {loss.item():.2f} nats from the original")
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -120,15 +122,38 @@ def _descend(
         schedule.step()
 
 
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """``(1, length) -> (1, length, vocabulary)``; in the model's dtype, or for float32 in bfloat16 where it is fast."""
-    low = fast_dtype(model.device) if model.dtype == torch.float32 else model.dtype
-    halved = low in (torch.bfloat16, torch.float16)
-    with torch.autocast(model.device.type, low if halved else None, enabled=halved):
-        return model(input_ids=ids.to(model.device), use_cache=False).logits
+class _Lesson:
+    """The divergence of ``model`` from ``original`` on single sequences of ``ids: (sequences, length)``.
 
+    The original's last states are kept where its head is all that follows them: a second pass over the text then costs
+    no pass through the original.
+    """
 
-def _mean(model: PreTrainedModel, rows: Tensor, wanted: list[Tensor]) -> float:
-    """The mean divergence over these sequences, in nats per token."""
-    losses = [divergence(_logits(model, row[None]), logits).item() for row, logits in zip(rows, wanted, strict=True)]
-    return sum(losses) / len(losses)
+    def __init__(self, model: PreTrainedModel, original: PreTrainedModel, ids: Tensor) -> None:
+        self.model, self.original, self.ids = model, original, ids
+        self.dtype = product_dtype(model)
+        self.comparison = Comparison(model, original, self.dtype)
+        self.kept: dict[int, Tensor] = {}
+
+    def loss(self, row: int) -> Tensor:
+        """Of one sequence, in nats per token; a scalar."""
+        return self.comparison.loss(self._last(self.model, row), self._wanted(row))
+
+    def mean(self, rows: list[int]) -> float:
+        """Of these sequences, without gradients."""
+        with torch.no_grad():
+            return sum(self.loss(row).item() for row in rows) / len(rows)
+
+    @torch.no_grad()
+    def _wanted(self, row: int) -> Tensor:
+        if row not in self.kept:
+            states = self._last(self.original, row)
+            if not self.comparison.layers:  # logits, which are too many to keep
+                return states
+            self.kept[row] = states.to(self.dtype)
+        return self.kept[row]
+
+    def _last(self, model: PreTrainedModel, row: int) -> Tensor:
+        """``(1, length, width)``, or ``(1, length, vocabulary)``: what ``Comparison`` compares."""
+        with self.comparison.headless(), fast_products(model):
+            return model(input_ids=self.ids[row][None].to(model.device), use_cache=False).logits

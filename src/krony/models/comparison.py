@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from krony.models.divergence import PLAIN, Goal, Head, divergence, head_divergence
 from krony.models.modes import evaluating
+from krony.models.precision import fast_products
 
 
 class Comparison:
@@ -63,7 +64,7 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     if type(head) is not nn.Linear or "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
         return None
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    with evaluating(model):
+    with evaluating(model), fast_products(model):
         logits = model(input_ids=ids, use_cache=False).logits
         with without_effect(head):
             states = model(input_ids=ids, use_cache=False).logits
