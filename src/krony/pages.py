@@ -62,3 +62,12 @@ blockquote {{ margin: 0.5rem 0; padding-left: 1rem; border-left: 3px solid #8886
 def paragraphs(*sentences: str) -> str:
     """Text as HTML paragraphs."""
     return "\n".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences)
+
+
+def shown(value: float) -> str:
+    """A perplexity in a sentence or table, however large it is.
+
+    >>> shown(1234.5), shown(1e12)
+    ('1,234.50', '1e+12')
+    """
+    return f"{value:,.2f}" if value < 1e7 else f"{value:.3g}"

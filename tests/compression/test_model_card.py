@@ -67,3 +67,8 @@ def test_a_card_that_cannot_be_read_is_left_out(tmp_path):
 
 def test_the_card_says_what_happens_without_krony():
     assert "don't set\n`ignore_mismatched_sizes`" in healed_card("gpt2", FIGURES)
+
+
+def test_a_perplexity_beyond_reason_is_short():
+    figures = FIGURES | {"perplexity_after": 1e300, "perplexity_original": 20.0}
+    assert "| after | 1e+300 | 5e+298 |" in healed_table(figures).markdown()

@@ -250,6 +250,14 @@ def test_two_processes_share_the_work(family, ids, tmp_path):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max()))
 
 
+def test_a_file_in_the_cache_that_is_longer_than_its_tensors_is_not_read(model, ids, tmp_path):
+    list(Calibration(model, find_groups(model), ids, cache=tmp_path))
+    file = sorted(tmp_path.rglob("*.safetensors"))[0]
+    os.truncate(file, 2**40)
+    with pytest.raises(KronyError, match=f"{file.name} is a damaged calibration.* bytes and should have"):
+        list(Calibration(model, find_groups(model), ids, cache=tmp_path))
+
+
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
@@ -258,6 +266,7 @@ def test_two_processes_share_the_work(family, ids, tmp_path):
         (lambda t: t["hidden.matrix"][0, 1].add_(1e4), "not symmetric"),
         (lambda t: t.update({"inputs.mean": torch.zeros(3)}), "has shape"),
         (lambda t: t.pop("tokens"), "tokens is missing"),
+        (lambda t: t.update({"inputs.mean": t["inputs.mean"].bool()}), "inputs.mean is of type bool"),
     ],
 )
 def test_values_in_the_cache_that_cannot_be_moments(model, ids, tmp_path, spoil, why):

@@ -4,5 +4,5 @@ A case is a command and a list of edits to a folder of sound files (``sound``), 
 (``cases``). ``kinds`` draws cases at random, one file for each kind of input. ``trial`` runs a case in a forked process
 and says what is wrong with how it ends. ``corpus`` holds the cases that once found something.
 
-``python -m fuzz --cases 500 --seed 3`` in ``tests`` runs cases, and ``python -m fuzz FILE.json`` runs one that was kept.
+In ``tests``, ``python -m fuzz --cases 500 --seed 3`` runs cases, and ``python -m fuzz FILE.json`` one that was kept.
 """

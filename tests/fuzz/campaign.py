@@ -47,8 +47,8 @@ class Tally:
     def __str__(self) -> str:
         ended = ", ".join(f"{count} with {code}" for code, count in sorted(self.codes.items(), key=str))
         return (
-            f"{sum(self.codes.values())} cases: {ended}; {len(self.found)} of them wrong; {self.seconds:.0f} s, the slowest took "
-            f"{self.slowest:.1f} s, the largest {self.largest / 1e9:.2f} GB"
+            f"{sum(self.codes.values())} cases: {ended}; {len(self.found)} of them wrong; {self.seconds:.0f} s, the "
+            f"slowest took {self.slowest:.1f} s, the largest {self.largest / 1e9:.2f} GB"
         )
 
 
@@ -85,7 +85,7 @@ def run(
             case = smaller(case, outcome.problem, sound)
             tally.found.append((case, outcome.problem))
             file = _kept(case, keep)
-            say(f"{number}: {outcome.problem}: {file}: krony {' '.join(case.command)!r:.150} {str(case.edits):.300}")
+            say(f"{number}: {outcome.problem}: {file}: krony {' '.join(case.command)!r:.150} {case.edits!s:.300}")
     return tally
 
 

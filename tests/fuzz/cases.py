@@ -20,7 +20,8 @@ class Case:
     Attributes:
         kind: what kind of input is damaged.
         command: the verb and its arguments; paths are relative to the folder of the sound files.
-        edits: the name of an edit, the file, and what the edit takes (``edits.EDITS``), in order.
+        edits: the name of an edit, the file (with ``*`` the first that matches), and what the edit takes
+            (``edits.EDITS``), in order.
     """
 
     kind: str
@@ -28,13 +29,12 @@ class Case:
     edits: list[list[Any]] = field(default_factory=list)
 
     def damage(self, place: Path) -> None:
-        """Makes the edits in ``place``, a copy of the sound files. One that does not apply after the others is left out."""
+        """Makes the edits in ``place``, a copy of the sound files. One that no longer applies is left out."""
         for name, file, *values in self.edits:
-            target = place / file
-            if target.exists() and not (target.is_file() or target.is_dir()):
-                continue  # reading a pipe or a device has no end
+            target = next(iter(place.glob(file)), place / file) if "*" in file else place / file
             with suppress(OSError, LookupError, TypeError, ValueError, RuntimeError):
-                EDITS[name](target, *values)
+                if not target.exists() or target.is_file() or target.is_dir():  # a pipe or a device has no end
+                    EDITS[name](target, *values)
 
     def write(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self), indent=1) + "\n")

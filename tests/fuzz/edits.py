@@ -13,6 +13,7 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +176,11 @@ def _filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     **{name: _filled(float(name)) for name in ("nan", "inf", "-inf", "1e38", "-1e38", "1e-45")},
     **{
-        name: lambda t, kind=getattr(torch, name): t.to(kind)
-        for name in ("int32", "int8", "bool", "float16", "bfloat16", "float64", "complex64", "float8_e4m3fn")
+        str(kind).removeprefix("torch."): methodcaller("to", kind)
+        for kind in (
+            *(torch.int32, torch.int8, torch.bool, torch.float16, torch.bfloat16, torch.float64, torch.complex64),
+            *(torch.float8_e4m3fn,),
+        )
     },
     "sparse": lambda t: t.to_sparse(),
     "csr": lambda t: t.reshape(len(t), -1).to_sparse_csr(),

@@ -86,7 +86,7 @@ def _become(case: Case, place: Path, spare: Path) -> None:
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(spare / name, os.O_WRONLY | os.O_CREAT), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", errors="backslashreplace", closefd=False) for n in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", errors="backslashreplace") for n in (1, 2))
         os.environ |= {"KRONY_CACHE": str(place / "cache"), "TMPDIR": str(spare / "tmp")}
         tempfile.tempdir = None
         warnings.resetwarnings()
@@ -137,13 +137,14 @@ def _problem(ended: int, printed: dict[str, str], memory: int) -> str | None:
 
 def _left(ended: int, before: set[str], after: set[str], spare: Path, case: Case) -> str | None:
     """What a command left that it should not have, or took away."""
-    if os.listdir(spare / "tmp"):
-        return f"it leaves {os.listdir(spare / 'tmp')[0]} in the folder for temporary files"
+    if temporary := list((spare / "tmp").iterdir()):
+        return f"it leaves {temporary[0].name} in the folder for temporary files"
     if Path("/tmp/krony-was-here").exists():
         return "it ran code of a file"
-    new, gone = after - before, before - after
+    new, gone = after - before, before - after - {".out.lock", ".out.holder"}  # of a process that was killed
     kept = {"out.work"} if ended == 1 or case.command[0] == "heal" else set()  # checkpoints, which the sentence names
-    new = {name for name in new if name.partition("/")[0] not in kept}
+    asked = {argument.rpartition("=")[2] for argument in case.command}
+    new = {name for name in new if name.partition("/")[0] not in kept and name not in asked}
     if rests := sorted(name for name in new if name.endswith(LEFT)):
         return f"it leaves {rests[0]}"
     if ended == 2:

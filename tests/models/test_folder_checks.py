@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from krony import KronyError, load_model, load_tokenizer
-from krony.models.folder_checks import check_tokenizer
+from krony import KronyError, load_model
 from small_models import gpt2
 
 
@@ -32,29 +31,6 @@ def test_layers_that_the_files_do_not_hold(folder):
     change(folder, n_layer=900)
     with pytest.raises(KronyError, match=r"config\.json describes .* parameters, and the files hold"):
         load_model(str(folder))
-
-
-def normaliser(folder, normalizer):
-    file = folder / "tokenizer.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": normalizer}))
-
-
-def test_a_tokenizer_that_multiplies_text(folder):
-    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
-    normaliser(folder, {"type": "Sequence", "normalizers": [step] * 9})
-    with pytest.raises(KronyError, match=r"its normalizer can make a text 1,000,000,000 times longer"):
-        load_tokenizer(str(folder))
-
-
-def test_the_normalisers_of_well_known_tokenizers_are_fine(folder):
-    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    for known in (
-        None,
-        {"type": "NFC"},
-        {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space]},
-    ):
-        normaliser(folder, known)
-        check_tokenizer(folder)
 
 
 def write(folder, file, **values):

@@ -319,3 +319,11 @@ def test_untouched_layers_train_are_saved_and_merge(saved, ids, tmp_path):
     assert layers and set(layers) == set(kronecker_layers(load_model(str(folder))))
     merged.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(load_model(str(tmp_path / "merged"))(ids).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", list(BUILDERS))
+def test_compressing_a_model_with_adapters_asks_to_merge_them(family):
+    model = adapted(None, MLP[family], model=BUILDERS[family]())
+    with pytest.raises(KronyError, match=r"carries adapters, such as that of .*\.0\.mlp\.\w+: merge them"):
+        compress(model, KronyConfig("keep=0.5", init="van-loan"))
+    compress(model.merge_and_unload(), KronyConfig("keep=0.5", init="van-loan"))

@@ -34,7 +34,7 @@ def run(
 
     from krony.data.text_files import is_text
     from krony.models.loading import context_length
-    from krony.models.source import ModelSource
+    from krony.models.source import LoadingErrors, ModelSource
 
     quiet_libraries()
     if not is_text(prompt):
@@ -50,9 +50,10 @@ def run(
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     start = time.perf_counter()
-    output = loaded.generate(
-        **inputs, max_new_tokens=min(max_new_tokens, room), pad_token_id=tokenizer.eos_token_id, **sampling
-    )[0]
+    with LoadingErrors(model, "by its generation_config.json it can't generate"):
+        output = loaded.generate(
+            **inputs, max_new_tokens=min(max_new_tokens, room), pad_token_id=tokenizer.eos_token_id, **sampling
+        )[0]
     seconds = time.perf_counter() - start
     new = len(output) - given
     stopped = "max_new_tokens" if max_new_tokens <= room else "context"

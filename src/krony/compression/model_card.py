@@ -12,7 +12,7 @@ from huggingface_hub.repocard import metadata_load
 from krony._version import __version__
 from krony.compression.report import CompressionReport
 from krony.models.source import DEMO
-from krony.pages import Table
+from krony.pages import Table, shown
 
 # Options that the card words otherwise, or that only krony reads.
 SAID_ELSEWHERE = ("krony", "scheme", "init", "calibration_tokens", "calibration_documents", "earlier")
@@ -102,9 +102,11 @@ def healed_table(figures: dict[str, Any]) -> Table:
         rows.append(("the original, trained too", figures["control"]["perplexity_after"]))
     columns = ["", "validation perplexity"]
     if base is None:
-        return Table(columns, [[name, f"{value:,.2f}"] for name, value in rows])
+        return Table(columns, [[name, shown(value)] for name, value in rows])
+    ratios = [f"{value / base:,.3f}" if value / base < 1e6 else f"{value / base:.3g}" for _, value in rows]
     return Table(
-        [*columns, "of the original"], [[name, f"{value:,.2f}", f"{value / base:,.3f}"] for name, value in rows]
+        [*columns, "of the original"],
+        [[name, shown(value), ratio] for (name, value), ratio in zip(rows, ratios, strict=True)],
     )
 
 

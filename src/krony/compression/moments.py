@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -37,6 +37,7 @@ from krony.models.modes import evaluating
 from krony.models.surgery import Group, enclosing_layer
 from krony.runtime import distributed
 from krony.runtime.progress import Progress, silent
+from krony.storage.tensor_files import read_header
 
 BATCH_TOKENS = 4096  # tokens per forward pass
 SENSITIVITY_TOKENS = 16_384  # enough for a matrix of the model's width; a backward pass is expensive
@@ -118,8 +119,9 @@ class Calibration:
 
     def _load(self, index: int) -> Moments:
         try:
-            return _unpack(load_file(self._file(index)), self.groups[index])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            stored = {entry.name: entry.read() for entry in read_header(self._file(index))}
+            return _unpack(stored, self.groups[index])
+        except (KeyError, ValueError) as error:  # KronyError is a ValueError
             raise KronyError(
                 f"{self._file(index)} is a damaged calibration: delete it, and krony reads the text again ({error})"
             ) from None
@@ -358,6 +360,8 @@ def _check_stored(stored: dict[str, Tensor], group: Group) -> None:
     for name, value in stored.items():
         if tuple(value.shape) != shapes.get(name):
             raise ValueError(f"{name} has shape {tuple(value.shape)}, not {shapes.get(name)}")
+        if name != "tokens" and not value.is_floating_point():
+            raise ValueError(f"{name} is of type {str(value.dtype).removeprefix('torch.')}")
         if not torch.isfinite(value).all():
             raise ValueError(f"{name} has values that are not finite")
         if value.ndim == 2 and (value.diagonal() < 0).any():

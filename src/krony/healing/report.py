@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from krony.pages import Table
+from krony.pages import Table, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +87,3 @@ def perplexity(loss: float) -> float:
         1.0
     """
     return math.exp(min(loss, 700.0))
-
-
-def shown(value: float) -> str:
-    """A perplexity in a sentence or table, however large it is.
-
-    >>> shown(1234.5), shown(1e12)
-    ('1,234.50', '1e+12')
-    """
-    return f"{value:,.2f}" if value < 1e7 else f"{value:.3g}"

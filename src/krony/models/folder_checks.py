@@ -23,7 +23,6 @@ COUNTS = ("num_", "n_")  # names of counts, for each of which transformers may m
 DIMENSIONS = ("positions", "ctx", "embd", "inner", "embeddings", "buckets", "tokens")  # but for these, which are sizes
 MOST_PARTS = 100_000
 MOST_BUFFERS = 2**28  # elements of buffers that are computed rather than stored: 1 GB in float32
-MOST_GROWTH = 64  # a tokenizer's normaliser makes text at most so many times longer
 SIZES = (  # what configs call the numbers that must be positive
     *("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head", "num_heads"),
     *("num_hidden_layers", "n_layer", "num_layers", "n_layers", "intermediate_size", "ffn_dim", "num_key_value_heads"),
@@ -67,7 +66,7 @@ def check_config(config: dict[str, Any], file: Path) -> None:
         raise KronyError(
             f"{file} names other weights (transformers_weights): krony reads model.safetensors and no other"
         )
-    for name, value in _numbers(config):
+    for name, value in numbers(config):
         last = name.rpartition(".")[2].partition("[")[0]
         if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
             raise KronyError(f"{file}: {name} is {value}: no model is so large")
@@ -108,27 +107,6 @@ def _check_sizes(folder: Path, model: nn.Module, stored: int) -> None:
         raise KronyError(f"{folder}: by config.json the model computes buffers of {buffers:,} elements: no model does")
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Raises KronyError for a tokenizer whose normaliser can make a text many times longer."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return
-    growth = _growth(read_json(file).get("normalizer"))
-    if growth > MOST_GROWTH:
-        raise KronyError(f"{file}: its normalizer can make a text {growth:,} times longer: no tokenizer needs that")
-
-
-def _growth(normalizer: Any) -> int:
-    """How many times longer the replacements of a normaliser can make a text, at most."""
-    if not isinstance(normalizer, dict):
-        return 1
-    steps = normalizer.get("normalizers")
-    if isinstance(steps, list):
-        return math.prod(_growth(step) for step in steps)
-    texts = [normalizer.get(key) for key in ("content", "prepend")]
-    return max([1, *(len(text) for text in texts if isinstance(text, str))])
-
-
 def check_entry(entry: Entry, value: Tensor) -> None:
     """Raises KronyError unless a tensor in a file has the shape and the type of the model's ``value``."""
     if entry.shape != tuple(value.shape):
@@ -158,13 +136,13 @@ def _is_known(kind: str) -> bool:
     return kind in CONFIG_MAPPING_NAMES
 
 
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def numbers(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Every number in nested JSON, with the name of where it stands."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _numbers(inner, f"{name}.{key}" if name else str(key))
+            yield from numbers(inner, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _numbers(inner, f"{name}[{index}]")
+            yield from numbers(inner, f"{name}[{index}]")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield name, value

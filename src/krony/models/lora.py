@@ -18,10 +18,10 @@ from torch import nn
 
 from krony.errors import KronyError
 from krony.kronecker.linear import KroneckerLinear
+from krony.models.surgery import WRAPPED
 
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")  # the others of PEFT decompose or change the dense matrix
 VARIANTS = ("use_dora", "alora_invocation_tokens")  # of PEFT 0.18; later versions mark the fields themselves
-WRAPPED = ".base_layer"  # what PEFT calls a layer inside its adapter
 
 
 class LoraKroneckerLinear(Linear):

@@ -26,7 +26,8 @@ from transformers import (
 
 from krony.errors import KronyError
 from krony.models import quantizer
-from krony.models.folder_checks import check_finite, check_folder, check_tokenizer, check_weights
+from krony.models.folder_checks import check_finite, check_folder, check_weights
+from krony.models.tokenizer_checks import check_tokenizer, no_panic, try_out
 from krony.runtime.hardware import check_device, is_out_of_memory
 
 DEMO = Path(__file__).parents[1] / "shipped" / "demo"  # the model called ``demo``
@@ -89,7 +90,9 @@ class ModelSource:
             check_tokenizer(self.folder)
         try:
             options = _hub_options(self.folder or self.name)
-            tokenizer = AutoTokenizer.from_pretrained(self.where, trust_remote_code=False, **options)
+            with no_panic():
+                tokenizer = AutoTokenizer.from_pretrained(self.where, trust_remote_code=False, **options)
+                try_out(tokenizer)
         except Exception as error:  # transformers raises whatever the tokenizer's parts do
             raise KronyError(f"{self.name}: no tokenizer can be loaded from there: {first_line(error)}") from None
         if not tokenizer("a")["input_ids"]:  # from a folder without one, transformers makes some that know no text

@@ -35,6 +35,7 @@ MLP_NAMES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("fc_in",), "fc_out"),  # GPT-J
     (("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Falcon, BLOOM
 )
+WRAPPED = ".base_layer"  # what PEFT calls a layer inside its adapter
 FUSED = "gate_up_proj"  # in Phi-3 and GLM: gate and up matrix in one
 
 
@@ -344,6 +345,11 @@ def _no_mlp(model: nn.Module) -> str:
                 f"{name} holds the gate and the up matrix in one, so krony can't tell the hidden neurons apart: choose "
                 "single matrices with modules='gate_up_proj|down_proj', and init van-loan, als or prune"
             )
+    if adapted := next((name for name, _ in model.named_modules() if name.endswith(WRAPPED)), None):
+        return (
+            f"this model carries adapters, such as that of {adapted.removesuffix(WRAPPED)}: merge them into it first "
+            "(peft's merge_and_unload)"
+        )
     return (
         f"no MLP is known in {type(model).__name__}: choose linear layers with modules=REGEX; "
         f"there are, for example, {_examples(names)}"

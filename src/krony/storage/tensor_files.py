@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -157,7 +158,7 @@ def inside(folder: Path, name: str, *, named_by: Path | None = None) -> Path:
 
 def check_link(folder: Path, path: Path) -> None:
     """Raises KronyError if ``path`` leads out of ``folder``, except to the folder ``blobs`` of the hub's cache."""
-    real, home = path.resolve(), folder.resolve()
+    real, home = (Path(os.path.realpath(each)) for each in (path, folder))  # unlike resolve, takes links in a circle
     homes = [home] + ([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])
     if not any(real.is_relative_to(h) for h in homes):
         raise KronyError(f"{path} links to {real}, out of the model's folder, so it is not opened: copy the file there")

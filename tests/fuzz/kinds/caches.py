@@ -15,7 +15,7 @@ COMMAND = ["compress", "dense", "out", "--scheme", "keep=0.5", "--calibration", 
 
 def draw(random: Random, sound: Path) -> Case:
     file = random.choice(sorted((sound / "cache").rglob("*.safetensors")))
-    name = str(file.relative_to(sound))
+    name = f"cache/*/{file.name}"  # the folder is named after weights and version
     size = file.stat().st_size
     content = "".join(chr(random.randrange(256)) for _ in range(random.choice([1, 4, 8])))
     tensor = ["tensor", name, random.choice(sorted(set(names(file)) - {"__metadata__"})), random.choice(ROWS + SHAPES)]
@@ -26,8 +26,8 @@ def draw(random: Random, sound: Path) -> Case:
             changes(random, name, names(file), named="header"),
             [["splice", name, random.randrange(size), len(content), content]],
             [["splice", name, random.randrange(size), size, ""]],
-            [random.choice([["folder", name], ["fifo", name], ["link", name, "/dev/zero"], ["link", name, name], ["mode", name, 0]])],
-            [["remove", str(Path(name).parent)], ["write", str(Path(name).parent), "x"]],
+            [random.choice([["folder", name], ["fifo", name], ["link", name, "/dev/zero"], ["mode", name, 0]])],
+            [["remove", "cache/moments-*"], ["write", f"cache/{file.parent.name}", "x"]],
             [["sparse", name, random.choice([size + 8, 2**33])]],
         ]
     )

@@ -15,8 +15,38 @@ from fuzz.edits import TENSORS
 from fuzz.values import NUMBERS, word
 
 FILE = "checkpoint.pt"
-NAMES = ["module.", "_orig_mod.", "transformer.h.0.mlp.c_fc_0", "transformer.h.999999999.attn.c_attn.weight", "lm_head.weight"]
-OPCODES = [".", "0", "1", "2", "(", ")", "]", "}", "N", "R", "b", "c", "i", "o", "Q", "P", "s", "u", "e", "h", "j", "\x80", "\x88"]
+NAMES = [
+    "module.",
+    "_orig_mod.",
+    "transformer.h.0.mlp.c_fc_0",
+    "transformer.h.999999999.attn.c_attn.weight",
+    "lm_head.weight",
+]
+OPCODES = [
+    ".",
+    "0",
+    "1",
+    "2",
+    "(",
+    ")",
+    "]",
+    "}",
+    "N",
+    "R",
+    "b",
+    "c",
+    "i",
+    "o",
+    "Q",
+    "P",
+    "s",
+    "u",
+    "e",
+    "h",
+    "j",
+    "\x80",
+    "\x88",
+]
 
 
 class Loud:
@@ -34,12 +64,16 @@ def draw(random: Random, sound: Path) -> Case:
 
 def _tensors(random: Random, file: Path) -> list:
     names = list(torch.load(file))
-    return [["tensor", FILE, random.choice(names), random.choice(list(TENSORS))] for _ in range(random.choice([1, 1, 2]))]
+    return [
+        ["tensor", FILE, random.choice(names), random.choice(list(TENSORS))] for _ in range(random.choice([1, 1, 2]))
+    ]
 
 
 def _names(random: Random, file: Path) -> list:
     name = random.choice(list(torch.load(file)))
-    other = random.choice([*NAMES, word(random), name.replace("0", random.choice(["1", "7", "1000000", "-1", "٣"])), name[:-1]])
+    other = random.choice(
+        [*NAMES, word(random), name.replace("0", random.choice(["1", "7", "1000000", "-1", "٣"])), name[:-1]]
+    )
     return [["rename", FILE, name, random.choice([other, random.choice(NAMES[:2]) + name])]]
 
 
@@ -73,7 +107,9 @@ def _archive(random: Random, file: Path) -> list:
 
 def _bytes(random: Random, file: Path) -> list:
     size = file.stat().st_size
-    content = "".join(chr(random.choice([0, 1, 255, random.randrange(256)])) for _ in range(random.choice([1, 2, 4, 8])))
+    content = "".join(
+        chr(random.choice([0, 1, 255, random.randrange(256)])) for _ in range(random.choice([1, 2, 4, 8]))
+    )
     tail = size - random.randrange(1, min(size, 4000))  # the archive's directory
     start = random.choice([random.randrange(size), tail, tail])
     return random.choice([[["splice", FILE, start, len(content), content]], [["splice", FILE, start, size, ""]]])
@@ -83,9 +119,22 @@ def _others(random: Random, file: Path) -> list:
     """No checkpoint at all, or something else than a dictionary of tensors."""
     made: Any = random.choice(
         [
-            *([["write", FILE, pickle.dumps(Loud()).decode("latin-1")]], [["pack", FILE, "zip"]], [["pack", FILE, "gz"]]),
-            *([["fifo", FILE]], [["link", FILE, "/dev/zero"]], [["folder", FILE]], [["write", FILE, ""]], [["remove", FILE]]),
-            *([["opcodes", FILE, 0, 10**9, pickle.dumps(thing, protocol=2).decode("latin-1")]] for thing in _things(random)),
+            *(
+                [["write", FILE, pickle.dumps(Loud()).decode("latin-1")]],
+                [["pack", FILE, "zip"]],
+                [["pack", FILE, "gz"]],
+            ),
+            *(
+                [["fifo", FILE]],
+                [["link", FILE, "/dev/zero"]],
+                [["folder", FILE]],
+                [["write", FILE, ""]],
+                [["remove", FILE]],
+            ),
+            *(
+                [["opcodes", FILE, 0, 10**9, pickle.dumps(thing, protocol=2).decode("latin-1")]]
+                for thing in _things(random)
+            ),
         ]
     )
     return made
@@ -93,4 +142,15 @@ def _others(random: Random, file: Path) -> list:
 
 def _things(random: Random) -> list[Any]:
     whole = {"transformer.h.0.mlp.c_fc_0": random.choice(NUMBERS)}
-    return [Loud(), whole, {"model": whole}, [1, 2], {}, None, {"model": {"model": {}}}, {3: 4}, "a" * 10_000, {"model": Loud()}]
+    return [
+        Loud(),
+        whole,
+        {"model": whole},
+        [1, 2],
+        {},
+        None,
+        {"model": {"model": {}}},
+        {3: 4},
+        "a" * 10_000,
+        {"model": Loud()},
+    ]

@@ -17,27 +17,52 @@ MORE = [
     *("max_position_embeddings", "head_dim", "num_experts", "num_local_experts", "n_ctx", "chunk_size_feed_forward"),
     *("is_decoder", "add_cross_attention", "max_length", "problem_type", "task_specific_params", "name_or_path"),
     *("initializer_range", "pad_token_id", "eos_token_id", "vocab_size", "hidden_act", "gradient_checkpointing"),
-    *("rope_parameters", "partial_rotary_factor", "num_nextn_predict_layers", "mlp_only_layers", "experts_implementation"),
+    *(
+        "rope_parameters",
+        "partial_rotary_factor",
+        "num_nextn_predict_layers",
+        "mlp_only_layers",
+        "experts_implementation",
+    ),
 ]
 GENERATION = [
-    *("temperature", "max_new_tokens", "max_length", "num_beams", "top_k", "eos_token_id", "bad_words_ids", "do_sample"),
+    *(
+        "temperature",
+        "max_new_tokens",
+        "max_length",
+        "num_beams",
+        "top_k",
+        "eos_token_id",
+        "bad_words_ids",
+        "do_sample",
+    ),
     *("cache_implementation", "forced_bos_token_id", "suppress_tokens", "num_return_sequences", "stop_strings", "seed"),
     *("watermarking_config", "guidance_scale", "begin_suppress_tokens", "sequence_bias", "min_length", "prompt_lookup"),
 ]
 
 
 def draw(random: Random, sound: Path) -> Case:
+    if random.random() < 0.2:
+        return _of_another_family(random)
     model = random.choice(["dense", "llama", "compressed"])
     if random.random() < 0.15:
         file, more = f"{model}/generation_config.json", GENERATION
     else:
         file, more = f"{model}/config.json", MORE
     edits = changes(random, file, json.loads((sound / file).read_text()), more=more)
-    if random.random() < 0.1 and more is MORE:
-        edits.append(["put", file, ["model_type"], random.choice(_families())])
-    return Case(
-        kind="configs", command=commands.reading(random, model, compressed=model == "compressed"), edits=edits
-    )
+    return Case(kind="configs", command=commands.reading(random, model, compressed=model == "compressed"), edits=edits)
+
+
+def _of_another_family(random: Random) -> Case:
+    """A config of any causal language model, made small; the weights are still those of GPT-2."""
+    from transformers import AutoConfig
+
+    family = random.choice(_families())
+    said = json.loads(AutoConfig.for_model(family).to_json_string(use_diff=False))
+    said |= {name: 2 for name in said if name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers")}
+    file = "dense/config.json"
+    edits = [["write", file, json.dumps(said)], *changes(random, file, said, more=MORE)]
+    return Case(kind="configs", command=random.choice([["schemes", "dense"], ["inspect", "dense"]]), edits=edits)
 
 
 def _families() -> list[str]:

@@ -12,7 +12,14 @@ from fuzz.values import changes, word
 
 INDEX = "dense/model.safetensors.index.json"
 TARGETS = ["/dev/zero", "/etc/passwd", "../llama/model.safetensors", "model.safetensors.index.json", "config.json", "."]
-NAMES = ["../llama/model.safetensors", "/dev/zero", "/dev/zero.safetensors", "a\0.safetensors", ".safetensors", "pytorch_model.bin"]
+NAMES = [
+    "../llama/model.safetensors",
+    "/dev/zero",
+    "/dev/zero.safetensors",
+    "a\0.safetensors",
+    ".safetensors",
+    "pytorch_model.bin",
+]
 
 
 def draw(random: Random, sound: Path) -> Case:
@@ -24,11 +31,22 @@ def draw(random: Random, sound: Path) -> Case:
         [
             changes(random, INDEX, said, more=["weight_map", "metadata"]),
             changes(random, INDEX, said, more=["weight_map", "metadata"]),
-            [["put", INDEX, ["weight_map", name], random.choice([*NAMES, *shards, word(random)])] for name in _some(random, said)],
+            [
+                ["put", INDEX, ["weight_map", name], random.choice([*NAMES, *shards, word(random)])]
+                for name in _some(random, said)
+            ],
             [["put", INDEX, ["weight_map", word(random)], random.choice(shards)]],
             [["link", file, random.choice(TARGETS)]],
             [[random.choice(["fifo", "folder", "remove"]), file]],
-            [["splice", file, random.randrange(1000), random.choice([0, 1, 10**6]), random.choice(["", "x", "\xff", "{"])]],
+            [
+                [
+                    "splice",
+                    file,
+                    random.randrange(1000),
+                    random.choice([0, 1, 10**6]),
+                    random.choice(["", "x", "\xff", "{"]),
+                ]
+            ],
             [["mode", file, 0]],
             [["move", shard, random.choice(["model.safetensors", "pytorch_model.bin"])]],
             [["write", f"dense/{random.choice(['adapter_config.json', 'model.safetensors', 'modeling.py'])}", "{}"]],

@@ -18,12 +18,27 @@ EDITS = [
     *(["link", "link", "nowhere"], ["link", "link", "empty"], ["link", "link", "link"], ["link", "out", "dense"]),
     *(["link", "out", "nowhere"], ["fifo", "pipe"], ["fifo", "out"], ["folder", "empty"], ["folder", "out"]),
     *(["write", "full/file", "x"], ["write", "out/file", "x"], ["write", "out", "x"], ["folder", "locked"]),
-    *(["write", ".out.lock", "x"], ["write", ".out.holder", "\xff"], ["folder", ".out.lock"], ["folder", ".out.holder"]),
-    *(["write", "out.work/journal.json", "{"], ["write", "out.work", "x"], ["folder", "out.work"], ["fifo", "out.work"]),
+    *(
+        ["write", ".out.lock", "x"],
+        ["write", ".out.holder", "\xff"],
+        ["folder", ".out.lock"],
+        ["folder", ".out.holder"],
+    ),
+    *(
+        ["write", "out.work/journal.json", "{"],
+        ["write", "out.work", "x"],
+        ["folder", "out.work"],
+        ["fifo", "out.work"],
+    ),
     *(["link", "out.work", "dense"], ["write", "out.work/plan.json", "[]"], ["link", ".out.lock", "text.txt"]),
     *(["write", "out/prepare.json", '{"parts": 3}'], ["write", "out/train.bin", "x"], ["folder", "out/prepare.json"]),
     *(["write", "out/prepare.json", "[" * 5000], ["mode", "locked", 0o500], ["fifo", ".out.holder"]),
-    *(["write", ".out.json.partial", "x"], ["folder", ".out.json.partial"], ["folder", "out.json"], ["link", "out.json", "/dev/full"]),
+    *(
+        ["write", ".out.json.partial", "x"],
+        ["folder", ".out.json.partial"],
+        ["folder", "out.json"],
+        ["link", "out.json", "/dev/full"],
+    ),
 ]
 
 

@@ -35,7 +35,9 @@ def names(file: Path) -> dict:
 def _tensors(random: Random, name: str, file: Path) -> list:
     found = [key for key in names(file) if key != "__metadata__"]
     assert set(ROWS + SHAPES) <= set(TENSORS)
-    return [["tensor", name, random.choice(found), random.choice(ROWS + SHAPES)] for _ in range(random.choice([1, 1, 2]))]
+    return [
+        ["tensor", name, random.choice(found), random.choice(ROWS + SHAPES)] for _ in range(random.choice([1, 1, 2]))
+    ]
 
 
 def _header(random: Random, name: str, file: Path) -> list:
@@ -49,7 +51,12 @@ def _header(random: Random, name: str, file: Path) -> list:
 
 def _shapes(random: Random) -> list:
     whole = [number for number in NUMBERS if isinstance(number, int)]
-    return [[random.choice(whole) for _ in range(random.choice([0, 1, 2, 2, 2, 3, 40]))], [2**32, 2**32], [0, 2**62], "a"]
+    return [
+        [random.choice(whole) for _ in range(random.choice([0, 1, 2, 2, 2, 3, 40]))],
+        [2**32, 2**32],
+        [0, 2**62],
+        "a",
+    ]
 
 
 def _bytes(random: Random, name: str, file: Path) -> list:
@@ -62,7 +69,15 @@ def _bytes(random: Random, name: str, file: Path) -> list:
             [["splice", name, start, len(content), content]],
             [["splice", name, start, 0, content]],
             [["splice", name, start, size, ""]],
-            [["splice", name, 0, 8, struct.pack("<Q", random.choice([0, 1, head, size, 2**40, 2**63])).decode("latin-1")]],
+            [
+                [
+                    "splice",
+                    name,
+                    0,
+                    8,
+                    struct.pack("<Q", random.choice([0, 1, head, size, 2**40, 2**63])).decode("latin-1"),
+                ]
+            ],
             [["sparse", name, random.choice([size * 2, 2**33])]],
         ]
     )
