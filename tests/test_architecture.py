@@ -16,7 +16,7 @@ FLOORS = [
     ["init", "models", "data"],
     ["config"],
     ["compression", "evaluation", "healing"],
-    ["demo", "reproduce", "streaming"],
+    ["demo", "reproduce", "sizing", "streaming"],
     ["cli"],
 ]
 # Not on a floor: they only start what the floors hold, by name.

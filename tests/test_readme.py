@@ -15,8 +15,8 @@ from transformers import GPT2Config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "options", "healing", "streaming", "deployment",
-                                                        "paper"))]  # fmt: skip
+GUIDES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "sizes", "options", "healing", "streaming",
+                                                        "deployment", "paper"))]  # fmt: skip
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^(krony .*?)(?:\s+#.*)?$", re.MULTILINE)
 # In place of the pages' numbers, for time.
@@ -25,7 +25,7 @@ SMALL = {"--tune": "4", "--reconstruct": "4", "--max-tokens": "8192", "--calibra
 BEFORE = {"docs/healing.md": ["krony compress gpt2 gpt2-half --scheme keep=0.5 --calibration python-docs"]}
 BEFORE["docs/deployment.md"] = BEFORE["docs/streaming.md"] = BEFORE["docs/healing.md"]
 BEFORE["README.md"] = BEFORE["docs/paper.md"] = []
-BEFORE["docs/quickstart.md"] = BEFORE["docs/options.md"] = []
+BEFORE["docs/quickstart.md"] = BEFORE["docs/options.md"] = BEFORE["docs/sizes.md"] = []
 
 
 def page(name: str) -> str:

@@ -29,20 +29,28 @@ if TYPE_CHECKING:
     from krony.models.loading import demo_model as demo_model
     from krony.models.loading import load_model as load_model
     from krony.models.loading import load_tokenizer as load_tokenizer
+    from krony.sizing.frontier import frontier as frontier
+    from krony.sizing.report import Frontier as Frontier
+    from krony.sizing.within import Kept as Kept
+    from krony.sizing.within import compress_within as compress_within
 
 # The module of each public name; it is imported when the name is first used.
 _MODULES = {
     "CompressionReport": "krony.compression.report",
+    "Frontier": "krony.sizing.report",
     "HealReport": "krony.healing.report",
+    "Kept": "krony.sizing.within",
     "KroneckerLinear": "krony.kronecker.linear",
     "KronyConfig": "krony.config",
     "RECIPES": "krony.healing.recipes",
     "Recipe": "krony.healing.recipes",
     "calibration_set": "krony.data.calibration_set",
     "compress": "krony.compression.compress",
+    "compress_within": "krony.sizing.within",
     "demo_model": "krony.models.loading",
     "evaluate": "krony.evaluation.perplexity",
     "export_model": "krony.models.export",
+    "frontier": "krony.sizing.frontier",
     "heal": "krony.healing.heal",
     "inspect_model": "krony.evaluation.inspection",
     "load_model": "krony.models.loading",

@@ -16,6 +16,7 @@ from krony.cli import (
     demo,
     evaluate,
     export,
+    frontier,
     generate,
     heal,
     import_,
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.run)
 app.command("schemes")(schemes.run)
+app.command("frontier")(frontier.run)
 app.command("compress")(compress.run)
 app.command("heal")(heal.run)
 app.add_typer(data.app, name="data")

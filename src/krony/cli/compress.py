@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +12,9 @@ from krony.cli.expand import expand
 from krony.cli.options import Device, Dtype, Json, Model, Out
 from krony.cli.output import Output, quiet_libraries
 from krony.cli.preview import in_bytes, preview
+from krony.cli.promise import PromiseOptions, TextOptions, keep_promise
 from krony.config import KronyConfig
 from krony.errors import KronyError
-from krony.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,20 +24,6 @@ if TYPE_CHECKING:
     from krony.streaming.plan import Stream
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextOptions:
-    """Which text is read, how much of it, and whether its second moments are kept."""
-
-    calibration: str | None = option(
-        None,
-        "Text that neurons, als, svd, --reconstruct and --tune read: a text or jsonl file, or python-docs. Use text "
-        "similar to what the model will see in use.",
-        metavar="TEXT",
-    )
-    calibration_tokens: int = option(49_152, "Read at most N tokens of it.", metavar="N")
-    cache: bool = option(True, "Keep the second moments of the text, and use those that were kept.")
-
-
 @expand
 def run(
     ctx: typer.Context,
@@ -45,6 +31,7 @@ def run(
     out: Out,
     config: KronyConfig,
     text: TextOptions,
+    promise: PromiseOptions,
     params: Annotated[
         str | None, typer.Option(metavar="N", help="Instead of a scheme: the largest model with at most N, say 82M.")
     ] = None,
@@ -66,8 +53,7 @@ def run(
 ) -> None:
     """Replace the MLP matrices of MODEL by sums of Kronecker products and write the model to OUT."""
     to = Output(json_to, out)
-    if bool(config.scheme) == (params is not None):
-        raise KronyError("compress needs a size: either --scheme (krony schemes MODEL lists them) or --params")
+    _check_size(config, params, promise)
     _check_rescale(ctx, config)
     from krony.compression.plan import plan, within
     from krony.kronecker.schemes import parse_parameters
@@ -79,6 +65,10 @@ def run(
 
     quiet_libraries()
     source = ModelSource.find(model)
+    if promise.within is not None:
+        _check_promise(config, text, stream=stream, dry_run=dry_run)
+        keep_promise(to, source, out, _global_by_default(ctx, config), text, promise, device=device, dtype=dtype)
+        return
     skeleton = source.skeleton
     if params is not None:
         config = within(skeleton, config, parse_parameters(params))
@@ -97,6 +87,38 @@ def run(
         report = job.in_memory() if way is None else job.layer_by_layer(way)
     if distributed.is_first():
         job.show(report)
+
+
+def _check_size(config: KronyConfig, params: str | None, promise: PromiseOptions) -> None:
+    """Raises KronyError unless exactly one option says the size."""
+    if sum((bool(config.scheme), params is not None, promise.within is not None)) != 1:
+        raise KronyError(
+            "compress needs one size: --scheme (krony schemes MODEL lists them), --params, or --within with the share "
+            "by which the perplexity may rise"
+        )
+    if promise.val is not None and promise.within is None:
+        raise KronyError("--val works with --within, which measures on it: leave it out")
+
+
+def _check_promise(config: KronyConfig, text: TextOptions, *, stream: bool | None, dry_run: bool) -> None:
+    """Raises KronyError for what --within can't do."""
+    if text.calibration is None:
+        raise KronyError(
+            "--within calibrates and measures on text similar to what the model will see in use: --calibration FILE "
+            "(.jsonl, or .txt with --val), or python-docs"
+        )
+    for name, given in (("--stream", stream), ("--dry-run", dry_run), ("--reinit", config.reinit)):
+        if given:
+            raise KronyError(
+                f"{name} doesn't work with --within, which compresses and measures in memory: leave it out"
+            )
+
+
+def _global_by_default(ctx: typer.Context, config: KronyConfig) -> KronyConfig:
+    """The configuration with one budget for all layers, unless --allocation was given."""
+    where = ctx.get_parameter_source("allocation")
+    given = where is not None and where.name == "COMMANDLINE"
+    return config if given or not config.initialisation.takes_allocation else replace(config, allocation="global")
 
 
 def _check_rescale(ctx: typer.Context, config: KronyConfig) -> None:

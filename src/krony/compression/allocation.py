@@ -34,19 +34,33 @@ def allocate(
         return shapes
     first = shapes[groups[0].sites[0].name]  # (groups, width) ⊗ (r, 1), k factors
     width, unit = first.rows, portion(first.rows, config.multiple_of)
-    curves, cost_curve = [], config.initialisation.cost_curve
-    assert cost_curve is not None  # ``plan`` has refused initialisations without one
-    for done, (group, known) in enumerate(zip(groups, moments, strict=True)):
-        progress(done, len(groups), "allocation")
-        assert known is not None and known.hidden is not None  # ``plan`` has refused single layers
-        weight, bias = take_out(model, group.sites[-1].name)
-        curves.append(cost_curve(weight, bias, known, width - unit))
+    curves = cost_curves(model, settled, moments, progress)
     kept = allocate_widths(curves, unit, first.m1 * first.factors * len(groups), config.max_width)
     allocated = {}
     for group, count in zip(groups, kept, strict=True):
         for site in group.sites if count < width else ():
             allocated[site.name] = site.shape(f"{unit}x{first.columns}:{count // unit}")
     return allocated
+
+
+def cost_curves(
+    model: nn.Module, settled: CompressionPlan, moments: Iterable[Moments | None], progress: Progress
+) -> list[Tensor]:
+    """Per group the cost of dropping its n cheapest neurons, for n from 0 to its width less one portion.
+
+    ``moments`` holds one record per group, with sensitivity.
+    """
+    groups, config = settled.groups, settled.config
+    width = groups[0].sites[0].out_features
+    cost_curve = config.initialisation.cost_curve
+    assert cost_curve is not None  # ``plan`` has refused initialisations without one
+    curves = []
+    for done, (group, known) in enumerate(zip(groups, moments, strict=True)):
+        progress(done, len(groups), "allocation")
+        assert known is not None and known.hidden is not None  # ``plan`` has refused single layers
+        weight, bias = take_out(model, group.sites[-1].name)
+        curves.append(cost_curve(weight, bias, known, width - portion(width, config.multiple_of)))
+    return curves
 
 
 def allocate_widths(costs: Sequence[Tensor], unit: int, budget: int, max_width: int | None = None) -> list[int]:

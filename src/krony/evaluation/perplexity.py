@@ -140,7 +140,6 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
             return
 
 
-@torch.inference_mode()
 def measure_perplexity(
     model: PreTrainedModel, ids: Tensor, *, protocol: str, window: int, stride: int, progress: Progress = silent
 ) -> tuple[float, int]:
@@ -149,21 +148,29 @@ def measure_perplexity(
     The first token of a window that overlaps none has no context and isn't predicted; a window of one token counts
     for nothing. Several processes share the windows.
     """
-    pieces = list(windows(len(ids), window, stride))
-    losses = torch.zeros(len(pieces), dtype=torch.float64)  # nats of each window
-    counts = torch.tensor([min(fresh, end - start - 1) for start, end, fresh in pieces])
-    for index in range(distributed.rank(), len(pieces), distributed.count()):
-        start, end, _ = pieces[index]
-        progress(end, len(ids), "perplexity")
-        if counts[index]:
-            losses[index] = _loss(model, ids[start:end], int(counts[index]))
-    losses = distributed.all_reduce_sum(losses)  # every process has the figures of all windows
+    losses, counts = measure_losses(model, ids, window=window, stride=stride, progress=progress)
     predicted = [(loss, count) for loss, count in zip(losses.tolist(), counts.tolist(), strict=True) if count]
     if protocol == "paper":
         nll = sum(loss / count for loss, count in predicted) / len(predicted)
     else:
         nll = sum(loss for loss, _ in predicted) / sum(count for _, count in predicted)
     return (math.exp(nll) if nll < 700 else math.inf), int(counts.sum())
+
+
+@torch.inference_mode()
+def measure_losses(
+    model: PreTrainedModel, ids: Tensor, *, window: int, stride: int, progress: Progress = silent
+) -> tuple[Tensor, Tensor]:
+    """Per window over token ids ``(n,)``: the loss in nats, float64, and how many tokens were predicted, int64."""
+    pieces = list(windows(len(ids), window, stride))
+    losses = torch.zeros(len(pieces), dtype=torch.float64)
+    counts = torch.tensor([min(fresh, end - start - 1) for start, end, fresh in pieces])
+    for index in range(distributed.rank(), len(pieces), distributed.count()):
+        start, end, _ = pieces[index]
+        progress(end, len(ids), "perplexity")
+        if counts[index]:
+            losses[index] = _loss(model, ids[start:end], int(counts[index]))
+    return distributed.all_reduce_sum(losses), counts  # every process has the figures of all windows
 
 
 def _loss(model: PreTrainedModel, piece: Tensor, predicted: int) -> float:

@@ -207,6 +207,11 @@ def random_model(
     if hasattr(config, "quantization_config"):
         raise KronyError(f"{name} is a compressed model: --random builds the original, and --scheme compresses it")
     check_device(device)
+    needed, room = empty_model(config).num_parameters() * kind.itemsize, memory()
+    if needed > room:
+        raise KronyError(
+            f"{name}: its weights would take {needed / 1e9:,.0f} GB, and the memory has {room / 1e9:,.0f} GB"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=kind).to(device).eval()

@@ -64,10 +64,11 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     if type(head) is not nn.Linear or "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
         return None
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with evaluating(model), fast_products(model):
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = model(**asked).logits
         with without_effect(head):
-            states = model(input_ids=ids, use_cache=False).logits
+            states = model(**asked).logits
         same = states.shape[-1] == head.in_features and torch.allclose(head(states), logits)
     return head if same else None
 

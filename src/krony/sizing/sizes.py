@@ -1,0 +1,150 @@
+"""The sizes of one model: what each is predicted to lose, and what it loses on text that was held back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from krony.compression.allocation import allocate_widths, cost_curves
+from krony.compression.compress import compress
+from krony.compression.moments import Calibration
+from krony.compression.plan import CompressionPlan, plan, portion
+from krony.config import KronyConfig
+from krony.errors import KronyError
+from krony.evaluation.interval import Interval, ratio_interval, sequence_losses
+from krony.init.registry import INITIALISATIONS
+from krony.kronecker.schemes import KEEP_GROUP
+from krony.models.surgery import count_parameters, find_groups
+from krony.runtime.progress import Progress, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """One compressed model.
+
+    Attributes:
+        scheme: its scheme.
+        keep: the share of hidden neurons that it keeps, over all layers.
+        params: its unique parameters, at most.
+    """
+
+    scheme: str
+    keep: float
+    params: int
+
+
+class Sizes:
+    """Compresses copies of ``model`` to several sizes, all calibrated on the same text.
+
+    Args:
+        model: the original; it does not change.
+        config: how to compress; its scheme is not read.
+        ids: token ids ``(sequences, length)`` to calibrate on.
+        held: token ids ``(sequences, length)`` of other text, to measure on.
+        cache: folder that stores the second moments.
+        progress: called with what is done, what there is to do, and what it is.
+
+    Raises:
+        KronyError: the initialisation has no costs by neuron, or the layers can't share a budget.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, config: KronyConfig, ids: Tensor, held: Tensor, *,
+        cache: Path | None = None, progress: Progress = silent,
+    ) -> None:  # fmt: skip
+        if config.initialisation.cost_curve is None:
+            names = ", ".join(name for name, init in INITIALISATIONS.items() if init.cost_curve is not None)
+            raise KronyError(f"sizes are compared with init {names}, and the init is {config.init}")
+        self.model, self.config, self.ids, self.held = model, config, ids, held
+        self.cache, self.progress = cache, progress
+        self.measured: dict[str, Interval] = {}
+
+    @cached_property
+    def ladder(self) -> list[Size]:
+        """Every size from the largest to the smallest, in equal portions of neurons."""
+        width, columns = self._first_shape
+        group = max(r for r in range(1, KEEP_GROUP + 1) if width % r == 0)
+        sizes = [self._size(f"{width // group}x{columns}:{k}") for k in range(group - 1, 0, -1)]
+        whole = count_parameters(self.model)  # factors of a few neurons can outweigh what they save
+        found = [size for size in sizes if size is not None and size.params < whole]
+        if not found:
+            raise KronyError(f"{width} hidden neurons can't be divided into portions that save parameters")
+        return found
+
+    def size(self, keep: float) -> Size:
+        """The size that keeps this share of the neurons. Raises KronyError if there is none."""
+        return self._named(f"keep={keep:g}")
+
+    def predicted(self, size: Size) -> float:
+        """By how many nats per token the loss rises, by the second-order costs of the dropped neurons.
+
+        A prediction for small changes, and in the units of the calibration's weights: it orders sizes, and its scale is
+        right only once a size is measured.
+        """
+        width, _ = self._first_shape
+        unit = portion(width, self.config.multiple_of)
+        each = round(size.keep * width)
+        kept = [each] * len(self._curves)
+        if self.config.allocation == "global":
+            kept = allocate_widths(self._curves, unit, each * len(kept), self.config.max_width)
+        costs = [curve[min(width - n, len(curve) - 1)] for curve, n in zip(self._curves, kept, strict=True)]
+        return float(sum(costs)) / 2
+
+    def measure(self, size: Size) -> Interval:
+        """The perplexity of this size on the held-back text, relative to the original's."""
+        if size.scheme not in self.measured:
+            model = copy.deepcopy(self.model)
+            compress(model, self._config(size.scheme), calibration=self.ids, cache=self.cache, progress=self.progress)
+            self.measured[size.scheme] = self.compare(model)
+        return self.measured[size.scheme]
+
+    def compare(self, model: PreTrainedModel) -> Interval:
+        """The perplexity of any model on the held-back text, relative to the original's."""
+        return ratio_interval(sequence_losses(model, self.held, self.progress), self._original_losses)
+
+    def config_of(self, size: Size) -> KronyConfig:
+        """The configuration that makes this size."""
+        return self._config(size.scheme)
+
+    @cached_property
+    def _original_losses(self) -> Tensor:
+        return sequence_losses(self.model, self.held, self.progress)
+
+    @cached_property
+    def _curves(self) -> list[Tensor]:
+        settled = self._plan(self.ladder[0].scheme)
+        moments = Calibration(
+            self.model, settled.groups, self.ids, token_weighting=self.config.token_weighting, sensitivity=True,
+            cache=self.cache, progress=self.progress,
+        )  # fmt: skip
+        return cost_curves(self.model, settled, moments, self.progress)
+
+    @cached_property
+    def _first_shape(self) -> tuple[int, int]:
+        """Hidden width and model width of the MLPs."""
+        first = find_groups(self.model, self.config.modules, self.config.layers)[0].sites[0]
+        return first.out_features, first.in_features
+
+    def _config(self, scheme: str) -> KronyConfig:
+        return replace(self.config, scheme=scheme)
+
+    def _plan(self, scheme: str) -> CompressionPlan:
+        return plan(self.model, self._config(scheme))
+
+    def _named(self, scheme: str) -> Size:
+        settled = self._plan(scheme)
+        shape = next(iter(settled.shapes.values()))
+        width, _ = self._first_shape
+        return Size(scheme=scheme, keep=shape.m1 * shape.factors / width, params=settled.params_after)
+
+    def _size(self, scheme: str) -> Size | None:
+        """The size of a scheme; None for one that gives a layer less than a portion."""
+        try:
+            return self._named(scheme)
+        except KronyError:
+            return None

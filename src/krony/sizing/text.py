@@ -1,0 +1,81 @@
+"""Text to calibrate on, and complete documents of the same kind to measure on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from krony.data import python_docs
+from krony.data.calibration_set import LENGTH, TOKENS, digest, pack
+from krony.data.sets import PYTHON_DOCS, TEST_SETS, read_file
+from krony.errors import KronyError
+
+SHARE = 10  # a tenth of the text is held back
+HELD_TOKENS = 32_768  # to measure on, at most
+
+
+def split(
+    calibration: str, val: str | None, tokenizer: PreTrainedTokenizerBase, *,
+    tokens: int = TOKENS, length: int = LENGTH, seed: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Token ids ``(sequences, length)`` to calibrate on, and others to measure on; no document is in both.
+
+    Args:
+        calibration: a text or jsonl file, or ``python-docs``, of which the calibration part is read.
+        val: text to measure on; ``python-docs`` is its held-out part. None takes that for ``python-docs``, and for a
+            file a tenth of its documents.
+        tokenizer: the model's.
+        tokens: calibrate on at most so many.
+        length: tokens per sequence.
+        seed: of the documents' order.
+
+    Raises:
+        KronyError: text that can't be read, a test set, or a single document.
+    """
+    documents = _documents(calibration, "calibration")
+    if val is None and calibration == PYTHON_DOCS:
+        val = PYTHON_DOCS
+    if val is None:
+        calibrated, held = hold_back(documents, calibration)
+    else:
+        held = _documents(val, "held-out")
+        measured = {digest(text) for text in held}
+        calibrated = [text for text in documents if digest(text) not in measured]
+        if not calibrated:
+            raise KronyError(f"{val} holds every document of {calibration}: name other text to measure on")
+    ids = pack(calibrated, tokenizer, tokens=tokens, length=length, seed=seed)
+    return ids, pack(held, tokenizer, tokens=HELD_TOKENS, length=length, seed=seed)
+
+
+def hold_back(documents: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """The documents to calibrate on, and about a tenth of the text; which, depends on the texts alone.
+
+    Raises KronyError if there is only one document.
+
+    Examples:
+        >>> kept, held = hold_back([f"text {n}" for n in range(20)], "texts.jsonl")
+        >>> len(kept), len(held)
+        (18, 2)
+    """
+    texts = {digest(text): text for text in documents}
+    if len(texts) < 2:
+        raise KronyError(
+            f"{name} is one document, and what a size loses is measured on documents that it was not calibrated on: "
+            "name other text with --val (in Python: val)"
+        )
+    wanted = sum(map(len, texts.values())) / SHARE
+    held: dict[str, str] = {}
+    for key in sorted(texts):
+        if sum(map(len, held.values())) >= wanted or len(held) + 1 == len(texts):
+            break
+        held[key] = texts[key]
+    return [text for key, text in texts.items() if key not in held], list(held.values())
+
+
+def _documents(name: str, part: str) -> list[str]:
+    if name in TEST_SETS:
+        raise KronyError(f"{name} is a test set: a size is chosen on other text, such as a train file or python-docs")
+    return python_docs.topics(part) if name == PYTHON_DOCS else read_file(Path(name))
