@@ -127,3 +127,9 @@ def test_figures_come_back_from_json_and_the_picture_says_what_is_faster(subject
     title = f"small keep=0.5 runs at {rows[1].ratio['prefill']:.2f} in prefill, {rows[1].ratio['decode']:.2f} in decode"
     assert title in svg and "training" not in svg
     assert "the others would be compared with" in ratio_picture(rows[:1])
+
+
+def test_random_weights_that_do_not_fit_into_memory_are_refused(gpt2_folder, monkeypatch):
+    monkeypatch.setattr("krony.evaluation.speed.memory", lambda: 1000)
+    with pytest.raises(KronyError, match=r"its weights would take .* GB, and the memory has"):
+        random_model(str(gpt2_folder))

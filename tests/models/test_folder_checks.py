@@ -1,10 +1,12 @@
 """What a folder's files ask for is bounded before any memory is taken."""
 
 import json
+import os
 
 import pytest
 
 from krony import KronyError, load_model
+from krony.models import folder_checks
 from small_models import gpt2
 
 
@@ -95,3 +97,40 @@ def test_a_model_without_a_tokenizer_is_saved_without(tmp_path):
     source.save(source.load(), tmp_path / "copy")
     assert not source.has_tokenizer and (tmp_path / "copy/model.safetensors").exists()
     assert not list((tmp_path / "copy").glob("token*"))
+
+
+@pytest.mark.parametrize("name", ["n_positions", "some_size", "hidden_size"])
+def test_numbers_that_no_rule_names(folder, name):
+    change(folder, **{name: 10**8})
+    with pytest.raises(KronyError, match=f"{name} is 100000000: no model is so large"):
+        load_model(str(folder))
+
+
+def test_numbers_that_count_nothing_may_be_large(folder):
+    change(folder, rope_theta=1e11, rope_base=2_000_000_000, max_length=10**9)
+    assert load_model(str(folder))
+
+
+def test_modules_that_are_made_are_bounded(folder, monkeypatch):
+    monkeypatch.setattr(folder_checks, "MOST_MODULES", 20)
+    with pytest.raises(KronyError, match="more than 20 modules: no model has so many"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_pipe_in_the_folder_is_not_read(folder, file):
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    with pytest.raises(KronyError, match=r"is a pipe or a device|there is no config\.json"):
+        load_model(str(folder))
+
+
+def test_a_config_longer_than_memory_is_not_read(folder):
+    os.truncate(folder / "config.json", 2**40)
+    with pytest.raises(KronyError, match=r"config\.json has 1,099,511,627,776 bytes"):
+        load_model(str(folder))
+
+
+def test_outputs_have_names_whatever_the_config_says(folder, ids):
+    change(folder, return_dict=False)
+    assert load_model(str(folder))(ids).logits.ndim == 3

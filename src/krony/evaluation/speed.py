@@ -22,9 +22,9 @@ from krony.evaluation.memory import model_bytes, peak_bytes
 from krony.evaluation.settings import SpeedSettings
 from krony.evaluation.workloads import TrainingStep, alternate, decode, prefill, random_ids
 from krony.models.loading import context_length, load_model
-from krony.models.source import ModelSource, parse_dtype
+from krony.models.source import ModelSource, empty_model, parse_dtype
 from krony.models.surgery import count_parameters
-from krony.runtime.hardware import check_device, machine
+from krony.runtime.hardware import check_device, machine, memory
 from krony.runtime.progress import Progress, silent
 
 WORKLOADS = ("prefill", "decode", "train")

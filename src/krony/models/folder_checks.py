@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from krony.errors import KronyError
 from krony.storage.tensor_files import Checkpoint, Entry, check_link, read_json
 
 MOST_LAYERS = 1_000  # no model has so many; transformers makes lists and modules of whatever number is there
-LARGEST = 2**31  # no dimension of a model is larger
+MOST_MODULES = 200_000  # no model has so many; they take 1 GB even on the meta device
+LONGEST_LOOP = 2**24  # a whole number is not larger, because transformers may make a list or a loop of it,
+UNCOUNTED = ("theta", "base", "seed", "length", "window")  # but for these, of which it makes nothing
+LARGEST = 2**31  # these are not larger
+MOST_FLOAT = 1e38  # what float32 holds; a rope_theta may well be 1e11
 COUNTS = ("num_", "n_")  # names of counts, for each of which transformers may make an object,
 DIMENSIONS = ("positions", "ctx", "embd", "inner", "embeddings", "buckets", "tokens")  # but for these, which are sizes
 MOST_PARTS = 100_000
@@ -36,6 +42,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
     Raises KronyError, naming the file.
     """
     for path in sorted(folder.iterdir()):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise KronyError(f"{path} is a pipe or a device: a model's folder holds regular files")
         if path.is_symlink() and not path.is_dir():
             check_link(folder, path)
     if (folder / "adapter_config.json").exists():
@@ -67,17 +75,45 @@ def check_config(config: dict[str, Any], file: Path) -> None:
             f"{file} names other weights (transformers_weights): krony reads model.safetensors and no other"
         )
     for name, value in numbers(config):
-        last = name.rpartition(".")[2].partition("[")[0]
-        if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
-            raise KronyError(f"{file}: {name} is {value}: no model is so large")
-        if ("layer" in last or last == "attention_types") and isinstance(value, int) and value > MOST_LAYERS:
-            raise KronyError(f"{file}: {name} is {value}: no model has so many layers")
-        if last.startswith(COUNTS) and not last.endswith(DIMENSIONS) and isinstance(value, int) and value > MOST_PARTS:
-            raise KronyError(f"{file}: {name} is {value}: no model has so many")
+        if (excess := _excess(name.rpartition(".")[2].partition("[")[0], value)) is not None:
+            raise KronyError(f"{file}: {name} is {value}: no model {excess}")
     for name in SIZES:
         value = config.get(name)
         if value is not None and (type(value) is not int or value < 1):
             raise KronyError(f"{file}: {name} is {value!r}: it takes a whole number from 1")
+
+
+def _excess(name: str, value: float) -> str | None:
+    """What no model has or is, in words, where a number of this name says so; None where it doesn't."""
+    if isinstance(value, float):
+        return None if abs(value) <= MOST_FLOAT else "is so large"
+    if value > MOST_LAYERS and ("layer" in name or name == "attention_types"):
+        return "has so many layers"
+    if value > MOST_PARTS and name.startswith(COUNTS) and not name.endswith(DIMENSIONS):
+        return "has so many"
+    most = LARGEST if any(part in name for part in UNCOUNTED) else LONGEST_LOOP
+    return None if abs(value) <= most else "is so large"
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Raises KronyError once more modules are made in the block than a model has, whatever in its config asks for them.
+
+    On the meta device tensors take no memory, and modules still do.
+    """
+    made = 0
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > MOST_MODULES:
+            raise KronyError(f"by its config.json it has more than {MOST_MODULES:,} modules: no model has so many")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def check_weights(folder: Path, model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from transformers import (
 
 from krony.errors import KronyError
 from krony.models import quantizer
-from krony.models.folder_checks import check_finite, check_folder, check_weights
+from krony.models.folder_checks import bounded, check_finite, check_folder, check_weights
 from krony.models.tokenizer_checks import check_tokenizer, no_panic, try_out
 from krony.runtime.hardware import check_device, is_out_of_memory
 
@@ -146,6 +146,7 @@ class ModelSource:
                 use_safetensors=True,
                 output_loading_info=True,
                 trust_remote_code=False,
+                return_dict=True,  # outputs are read by name, whatever config.json says
                 **options,
             )
         if missing := sorted(info["missing_keys"]):
@@ -168,7 +169,7 @@ def _check_template_names(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The dense model that a config describes, on the meta device: shapes without memory. Raises KronyError."""
-    with torch.device("meta"), LoadingErrors(config.name_or_path or type(config).__name__):
+    with torch.device("meta"), bounded(), LoadingErrors(config.name_or_path or type(config).__name__):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 

@@ -167,9 +167,13 @@ def check_link(folder: Path, path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises KronyError."""
     try:
+        if path.stat().st_size > LONGEST_HEADER:
+            raise KronyError(f"{path} has {path.stat().st_size:,} bytes: no such file of a model is so long")
         read = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise KronyError(f"{path} can't be read: {error.strerror}") from None
+    except KronyError:
+        raise
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError too
         raise KronyError(f"{path} is not JSON") from None
     if not isinstance(read, dict):
