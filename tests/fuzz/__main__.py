@@ -28,7 +28,7 @@ def main() -> None:
             outcome = trial.run(Case.read(file), sound)
             print(f"{file}: {outcome.code}, {outcome.problem or 'as it should be'}\n{outcome.printed}", flush=True)
         if not options.files:
-            print(campaign.run(sound, options.cases, options.seed, options.keep, options.kinds, say=print))
+            print(campaign.run(sound, range(options.cases), options.seed, options.keep, options.kinds, say=print))
 
 
 if __name__ == "__main__":

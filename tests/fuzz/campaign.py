@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import pkgutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
@@ -66,15 +66,15 @@ def sound_files(home: Path) -> Path:
 
 def run(
     sound: Path,
-    cases: int,
+    numbers: Iterable[int],
     seed: int,
     keep: Path,
     kinds: Sequence[str] = tuple(KINDS),
     say: Callable[[str], None] = lambda _: None,
 ) -> Tally:
-    """Tries ``cases`` cases, and writes those that fail into the folder ``keep``, with as few edits as fail."""
+    """Tries the cases of these numbers, and keeps those that fail in the folder ``keep``, with as few edits as fail."""
     tally = Tally()
-    for number in range(cases):
+    for number in numbers:
         random = Random(f"{seed}/{number}")
         case = KINDS[kinds[number % len(kinds)]](random, sound)
         outcome = trial.run(case, sound)

@@ -22,7 +22,7 @@ from krony.evaluation.memory import model_bytes, peak_bytes
 from krony.evaluation.settings import SpeedSettings
 from krony.evaluation.workloads import TrainingStep, alternate, decode, prefill, random_ids
 from krony.models.loading import context_length, load_model
-from krony.models.source import ModelSource, empty_model, parse_dtype
+from krony.models.source import LoadingErrors, ModelSource, check_runs, empty_model, parse_dtype
 from krony.models.surgery import count_parameters
 from krony.runtime.hardware import check_device, machine, memory
 from krony.runtime.progress import Progress, silent
@@ -212,9 +212,11 @@ def random_model(
         raise KronyError(
             f"{name}: its weights would take {needed / 1e9:,.0f} GB, and the memory has {room / 1e9:,.0f} GB"
         )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), LoadingErrors(name):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=kind).to(device).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=kind, return_dict=True).to(device).eval()
+    check_runs(model, name)
+    return model
 
 
 def _check(subject: Subject, settings: SpeedSettings) -> None:

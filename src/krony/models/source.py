@@ -155,7 +155,7 @@ class ModelSource:
             )
         model = (model if device == "auto" else model.to(device)).eval()
         check_finite(model, self.name)
-        _check_runs(model, self.name)
+        check_runs(model, self.name)
         return model
 
 
@@ -227,7 +227,7 @@ def _is_reachable(name: str) -> bool:
 
 
 @torch.inference_mode()
-def _check_runs(model: PreTrainedModel, name: str) -> None:
+def check_runs(model: PreTrainedModel, name: str) -> None:
     """Two tokens go through the model: a config can fit its weights and still not run. Raises KronyError."""
     with LoadingErrors(name, "by its config.json it can't run"):
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
