@@ -7,7 +7,7 @@ from krony import KronyConfig, compress
 from krony.models.surgery import kronecker_layers
 from small_models import gpt2, llama
 
-INITS = ["van-loan", "prune", "neurons", "als", "svd"]
+INITS = ["van-loan", "prune", "magnitude", "neurons", "als", "svd", "flap", "wanda"]
 
 
 def low_rank(weight):
@@ -31,7 +31,7 @@ def text():
 
 
 def compressed(model, init: str, scheme: str = "keep=0.5"):
-    return compress(model, KronyConfig(scheme, init=init), calibration=text() if init in INITS[2:] else None)
+    return compress(model, KronyConfig(scheme, init=init), calibration=text() if init in INITS[3:] else None)
 
 
 def check(model, report, bound: float) -> None:
@@ -75,7 +75,7 @@ def test_half_precision_loses_only_rounding(dtype, init, family):
         assert rounded.calibrated_error is None or rounded.calibrated_error < layer.calibrated_error + 0.2
 
 
-@pytest.mark.parametrize("init", ["neurons", "als", "svd"])
+@pytest.mark.parametrize("init", ["neurons", "als", "svd", "flap", "wanda"])
 def test_constant_activations(init):
     """Every hidden neuron has the same activation on every token: second moments of rank one, a covariance of zero."""
     for model in (gpt2(), llama()):
@@ -86,7 +86,7 @@ def test_constant_activations(init):
         check(model, compressed(model, init), float("inf"))
 
 
-@pytest.mark.parametrize("init", ["neurons", "als", "svd"])
+@pytest.mark.parametrize("init", ["neurons", "als", "svd", "flap", "wanda"])
 def test_a_text_of_one_repeated_token(init):
     model = llama()
     report = compress(model, KronyConfig("keep=0.5", init=init), calibration=torch.full((4, 16), 7))

@@ -61,7 +61,11 @@ class KronyConfig:
         "Size: 81M, 96M (GPT-2 124M only), 1536x768, 1024x256:4 or keep=0.5. krony schemes MODEL lists them.",
         show_default=False,
     )
-    init: str = option("neurons", "How factors start: neurons, als, van-loan, permuted, prune, svd or random.")
+    init: str = option(
+        "neurons",
+        "How factors start: neurons, als, van-loan, permuted, prune, svd, random, flap, wanda, magnitude or "
+        "random-neurons.",
+    )
     allocation: str = option(
         "uniform", "uniform: the same size for every layer. global: one budget, shared by what the loss needs."
     )

@@ -10,6 +10,7 @@ from krony.errors import KronyWarning
 from krony.init import neurons
 from krony.init.base import Moments, SecondMoment, Target, regularised
 from krony.init.registry import find_initialisation
+from krony.init.whole_neurons import hidden_order
 from krony.kronecker.algebra import KronShape
 from krony.models.surgery import find_groups, kronecker_layers, take_out
 from small_models import BUILDERS, gpt2, llama
@@ -124,7 +125,7 @@ def test_permuting_the_hidden_neurons_alone_changes_no_logits(model, ids):
     shape = KronShape(*{192: (64, 48), 144: (48, 48)}[find_groups(model)[0].sites[0].out_features], 3, 1, 2)
     for group in find_groups(model):
         kept = torch.randperm(shape.rows, generator=torch.Generator().manual_seed(2))[: 2 * shape.m1].sort().values
-        order = neurons.hidden_order(kept, shape)
+        order = hidden_order(kept, shape)
         assert order.sort().values.tolist() == list(range(shape.rows))
         with torch.no_grad():
             for site in group.sites:

@@ -58,9 +58,10 @@ def test_what_is_measured_is_the_compressed_models_loss(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_an_initialisation_without_costs_is_refused():
-    with pytest.raises(KronyError, match=r"sizes are compared with init neurons.*, and the init is van-loan"):
-        Sizes(gpt2(), KronyConfig(init="van-loan"), rows(1), rows(2))
+@pytest.mark.parametrize("init", ["van-loan", "flap"])  # the costs of flap order neurons, and are no loss
+def test_an_initialisation_without_costs_is_refused(init):
+    with pytest.raises(KronyError, match=rf"sizes are compared with init neurons, and the init is {init}"):
+        Sizes(gpt2(), KronyConfig(init=init), rows(1), rows(2))
 
 
 def test_a_tenth_of_the_documents_is_held_back_whatever_their_order():

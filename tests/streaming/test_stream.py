@@ -30,7 +30,7 @@ from krony.streaming.plan import choose, prepare
 from krony.streaming.stream import run
 from small_models import BUILDERS, gpt2, llama
 
-CALIBRATED = ("neurons", "als", "svd")
+CALIBRATED = ("neurons", "als", "svd", "flap", "wanda")
 
 
 def digest(folder: Path) -> str:
@@ -63,7 +63,9 @@ def both_ways(source: Path, config: KronyConfig, tmp_path: Path, reads: bool = F
 
 
 @pytest.mark.parametrize("family", list(BUILDERS))
-@pytest.mark.parametrize("init", ["van-loan", "prune", "random", "neurons", "als", "svd"])
+@pytest.mark.parametrize(
+    "init", ["van-loan", "prune", "random", "neurons", "als", "svd", "flap", "wanda", "magnitude", "random-neurons"]
+)
 def test_it_is_what_memory_gives(family, init, tmp_path):
     BUILDERS[family]().save_pretrained(tmp_path / "source", max_shard_size="100KB")
     assert (tmp_path / "source/model.safetensors.index.json").exists()

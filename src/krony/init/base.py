@@ -134,9 +134,10 @@ class Initialise(Protocol):
 
 
 class CostCurve(Protocol):
-    """The cost of dropping the n cheapest hidden neurons, for n from 0 to ``count``: ``(count + 1,)``, rising.
+    """The cost of dropping the n cheapest hidden neurons, for n from 0 to ``count``: ``(count + 1,)``, 0 first.
 
-    ``weight: (out, hidden)`` and ``bias: (out,)`` belong to the down matrix.
+    ``weight: (out, hidden)`` and ``bias: (out,)`` belong to the down matrix. Only the slopes matter to the allocation:
+    it drops the next neurons where the curve rises least, so a curve may also fall.
     """
 
     def __call__(self, weight: Tensor, bias: Tensor | None, moments: Moments, count: int) -> Tensor: ...
@@ -176,6 +177,7 @@ class Initialisation:
         default_epsilon: entry of the right factor for dropped neurons; None for a method without such an entry.
         whole_neurons: whether it works only with schemes that don't split hidden neurons.
         cost_curve: the cost by which ``allocation="global"`` compares layers; None where the method has none.
+        predicts_loss: whether these costs, with sensitivity, are proportional to nats per token.
         shape: maps the split that the scheme asks for to the split that the method uses.
         check: raises KronyError for layers that the method can't initialise.
     """
@@ -189,6 +191,7 @@ class Initialisation:
     default_epsilon: float | None = None
     whole_neurons: bool = False
     cost_curve: CostCurve | None = None
+    predicts_loss: bool = False
     shape: Callable[[KronShape], KronShape] = same_shape
     check: Check = accept_all
 

@@ -21,27 +21,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from krony.errors import KronyError, KronyWarning
 from krony.init.base import Factors, Initialisation, Moments, Options, SecondMoment, Target, regularised
-from krony.kronecker.algebra import KronShape
+from krony.init.whole_neurons import EPSILON, Selection, check_for, factors_of, neurons_to_keep
 
-EPSILON = 0.0  # dropped neurons contribute nothing: the outputs are those of a narrower MLP
+NAME = "neurons"
 BLOCK = 32  # neurons dropped between two exact updates, at least
 BLOCKS = 96  # about how many updates dropping all neurons takes: each one passes over the full inverse
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The neurons that are kept, in rising order, and the down matrix and bias refitted to them; float64."""
-
-    kept: Tensor  # (n_kept,)
-    down: Tensor  # (out, n_kept)
-    bias: Tensor | None  # (out,)
 
 
 def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
@@ -49,30 +39,10 @@ def initialise(targets: Sequence[Target], options: Options, moments: Moments | N
 
     Raises KronyError without the moments of an MLP, for single layers, and for schemes that split neurons.
     """
-    *ups, down = targets
-    is_mlp = len(targets) > 1 and down.role == "down"
-    check_shapes([t.name for t in targets], [t.shape for t in targets], is_mlp=is_mlp)
+    keep, down = neurons_to_keep(targets, NAME), targets[-1]
     if moments is None or moments.hidden is None:
         raise KronyError("init neurons needs calibration text")
-    shape = ups[0].shape
-    selection = select(down.weight, down.bias, moments, shape.factors * shape.m1)
-    epsilon = EPSILON if options.epsilon is None else options.epsilon
-    order = hidden_order(selection.kept, shape)
-    up_factors = [_up(target, selection.kept, order, epsilon) for target in ups]
-    left = selection.down.view(down.shape.m1, shape.m1, shape.factors).permute(2, 0, 1)  # (k, out, groups)
-    return [*up_factors, Factors(left, _selectors(down.shape, epsilon), bias=selection.bias, order=order)]
-
-
-def check_shapes(names: Sequence[str], shapes: Sequence[KronShape], *, is_mlp: bool) -> None:
-    """Raises KronyError unless these are an MLP's matrices, the down matrix last, and no neuron is split."""
-    if not is_mlp:
-        raise KronyError(f"{names[-1]}: init neurons needs complete MLPs; for single layers use van-loan or als")
-    shape = shapes[0]
-    if shape.n2 != 1:
-        raise KronyError(
-            f"{names[0]}: init neurons keeps complete neurons, and a left factor of {shape.m1}x{shape.n1} splits "
-            f"them: use keep=0.5, a left factor with {shape.columns} columns, or init als or van-loan"
-        )
+    return factors_of(select(down.weight, down.bias, moments, keep), targets, options)
 
 
 def select(weight: Tensor, bias: Tensor | None, moments: Moments, keep: int) -> Selection:
@@ -207,46 +177,14 @@ def refit(weight: Tensor, c: Tensor, kept: Tensor) -> Tensor:
     return torch.cholesky_solve(c[kept] @ weight.T, factor).T
 
 
-def hidden_order(kept: Tensor, shape: KronShape) -> Tensor:
-    """The old index of the neuron at each new index ``i·r + p``, ``(groups·r,)``.
-
-    The kept neurons take the places p < k of every group i, in rising order; the others follow in rising order.
-    """
-    groups, size, k = shape.m1, shape.m2, shape.factors
-    others = torch.ones(groups * size, dtype=torch.bool, device=kept.device)
-    others[kept] = False
-    rest = others.nonzero().squeeze(1)
-    return torch.cat([kept.view(groups, k), rest.view(groups, size - k)], dim=1).flatten()
-
-
-def _up(target: Target, kept: Tensor, order: Tensor, epsilon: float) -> Factors:
-    """The factors of an up matrix: its kept rows, unchanged."""
-    s = target.shape
-    left = target.weight.double()[kept].view(s.m1, s.factors, s.n1).transpose(0, 1)  # (k, groups, width)
-    bias = None
-    if target.bias is not None:
-        bias = target.bias.double()[order].view(s.m1, s.m2).clone()
-        bias[:, s.factors :] = 0.0  # dropped neurons have no bias
-        bias = bias.flatten()
-    return Factors(left, _selectors(s, epsilon), bias=bias, order=order)
-
-
-def _selectors(shape: KronShape, epsilon: float) -> Tensor:
-    """``B_f = e_f``, with ε for the dropped neurons of the group: ``(k, r, 1)`` or ``(k, 1, r)``."""
-    k, size = shape.factors, shape.m2 * shape.n2
-    right = torch.zeros(k, size, dtype=torch.float64)
-    right[:, k:] = epsilon
-    right[range(k), range(k)] = 1.0
-    return right.view(k, *shape.right)
-
-
 NEURONS = Initialisation(
-    name="neurons",
+    name=NAME,
     initialise=initialise,
     needs_text=True,
     reorders_neurons=True,
     default_epsilon=EPSILON,
     whole_neurons=True,
     cost_curve=cost_curve,
-    check=check_shapes,
+    predicts_loss=True,
+    check=check_for(NAME),
 )

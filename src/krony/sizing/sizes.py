@@ -50,15 +50,15 @@ class Sizes:
         progress: called with what is done, what there is to do, and what it is.
 
     Raises:
-        KronyError: the initialisation has no costs by neuron, or the layers can't share a budget.
+        KronyError: the initialisation has no costs in nats, or the layers can't share a budget.
     """
 
     def __init__(
         self, model: PreTrainedModel, config: KronyConfig, ids: Tensor, held: Tensor, *,
         cache: Path | None = None, progress: Progress = silent,
     ) -> None:  # fmt: skip
-        if config.initialisation.cost_curve is None:
-            names = ", ".join(name for name, init in INITIALISATIONS.items() if init.cost_curve is not None)
+        if not config.initialisation.predicts_loss:
+            names = ", ".join(name for name, init in INITIALISATIONS.items() if init.predicts_loss)
             raise KronyError(f"sizes are compared with init {names}, and the init is {config.init}")
         self.model, self.config, self.ids, self.held = model, config, ids, held
         self.cache, self.progress = cache, progress

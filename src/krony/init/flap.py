@@ -1,0 +1,94 @@
+"""FLAP: fluctuation-based adaptive structured pruning (An et al. 2024, arXiv:2312.11983), for hidden neurons.
+
+A neuron whose activation hardly fluctuates can be replaced by its mean, which a bias can hold. The score of neuron j is
+
+    S_j = Var_t(x_j) · ‖W[:, j]‖²,
+
+where x_j is its activation, t runs over the tokens of the calibration text, and W is the down matrix (the paper's
+weighted fluctuation). The neurons D of the lowest scores are dropped, and the bias takes up their mean:
+
+    b ← b + Σ_{j ∈ D} W[:, j] · mean_t(x_j).
+
+A down layer without a bias stays without one, because a plain model of that architecture could not load it: the
+compensation applies where the layer has a bias (GPT-2 and its kin, not Llama). Columns of W that stay are unchanged.
+
+For ``allocation="global"`` the paper standardises the scores within each layer, ``(S_j − mean(S)) / std(S)``, and drops
+what lies below one threshold for all layers. The cumulative sums of the sorted standard scores are a convex curve whose
+slopes are these scores, so krony's allocation drops by the same threshold, in its portions of neurons.
+
+Var and mean are weighted as the calibration weighs tokens; the paper weighs all the same (``token_weighting=False``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from krony.errors import KronyError
+from krony.init.base import Factors, Initialisation, Moments, Options, SecondMoment, Target
+from krony.init.whole_neurons import EPSILON, Selection, check_for, factors_of, highest, neurons_to_keep
+
+NAME = "flap"
+
+
+def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
+    """Factors that keep the neurons of the highest scores, in float64; a bias takes up the mean of the others.
+
+    Raises KronyError without the moments of an MLP, for single layers, and for schemes that split neurons.
+    """
+    keep, down = neurons_to_keep(targets, NAME), targets[-1]
+    if moments is None or moments.hidden is None:
+        raise KronyError("init flap needs calibration text")
+    return factors_of(select(down.weight, down.bias, moments.hidden, keep), targets, options)
+
+
+def select(weight: Tensor, bias: Tensor | None, hidden: SecondMoment, keep: int) -> Selection:
+    """Chooses ``keep`` of the neurons of the down matrix ``weight: (out, hidden)``; its bias makes up for the others.
+
+    ``bias`` is ``(out,)`` or None. ``hidden`` holds the moments of the down matrix's inputs.
+    """
+    kept = highest(scores(weight, hidden), keep)
+    w = weight.double()
+    if bias is None:
+        return Selection(kept, w[:, kept])
+    mean = hidden.mean.to(weight.device).clone()  # (hidden,)
+    mean[kept] = 0.0
+    return Selection(kept, w[:, kept], bias.double() + w @ mean)
+
+
+def scores(weight: Tensor, hidden: SecondMoment) -> Tensor:
+    """``Var(x_j) · ‖W[:, j]‖²`` of every neuron, ``(hidden,)``, float64.
+
+    Examples:
+        >>> moments = SecondMoment(matrix=torch.diag(torch.tensor([5.0, 4.0])), mean=torch.tensor([1.0, 2.0]))
+        >>> scores(torch.tensor([[3.0, 3.0]]), moments).tolist()  # the second neuron is constant
+        [36.0, 0.0]
+    """
+    mean, second = hidden.mean.to(weight.device), hidden.matrix.diagonal().to(weight.device)
+    variance = (second.double() - mean.double().square()).clamp_min(0)  # (hidden,)
+    return variance * weight.double().square().sum(0)
+
+
+def cost_curve(weight: Tensor, bias: Tensor | None, moments: Moments, count: int) -> Tensor:
+    """The sum of the n lowest standard scores, for n from 0 to ``count``: ``(count + 1,)``, float64, convex.
+
+    It falls first, as standard scores below the mean are negative. Where all scores are equal they are all zero.
+    """
+    assert moments.hidden is not None
+    each = scores(weight, moments.hidden)
+    standard = (each - each.mean()) / each.std().clamp_min(torch.finfo(each.dtype).tiny)
+    return torch.cat([each.new_zeros(1), standard.sort().values[:count].cumsum(0)])
+
+
+FLAP = Initialisation(
+    name=NAME,
+    initialise=initialise,
+    needs_text=True,
+    reorders_neurons=True,
+    default_epsilon=EPSILON,
+    whole_neurons=True,
+    cost_curve=cost_curve,
+    check=check_for(NAME),
+)

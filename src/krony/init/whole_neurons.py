@@ -1,0 +1,120 @@
+"""What the initialisations that keep complete hidden neurons share: from a choice of neurons to factors.
+
+Hidden neurons can be permuted freely (the activation is elementwise, and the permutation cancels between the matrices).
+So the kept neurons become the first ones of each group of r, and the right factors select them: ``B_f = e_f``. With
+epsilon 0 the outputs are those of a narrower MLP, and ``krony export --to slim`` is exact. A method of this kind
+chooses which neurons stay, and may change the down matrix and its bias; everything else is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from krony.errors import KronyError
+from krony.init.base import Check, Factors, Options, Target
+from krony.kronecker.algebra import KronShape
+
+EPSILON = 0.0  # dropped neurons contribute nothing: the outputs are those of a narrower MLP
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The neurons that are kept, in rising order, and the down matrix and bias for them; float64.
+
+    Attributes:
+        kept: ``(n_kept,)``.
+        down: ``(out, n_kept)``.
+        bias: ``(out,)``; None leaves the bias as it is.
+    """
+
+    kept: Tensor
+    down: Tensor
+    bias: Tensor | None = None
+
+
+def neurons_to_keep(targets: Sequence[Target], name: str) -> int:
+    """How many neurons the scheme keeps. Raises KronyError where the check of init ``name`` does."""
+    down = targets[-1]
+    is_mlp = len(targets) > 1 and down.role == "down"
+    check_for(name)([t.name for t in targets], [t.shape for t in targets], is_mlp=is_mlp)
+    shape = targets[0].shape
+    return shape.factors * shape.m1
+
+
+def check_for(name: str) -> Check:
+    """The check of init ``name``: an MLP's matrices, the down matrix last, and no neuron is split."""
+
+    def check(names: Sequence[str], shapes: Sequence[KronShape], *, is_mlp: bool) -> None:
+        if not is_mlp:
+            raise KronyError(f"{names[-1]}: init {name} needs complete MLPs; for single layers use van-loan or als")
+        shape = shapes[0]
+        if shape.n2 != 1:
+            raise KronyError(
+                f"{names[0]}: init {name} keeps complete neurons, and a left factor of {shape.m1}x{shape.n1} splits "
+                f"them: use keep=0.5, a left factor with {shape.columns} columns, or init als or van-loan"
+            )
+
+    return check
+
+
+def highest(scores: Tensor, count: int) -> Tensor:
+    """The ``count`` neurons of the highest scores, in rising order, ``(count,)``; of equal ones the first.
+
+    Examples:
+        >>> highest(torch.tensor([0.5, 2.0, 0.5, 1.0]), 3).tolist()
+        [0, 1, 3]
+    """
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def as_they_are(down: Target, kept: Tensor) -> Selection:
+    """The selection that changes nothing: the down matrix's columns of the kept neurons, and its bias."""
+    return Selection(kept, down.weight[:, kept].double())
+
+
+def factors_of(selection: Selection, targets: Sequence[Target], options: Options) -> list[Factors]:
+    """Factors whose A hold the kept neurons and whose B are ``e_f``, with ε for the dropped neurons; float64."""
+    *ups, down = targets
+    shape = ups[0].shape
+    epsilon = EPSILON if options.epsilon is None else options.epsilon
+    order = hidden_order(selection.kept, shape)
+    up_factors = [_up(target, selection.kept, order, epsilon) for target in ups]
+    left = selection.down.view(down.shape.m1, shape.m1, shape.factors).permute(2, 0, 1)  # (k, out, groups)
+    return [*up_factors, Factors(left, _selectors(down.shape, epsilon), bias=selection.bias, order=order)]
+
+
+def hidden_order(kept: Tensor, shape: KronShape) -> Tensor:
+    """The old index of the neuron at each new index ``i·r + p``, ``(groups·r,)``.
+
+    The kept neurons take the places p < k of every group i, in rising order; the others follow in rising order.
+    """
+    groups, size, k = shape.m1, shape.m2, shape.factors
+    others = torch.ones(groups * size, dtype=torch.bool, device=kept.device)
+    others[kept] = False
+    rest = others.nonzero().squeeze(1)
+    return torch.cat([kept.view(groups, k), rest.view(groups, size - k)], dim=1).flatten()
+
+
+def _up(target: Target, kept: Tensor, order: Tensor, epsilon: float) -> Factors:
+    """The factors of an up matrix: its kept rows, unchanged."""
+    s = target.shape
+    left = target.weight.double()[kept].view(s.m1, s.factors, s.n1).transpose(0, 1)  # (k, groups, width)
+    bias = None
+    if target.bias is not None:
+        bias = target.bias.double()[order].view(s.m1, s.m2).clone()
+        bias[:, s.factors :] = 0.0  # dropped neurons have no bias
+        bias = bias.flatten()
+    return Factors(left, _selectors(s, epsilon), bias=bias, order=order)
+
+
+def _selectors(shape: KronShape, epsilon: float) -> Tensor:
+    """``B_f = e_f``, with ε for the dropped neurons of the group: ``(k, r, 1)`` or ``(k, 1, r)``."""
+    k, size = shape.factors, shape.m2 * shape.n2
+    right = torch.zeros(k, size, dtype=torch.float64)
+    right[:, k:] = epsilon
+    right[range(k), range(k)] = 1.0
+    return right.view(k, *shape.right)
