@@ -9,13 +9,14 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from krony import KronyError
 from krony.models import source
 from krony.models.source import ModelSource
+from krony.storage import hub as storage
 
 
 @pytest.fixture(autouse=True)
 def no_memory_of_the_hub():
-    source._is_reachable.cache_clear()
+    storage.ask.cache_clear()
     yield
-    source._is_reachable.cache_clear()
+    storage.ask.cache_clear()
 
 
 def hub(monkeypatch, error):
@@ -36,7 +37,7 @@ def test_without_network_it_is_asked_once_and_for_seconds(monkeypatch):
     for _ in range(2):
         with pytest.raises(KronyError, match=r"no-such/model: .*not in the hub's cache, and the hub can't be reached"):
             ModelSource.find("no-such/model")
-    assert asked == [source.HUB_SECONDS] and source.HUB_SECONDS <= 5
+    assert asked == [storage.SECONDS] and storage.SECONDS <= 5
 
 
 def test_a_name_that_the_hub_does_not_know(monkeypatch):

@@ -20,7 +20,7 @@ class TextOptions:
 
     calibration: str | None = option(
         None,
-        "Text that neurons, als, svd, --reconstruct and --tune read: a text or jsonl file, or python-docs. Use text "
+        "Text that neurons, als, svd, --reconstruct and --tune read: a text or jsonl file, python-docs, or a set on the hub. Use text "
         "similar to what the model will see in use.",
         metavar="TEXT",
     )

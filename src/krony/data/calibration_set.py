@@ -10,12 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
+from krony.data.hub import stream_texts
 from krony.data.sets import PYTHON_DOCS, TEST_SETS, join_documents, read_file
 from krony.errors import KronyError
 
 TOKENS, LENGTH = 49_152, 512
 DOCUMENTS = "krony_documents"  # the attribute of a tensor of ids that says what was read
 LONGEST_TOKEN = 64  # characters; an average token of text has four
+HUB_CHARACTERS = 8  # per token, of a set on the hub: enough for a tenth that is held back, and for long tokens
 
 
 def calibration_set(
@@ -24,7 +26,8 @@ def calibration_set(
     """Token ids ``(sequences, length)`` of documents in random order, joined by the end-of-text token.
 
     Args:
-        data: a text file, a file of JSON lines, or ``python-docs``, of which the calibration part is read.
+        data: a text file, a file of JSON lines, ``python-docs``, of which the calibration part is read, or a data set
+            on the hub, whose first documents are read.
         tokenizer: the model's.
         tokens: at most this many; a shorter text gives fewer.
         length: tokens per sequence.
@@ -35,8 +38,27 @@ def calibration_set(
     """
     if data in TEST_SETS:
         raise KronyError(f"{data} is a test set: calibrate on other text, such as a train file or python-docs")
-    documents = python_docs.topics("calibration") if data == PYTHON_DOCS else read_file(Path(data))
-    return pack(documents, tokenizer, tokens=tokens, length=length, seed=seed)
+    return pack(documents_in(data, tokens), tokenizer, tokens=tokens, length=length, seed=seed)
+
+
+def documents_in(data: str, tokens: int, part: str = "calibration") -> list[str]:
+    """The documents of a file, of a part of ``python-docs``, or the first of a data set on the hub.
+
+    Of the hub as much is read as ``tokens`` tokens take, and more. Raises KronyError for text that can't be read.
+    """
+    if data == PYTHON_DOCS:
+        return python_docs.topics(part)
+    path = Path(data)
+    if path.suffix or path.exists():
+        return read_file(path)
+    found: list[str] = []
+    characters = 0
+    for text in stream_texts(data):
+        found.append(text)
+        characters += min(len(text), LONGEST_TOKEN * tokens)
+        if characters > HUB_CHARACTERS * tokens:
+            break
+    return found
 
 
 def pack(

@@ -21,7 +21,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
-from krony.data.rows import BIN, hub_set, refuse_test_set
+from krony.data.hub import hub_set
+from krony.data.rows import BIN, refuse_test_set
 from krony.data.sets import PYTHON_DOCS, read_file
 from krony.errors import KronyError
 from krony.runtime.progress import Progress, silent

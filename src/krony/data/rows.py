@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +11,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
+from krony.data.hub import stream_texts
 from krony.data.sets import PYTHON_DOCS, TEST_SETS, join_documents, read_file
 from krony.errors import KronyError
 from krony.storage.paths import check_regular
 
-HUB_NAMES = {"openwebtext": "Skylion007/openwebtext"}  # the name in nanoGPT and the paper, and the repository
 BIN = np.dtype("<u2")  # nanoGPT's train.bin and val.bin: token ids, two bytes each
 
 
@@ -136,38 +133,9 @@ def _stream(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | Non
         raise KronyError(f"{data} is no file, and of a data set on the hub max_tokens says how much is read")
     pieces: list[Tensor] = []
     have = 0
-    with _hub_sentences(data):
-        for row in hub_set(data, streaming=True):
-            pieces.append(join_documents([row["text"], ""], tokenizer))
-            have += len(pieces[-1])
-            if have >= max_tokens:
-                break
+    for text in stream_texts(data):
+        pieces.append(join_documents([text, ""], tokenizer))
+        have += len(pieces[-1])
+        if have >= max_tokens:
+            break
     return torch.cat(pieces).numpy() if pieces else np.empty(0, dtype=np.int64)
-
-
-def hub_set(data: str, *, streaming: bool = False) -> Any:
-    """The ``train`` split of a data set on the hub, streamed or fetched to the cache of datasets.
-
-    Raises KronyError if there is no such set, or if it has no column ``text``.
-    """
-    from datasets import load_dataset  # heavy
-
-    with _hub_sentences(data):
-        found = load_dataset(HUB_NAMES.get(data, data), split="train", streaming=streaming)
-    columns = getattr(found, "column_names", None)
-    if columns and "text" not in columns:
-        raise KronyError(f"{data} has no column text: it has {', '.join(columns)}")
-    return found
-
-
-@contextmanager
-def _hub_sentences(data: str) -> Iterator[None]:
-    try:
-        yield
-    except KronyError:
-        raise
-    except Exception as error:  # datasets raises many kinds for "no network" and "no such set"
-        raise KronyError(
-            f"{data}: there is no such file, and no data set of that name can be read from the hub "
-            f"({type(error).__name__})"
-        ) from None

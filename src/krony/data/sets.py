@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
+from krony.data.hub import load_split
 from krony.data.text_files import read_documents, read_text
 from krony.errors import KronyError
 
@@ -109,10 +110,9 @@ def _pieces(text: str, size: int = PIECE) -> Iterator[str]:
 
 
 def _from_hub(data: str, repository: str, configuration: str | None) -> list[str]:
-    from datasets import load_dataset  # heavy
-
     try:
-        return list(load_dataset(repository, configuration, split="test")["text"])
+        names = [] if configuration is None else [configuration]
+        return list(load_split(repository, *names, split="test")["text"])
     except Exception as error:  # datasets raises many kinds for "no network"
         raise KronyError(
             f"{data} can't be fetched from the hub ({type(error).__name__}): "

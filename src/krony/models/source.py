@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 import tempfile
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -29,11 +27,11 @@ from krony.models import quantizer
 from krony.models.folder_checks import bounded, check_finite, check_folder, check_weights
 from krony.models.tokenizer_checks import check_tokenizer, no_panic, try_out
 from krony.runtime.hardware import check_device, is_out_of_memory
+from krony.storage.hub import ask
 
 DEMO = Path(__file__).parents[1] / "shipped" / "demo"  # the model called ``demo``
 GPT2_NAMES = ("gpt2", "openai-community/gpt2")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-HUB_SECONDS = 4.0  # how long the hub is waited for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -204,26 +202,14 @@ def _locate(name: str) -> str | Path:
 
 def _hub_options(where: str | Path) -> dict[str, Any]:
     """What loading from the hub needs; nothing for a folder. Raises KronyError for a name that the hub doesn't know."""
-    return {} if isinstance(where, Path) or _is_reachable(where) else {"local_files_only": True}
-
-
-@cache
-def _is_reachable(name: str) -> bool:
-    """Whether the hub answers for this name within a few seconds; without that, its client tries for half a minute.
-
-    Raises KronyError for a name that the hub doesn't know.
-    """
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        HfApi().model_info(name, timeout=HUB_SECONDS)
-    except RepositoryNotFoundError:
-        raise KronyError(f"{name}: there is no such folder, and no such model on the hub that you may read") from None
-    except HFValidationError:
-        raise KronyError(f"{name!r}: there is no such folder, and it can't be a name on the hub") from None
-    except Exception:  # the http client's errors: no network, no answer in time
-        return False
-    return True
+    if isinstance(where, Path):
+        return {}
+    answer = ask(where, "model")
+    if answer == "unknown":
+        raise KronyError(f"{where}: there is no such folder, and no such model on the hub that you may read")
+    if answer == "no name":
+        raise KronyError(f"{where!r}: there is no such folder, and it can't be a name on the hub")
+    return {} if answer == "known" else {"local_files_only": True}
 
 
 @torch.inference_mode()

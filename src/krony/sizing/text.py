@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from krony.data import python_docs
-from krony.data.calibration_set import LENGTH, TOKENS, digest, pack
-from krony.data.sets import PYTHON_DOCS, TEST_SETS, read_file
+from krony.data.calibration_set import LENGTH, TOKENS, digest, documents_in, pack
+from krony.data.sets import PYTHON_DOCS, TEST_SETS
 from krony.errors import KronyError
 
 SHARE = 10  # a tenth of the text is held back
@@ -24,7 +22,7 @@ def split(
     """Token ids ``(sequences, length)`` to calibrate on, and others to measure on; no document is in both.
 
     Args:
-        calibration: a text or jsonl file, or ``python-docs``, of which the calibration part is read.
+        calibration: a text or jsonl file, ``python-docs`` (its calibration part), or a data set on the hub.
         val: text to measure on; ``python-docs`` is its held-out part. None takes that for ``python-docs``, and for a
             file a tenth of its documents.
         tokenizer: the model's.
@@ -35,13 +33,13 @@ def split(
     Raises:
         KronyError: text that can't be read, a test set, or a single document.
     """
-    documents = _documents(calibration, "calibration")
+    documents = _documents(calibration, tokens, "calibration")
     if val is None and calibration == PYTHON_DOCS:
         val = PYTHON_DOCS
     if val is None:
         calibrated, held = hold_back(documents, calibration)
     else:
-        held = _documents(val, "held-out")
+        held = _documents(val, HELD_TOKENS, "held-out")
         measured = {digest(text) for text in held}
         calibrated = [text for text in documents if digest(text) not in measured]
         if not calibrated:
@@ -75,7 +73,7 @@ def hold_back(documents: Sequence[str], name: str) -> tuple[list[str], list[str]
     return [text for key, text in texts.items() if key not in held], list(held.values())
 
 
-def _documents(name: str, part: str) -> list[str]:
+def _documents(name: str, tokens: int, part: str) -> list[str]:
     if name in TEST_SETS:
         raise KronyError(f"{name} is a test set: a size is chosen on other text, such as a train file or python-docs")
-    return python_docs.topics(part) if name == PYTHON_DOCS else read_file(Path(name))
+    return documents_in(name, tokens, part)
