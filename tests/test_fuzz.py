@@ -40,7 +40,7 @@ def test_what_is_wrong_with_an_end_is_seen(sound, monkeypatch):
     rules = {
         "a traceback": lambda: 1 / 0,
         "ended by signal 9": lambda: os.kill(os.getpid(), 9),
-        "more than 4 seconds": lambda: __import__("time").sleep(9),
+        "more than 1 seconds": lambda: __import__("time").sleep(9),
         "GB of memory": lambda: b"x" * 6 * 10**8,
         "it leaves x.partial": lambda: Path("x.partial").touch(),
         "fails and leaves ['rest']": lambda: (Path("rest").touch(), complain_and_end()),
@@ -49,10 +49,10 @@ def test_what_is_wrong_with_an_end_is_seen(sound, monkeypatch):
         "it prints ['\\x1b']": lambda: print("\x1b"),
         "with exit code 0": lambda: print("odd", file=__import__("sys").stderr),
     }
-    monkeypatch.setattr(trial, "SECONDS", 4)
     monkeypatch.setattr(trial, "MEMORY", 7 * 10**8)
     for problem, act in rules.items():
         monkeypatch.setattr("krony.cli.app.main", act)
+        monkeypatch.setattr(trial, "SECONDS", 1 if "seconds" in problem else 20)
         assert problem in str(trial.run(Case(kind="none", command=["none"]), sound).problem)
 
 

@@ -212,9 +212,10 @@ def random_model(
         raise KronyError(
             f"{name}: its weights would take {needed / 1e9:,.0f} GB, and the memory has {room / 1e9:,.0f} GB"
         )
+    config.return_dict = True  # outputs are read by name
     with torch.random.fork_rng(devices=[]), LoadingErrors(name):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=kind, return_dict=True).to(device).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=kind).to(device).eval()
     check_runs(model, name)
     return model
 

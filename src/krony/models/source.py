@@ -103,7 +103,7 @@ class ModelSource:
         Raises KronyError for what transformers reads but does not write, such as a temperature that is no number.
         """
         with tempfile.TemporaryDirectory() as folder, LoadingErrors(self.name, "it can be read but not saved again"):
-            self.config.save_pretrained(folder)
+            self.skeleton.config.save_pretrained(folder)  # which knows what the config alone does not, such as sdpa
             if self.folder is not None and (self.folder / "generation_config.json").is_file():
                 GenerationConfig.from_pretrained(self.folder).save_pretrained(folder)
             if self.has_tokenizer:
@@ -216,7 +216,7 @@ def _hub_options(where: str | Path) -> dict[str, Any]:
 def check_runs(model: PreTrainedModel, name: str) -> None:
     """Two tokens go through the model: a config can fit its weights and still not run. Raises KronyError."""
     with LoadingErrors(name, "by its config.json it can't run"):
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True)  # generation does
 
 
 class LoadingErrors:
@@ -245,6 +245,7 @@ class LoadingErrors:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says."""
+    """The first line of what an exception says; the second too, where the first announces it."""
     text = f"{error} is unknown" if isinstance(error, KeyError) else str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    lines = text.splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

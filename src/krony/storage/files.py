@@ -86,7 +86,7 @@ def check_file(file: Path, kind: str = "", inside: Path | None = None) -> None:
     try:
         if file.is_dir():
             raise KronyError(f"{shown} is a folder: name a file to write")
-        if inside is not None and (out.is_relative_to(real) or real.is_relative_to(out.with_name(out.name + WORK))):
+        if inside is not None and (out.is_relative_to(real) or real.is_relative_to(out.parent / f"{out.name}{WORK}")):
             raise KronyError(f"{shown} is where {printable(inside)} is written: name another file")
         if file.exists() and (not file.is_file() or folder == DEVICES):
             raise KronyError(f"{shown} is a pipe or a device: name a regular file")
