@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from krony.models.surgery import kronecker_layers
+from krony.pages import shown
 from krony.storage.locks import working_in
 
 
@@ -52,7 +53,7 @@ def test_a_model_that_nothing_improves_is_not_written(krony, compressed, tmp_pat
     figures = json.loads((tmp_path / "h.json").read_text())
     assert not figures["improved"] and figures["perplexity_after"] == figures["perplexity_before"]
     assert figures["perplexity_trained"] > figures["perplexity_before"]
-    assert f"after {figures['perplexity_trained']:,.2f}" in " ".join(done.out.split())
+    assert f"after {shown(figures['perplexity_trained'])}" in " ".join(done.out.split())
     again = krony("heal", compressed, tmp_path / "out", *options, tmp_path / "out/h.json", "--resume")
     assert again.code == 1 and json.loads((tmp_path / "out.work/h.json").read_text())["improved"] is False
     kept = krony("heal", compressed, tmp_path / "out", *options, "-", "--resume", "--keep-anyway")
@@ -80,6 +81,25 @@ def test_resumed_before_the_first_checkpoint(krony, compressed, tmp_path, option
     assert done.code == 0, done.err
     assert "holds no checkpoint yet: starting from the beginning" in " ".join((done.out + done.err).split())
     assert (tmp_path / "out/config.json").exists() and not (tmp_path / "out.work").exists()
+
+
+def test_a_control_that_cannot_be_trained_does_not_cost_the_model(
+    krony, compressed, gpt2_folder, tmp_path, monkeypatch, options
+):
+    from krony.errors import KronyError
+    from krony.healing import control
+
+    def fail(*_, **__):
+        raise KronyError("the loss is nan at step 3: lower the learning rate")
+
+    monkeypatch.setattr(control, "train_on_rows", fail)
+    options += ("--control", gpt2_folder, "--json", tmp_path / "h.json")
+    done = krony("heal", compressed, tmp_path / "out", *options)
+    said = " ".join(done.err.split())
+    assert done.code == 1 and f"the control {gpt2_folder} could not be trained: the loss is nan at step 3" in said
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") and not (tmp_path / "out.work").exists()
+    figures = json.loads((tmp_path / "h.json").read_text())
+    assert figures["improved"] and figures["control"]["error"].startswith("the loss is nan")
 
 
 def test_resumed_while_the_control_had_no_checkpoint(krony, compressed, gpt2_folder, tmp_path, monkeypatch, options):

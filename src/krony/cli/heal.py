@@ -68,7 +68,8 @@ def run(
     """Train MODEL, and write its state of lowest validation loss to OUT.
 
     Runs unchanged under torchrun and accelerate launch. Meanwhile checkpoints and TensorBoard's log are in OUT.work.
-    If no trained state is better than MODEL, OUT is not written and the exit code is 1.
+    If no trained state is better than MODEL, OUT is not written and the exit code is 1. It is 1 too if only the control
+    could not be trained.
     """
     to = Output(json_to, out)
     plain = _changed_recipe(recipe, changes, teacher)
@@ -101,6 +102,8 @@ def run(
         job.write(models.model, figures)
     to.say(f"{report.tokens:,} tokens in {report.seconds:,.0f} s -> {out}")
     to.json(figures)
+    if reason := figures.get("control", {}).get("error"):
+        raise PromiseError(f"{out} is written, and the control {control} could not be trained: {reason}")
 
 
 @dataclass(frozen=True)
@@ -183,8 +186,11 @@ class _Job:
             figures = names | report.to_json()
             if self.control is not None:
                 dense = load_model(self.control, dtype=self.dtype)
-                compared = train_control(dense, train, validation, work=self.work / "control", **common).to_json()
-                figures["perplexity_original"] = compared["perplexity_before"]
+                try:
+                    compared = train_control(dense, train, validation, work=self.work / "control", **common).to_json()
+                    figures["perplexity_original"] = compared["perplexity_before"]
+                except KronyError as error:  # a loss that is not finite; the model itself is trained all the same
+                    compared = {"error": str(error)}
                 figures["control"] = {"model": self.control} | compared
             elif models.teacher is not None:
                 figures["perplexity_original"] = perplexity(validation_loss(models.teacher, validation))

@@ -98,7 +98,7 @@ def healed_table(figures: dict[str, Any]) -> Table:
     base = figures.get("perplexity_original")
     if base is not None:
         rows.append(("the original", base))
-    if "control" in figures:
+    if "perplexity_after" in figures.get("control", {}):
         rows.append(("the original, trained too", figures["control"]["perplexity_after"]))
     columns = ["", "validation perplexity"]
     if base is None:
