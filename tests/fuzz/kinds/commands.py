@@ -22,6 +22,7 @@ def reading(random: Random, model: str, *, compressed: bool = False) -> list[str
         *([["compress", model, "out", *SCHEME, stream] for stream in ("--stream", "--no-stream")] * 2),
         ["compress", model, "out", "--scheme", "keep=0.5", "--calibration", "text.txt", "--calibration-tokens", "256"],
         ["compress", model, "out", "--params", "8k", "--init", "prune"],
+        ["frontier", model, "--calibration", "lines.jsonl", "--keep", "0.5", "--calibration-tokens", "256"],
         ["bench", model, "--random", "--length", "8", "--context", "4", "--new-tokens", "2", "--rounds", "1"],
     ]
     packed = [["export", model, "out", "--to", to] for to in ("dense", "slim", "reference")] + [heal]
@@ -39,6 +40,7 @@ def reading_text(random: Random, text: str) -> list[str]:
                 ["eval", "compressed", "--data", text, "--max-tokens", "300"],
                 ["data", "prepare", text, "out", "--tokenizer", "dense", "--val-share", "0.2"],
                 ["compress", "dense", "out", "--scheme", "keep=0.5", "--calibration", text],
+                ["frontier", "dense", "--calibration", text, "--keep", "0.5", "--calibration-tokens", "256"],
                 ["heal", "compressed", "out", "--data", text, "--max-tokens", "640", *SHORT],
                 ["heal", "compressed", "out", "--data", "lines.jsonl", "--val", text, "--max-tokens", "640", *SHORT],
             ]
