@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import InitVar, dataclass, fields
+from collections.abc import Collection
+from dataclasses import InitVar, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from krony.errors import KronyError
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
     from krony.init.base import Initialisation
 
 ALLOCATIONS = ("uniform", "global")
+# Options that belong together, by how much time they take: minutes, and then a training on the calibration text.
+EFFORTS: dict[str, dict[str, Any]] = {
+    "start": {"allocation": "global"},
+    "tuned": {"allocation": "global", "tune": 240, "tune_all": True},
+    "best": {"allocation": "global", "tune": 720, "tune_all": True},
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,10 @@ class KronyConfig:
         reconstruct: steps of training each MLP separately on the calibration text; 0 for none.
         tune: steps, one sequence per step, of then training all new layers together towards the original's predictions
             on that text; 0 for none.
+        tune_text: in this training, the share of the loss that is the cross-entropy with the text itself, from 0 to 1;
+            the divergence from the original's predictions has the rest.
+        tune_all: this training also changes the weights that are not replaced: attention, norms, everything but the
+            embeddings and a head that is tied to them.
         embedding: columns of the right factor of the input embedding (KnGPT2: 2); None leaves it dense. A tied head
             then becomes a matrix of its own.
 
@@ -92,6 +103,8 @@ class KronyConfig:
         "Then train all new layers together for N steps, one sequence per step, to predict as MODEL does.",
         metavar="N",
     )
+    tune_text: float = option(0.5, "With --tune: the share of the loss on the text itself, from 0 to 1.")
+    tune_all: bool = option(False, "With --tune: also train the other weights, but not the embeddings.")
     embedding: int | None = option(
         None, "Factorise the input embedding too, with a 1xN right factor (KnGPT2: 2).", metavar="N"
     )
@@ -112,6 +125,10 @@ class KronyConfig:
         for name in ("reconstruct", "tune"):
             if getattr(self, name) < 0:
                 raise KronyError(f"{name} is {getattr(self, name)}: it takes a number of steps, 0 for none")
+        if not 0 <= self.tune_text <= 1:
+            raise KronyError(f"tune_text is {self.tune_text}: it is a share, from 0 to 1")
+        if self.tune_all and not self.tune:
+            raise KronyError("tune_all says what tune trains, and tune is 0 steps: give it a number of steps")
         if self.tune and self.reinit:
             raise KronyError("tune trains towards the original, and reinit draws its weights at random: drop one")
 
@@ -166,6 +183,19 @@ class KronyConfig:
         if self.scalars is not None:
             return self.scalars
         return factors > 1 if self.scalar_init is None else True
+
+
+def with_effort(config: KronyConfig, effort: str, given: Collection[str] = ()) -> KronyConfig:
+    """``config`` with the options of a named effort, except those in ``given``, which were set explicitly.
+
+    Raises KronyError for an unknown name, or an initialisation that the effort doesn't work with.
+
+    Examples:
+        >>> with_effort(KronyConfig(keep=0.5), "tuned", given=["tune"]).allocation
+        'global'
+    """
+    _check_choice("effort", effort, tuple(EFFORTS))
+    return replace(config, **{name: value for name, value in EFFORTS[effort].items() if name not in given})
 
 
 def _check_choice(name: str, value: str | None, known: tuple[str | None, ...]) -> None:

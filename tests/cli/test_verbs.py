@@ -286,3 +286,13 @@ def test_data_prepare(krony, gpt2_folder, tmp_path):
     for part in figures.values():
         assert Path(part["file"]).stat().st_size == 2 * part["tokens"]
     assert "--val-share" in krony("data", "prepare", "--help").out
+
+
+def test_an_effort_sets_options_and_what_is_given_wins(krony, gpt2_folder, tmp_path):
+    (tmp_path / "t.txt").write_text("some words to calibrate on, and some more. " * 10)
+    options = ("--scheme", "keep=0.5", "--effort", "tuned", "--calibration", tmp_path / "t.txt", "--tune", 2)
+    arguments = ("compress", gpt2_folder, tmp_path / "out", *options, "--calibration-tokens", 320)
+    done = krony(*arguments, "--allocation", "uniform", "--json", "-")
+    assert done.code == 0, done.err
+    made_with = done.json["made_with"]
+    assert made_with["tune"] == 2 and made_with["tune_all"] is True and "allocation" not in made_with

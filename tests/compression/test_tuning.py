@@ -57,7 +57,7 @@ def test_it_comes_nearer_to_the_original(family, config, ids):
     original = sharp(BUILD[family])
     plain, model = copy.deepcopy(original), copy.deepcopy(original)
     compress(plain, KronyConfig(**config), calibration=ids)
-    report = compress(model, KronyConfig(**config, tune=60), calibration=ids)
+    report = compress(model, KronyConfig(**config, tune=60, tune_text=0.0), calibration=ids)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
     held, trained = ids[order[:3]], ids[order[3:]]  # an eighth is held out
     assert report.tuned.before == pytest.approx(divergence(plain, original, held), rel=1e-3)
@@ -71,6 +71,45 @@ def test_it_comes_nearer_to_the_original(family, config, ids):
     moved = {name for name in after if not torch.equal(before[name], after[name])}
     assert moved and moved <= factors
     assert all(p.requires_grad and p.grad is None for p in after.values())
+
+
+@pytest.mark.parametrize("family", list(BUILD))
+def test_everything_but_the_embeddings_and_right_factors_can_train(family, ids):
+    original = sharp(BUILD[family])
+    plain, model = copy.deepcopy(original), copy.deepcopy(original)
+    start = {"scheme": "keep=0.5", "init": "van-loan"}
+    compress(plain, KronyConfig(**start), calibration=ids)
+    compress(model, KronyConfig(**start, tune=30, tune_all=True, tune_text=0.0), calibration=ids)
+    before, after = dict(plain.named_parameters()), dict(model.named_parameters())
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    stay = {name for name in after if name.endswith(".right")}
+    stay |= {name for name in after if after[name] is model.get_input_embeddings().weight}
+    assert moved == set(after) - stay
+    assert divergence(model, original, ids) < divergence(plain, original, ids)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_loss_is_the_divergence_and_a_share_of_the_text(share, ids):
+    model, original = sharp(gpt2), sharp(gpt2)
+    compress(model, KronyConfig("keep=0.5"), calibration=ids)
+    row = ids[3:4]
+    text = F.cross_entropy(model(row).logits[0, :-1], row[0, 1:]).item()
+    expected = (1 - share) * divergence(model, original, row) + share * text
+    assert tuning._Lesson(model, original, ids, share).loss(3).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_interruption_leaves_every_weight(ids):
+    model = sharp(gpt2)
+    before = copy.deepcopy(model.state_dict())
+
+    def interrupt(done, total, what):
+        if "all layers" in what and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, KronyConfig("keep=0.5", tune=9, tune_all=True), calibration=ids, progress=interrupt)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
 
 
 def test_the_errors_in_the_report_are_those_of_the_layers_that_come_out(ids):

@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from krony.healing.distillation import distance, distil, following
+from krony.healing.distillation import distance, distil
 from krony.healing.recipes import RECIPES
-from krony.models.divergence import NO_LABEL, Goal, divergence
+from krony.models.divergence import Goal, divergence
 
 
 def pair(*size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +42,3 @@ def test_the_parts_add_up():
     expected = 0.75 * divergence(logits, wanted, Goal(2.0)) + 0.25 * text
     expected = expected + 3 * distance([2 * states], [their_states])  # not the embeddings' own
     torch.testing.assert_close(distil(outputs, teacher, ids, recipe, Logits()), expected)
-
-
-def test_the_last_token_of_a_row_is_followed_by_none():
-    assert following(torch.tensor([[1, 2], [3, 4]])).tolist() == [2, NO_LABEL, 4, NO_LABEL]

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from krony.models import divergence as module
-from krony.models.divergence import NO_LABEL, Goal, Head, divergence, head_divergence
+from krony.models.divergence import NO_LABEL, Goal, Head, divergence, following, head_divergence
 
 
 def pair(*size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,3 +79,7 @@ def test_the_logits_of_a_long_text_are_never_in_memory_at_once(monkeypatch):
     head = Head(torch.randn(11, 4))
     head_divergence(torch.randn(1000, 4), torch.randn(1000, 4), head, head)
     assert sum(sizes) == 2000 and max(sizes) == module.HEAD_ROWS
+
+
+def test_the_last_token_of_a_row_is_followed_by_none():
+    assert following(torch.tensor([[1, 2], [3, 4]])).tolist() == [2, NO_LABEL, 4, NO_LABEL]

@@ -13,7 +13,7 @@ from krony.cli.options import Device, Dtype, Json, Model, Out
 from krony.cli.output import Output, quiet_libraries
 from krony.cli.preview import in_bytes, preview
 from krony.cli.promise import PromiseOptions, TextOptions, keep_promise
-from krony.config import KronyConfig
+from krony.config import KronyConfig, with_effort
 from krony.errors import KronyError
 
 if TYPE_CHECKING:
@@ -35,6 +35,13 @@ def run(
     params: Annotated[
         str | None, typer.Option(metavar="N", help="Instead of a scheme: the largest model with at most N, say 82M.")
     ] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(
+            help="Options that belong together: start (--allocation global), tuned (also --tune 240 --tune-all) or "
+            "best (--tune 720). What is given besides wins."
+        ),
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     stream: Annotated[
@@ -53,6 +60,8 @@ def run(
 ) -> None:
     """Replace the MLP matrices of MODEL by sums of Kronecker products and write the model to OUT."""
     to = Output(json_to, out)
+    if effort is not None:
+        config = with_effort(config, effort, given=_given(ctx))
     _check_size(config, params, promise)
     _check_rescale(ctx, config)
     from krony.compression.plan import plan, within
@@ -116,17 +125,22 @@ def _check_promise(config: KronyConfig, text: TextOptions, *, stream: bool | Non
 
 def _global_by_default(ctx: typer.Context, config: KronyConfig) -> KronyConfig:
     """The configuration with one budget for all layers, unless --allocation was given."""
-    where = ctx.get_parameter_source("allocation")
-    given = where is not None and where.name == "COMMANDLINE"
-    return config if given or not config.initialisation.takes_allocation else replace(config, allocation="global")
+    if "allocation" in _given(ctx) or not config.initialisation.takes_allocation:
+        return config
+    return replace(config, allocation="global")
+
+
+def _given(ctx: typer.Context) -> set[str]:
+    """The names of the options that the command line sets."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def _check_rescale(ctx: typer.Context, config: KronyConfig) -> None:
     """Raises KronyError for --rescale or --no-rescale with an initialisation that does not rescale."""
     from krony.init.registry import INITIALISATIONS
 
-    where = ctx.get_parameter_source("rescale")
-    if where is not None and where.name == "COMMANDLINE" and not config.initialisation.rescales:
+    if "rescale" in _given(ctx) and not config.initialisation.rescales:
         takers = " and ".join(name for name, init in INITIALISATIONS.items() if init.rescales)
         raise KronyError(f"--rescale works with init {takers}, and the init is {config.init}: leave it out")
 
@@ -238,7 +252,7 @@ class _Job:
         self.to.table(columns, rows)
         if report.tuned is not None:
             self.to.say(
-                f"trained together for {report.tuned.steps} steps: {report.tuned.before:.3f} -> "
+                f"trained for {report.tuned.steps} steps: {report.tuned.before:.3f} -> "
                 f"{report.tuned.after:.3f} nats per token from the original's predictions, on sequences held back"
             )
         self.to.say(report.summary())

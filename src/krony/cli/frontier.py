@@ -17,8 +17,8 @@ Calibration = Annotated[
     str,
     typer.Option(
         metavar="TEXT",
-        help="Text to calibrate on: a text or jsonl file, python-docs, or a set on the hub. Use text similar to what the model will see "
-        "in use.",
+        help="Text to calibrate on: a text or jsonl file, python-docs, or a set on the hub. Use text similar to what "
+        "the model will see in use.",
         show_default=False,
     ),
 ]

@@ -91,7 +91,10 @@ def compress(
         redrawn = _redrawn_weights(model, config.seed) if config.reinit == "all" else {}
         with _swapped(model, {name: replacement.layer for name, replacement in new.items()}):
             if config.tune and ids is not None:
-                tuned = tune(model, original, ids, steps=config.tune, seed=config.seed, progress=progress)
+                tuned = tune(
+                    model, original, ids, steps=config.tune, text=config.tune_text, everything=config.tune_all,
+                    seed=config.seed, progress=progress,
+                )  # fmt: skip
                 new = _measure_again(original, settled.groups, shapes, new, moments)
         _copy_redrawn(model, redrawn)
         reports = [replacement.report for replacement in new.values()]

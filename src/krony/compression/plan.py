@@ -66,7 +66,8 @@ class CompressionPlan:
         """About how many bytes ``compress`` needs with the model in memory; arguments as in ``working_memory``."""
         held = itemsize * (self.params_before + self.params_after) + self.working_memory(itemsize, reads_text)
         if self.config.tune:  # also the original, and in float32 new weights, a copy, gradients, AdamW's two moments
-            held += itemsize * self.params_before + 5 * 4 * self.new_parameters
+            trained = self.params_after if self.config.tune_all else self.new_parameters
+            held += itemsize * self.params_before + 5 * 4 * trained
         return held
 
 

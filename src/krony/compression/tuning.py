@@ -1,16 +1,17 @@
-"""A short training of all compressed layers together, towards the original's predictions on the calibration text.
+"""A short training of the compressed model, towards the original's predictions and the calibration text.
 
 Training each MLP by itself (``reconstruction``) ignores how later layers correct or amplify its errors. Here the loss
-is the divergence of the compressed model's next-token distributions from the original's, and its gradient reaches every
-layer. The targets are the original's distributions only, not the tokens of the text. Only the left factors, scalars and
-biases of the compressed layers change; right factors do not, so dropped neurons stay dropped.
+is the divergence of the compressed model's next-token distributions from the original's, mixed with the cross-entropy
+of the text's own tokens, and its gradient reaches every layer. The left factors, scalars and biases of the compressed
+layers change, and with ``everything`` all other weights but the embeddings. Right factors do not, so dropped neurons
+stay dropped.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from krony.compression.descent import relative_adamw
-from krony.kronecker.linear import KroneckerLinear
 from krony.models.attention import fast_attention
 from krony.models.comparison import Comparison
+from krony.models.divergence import PLAIN, Goal, following
 from krony.models.modes import evaluating
 from krony.models.precision import fast_products, product_dtype
 from krony.models.surgery import kronecker_layers
@@ -53,55 +54,76 @@ def tune(
     ids: Tensor,
     *,
     steps: int,
+    text: float = 0.0,
+    everything: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Tuned:
-    """Trains the compressed layers of ``model`` in place, one sequence per step; the layers keep their dtype.
+    """Trains ``model`` in place, one sequence per step; weights keep their dtype.
 
-    If the divergence from the original on the held-out sequences does not fall, the layers keep their values.
+    If the divergence from the original on the held-out sequences does not fall, the weights keep their values.
 
     Args:
         original: the uncompressed model, in eval mode; it does not change.
         ids: token ids ``(sequences, length)``; a single sequence serves for training and evaluation.
         steps: number of steps.
+        text: the share of the cross-entropy with the text in the loss, from 0 to 1.
+        everything: trains all weights but the embeddings; otherwise the compressed layers alone.
         seed: seed of the choice of held-out sequences.
         progress: called with the step, the number of steps, and what is being done.
     """
-    layers = list(kronecker_layers(model).values())
-    dtypes = [layer.weight.dtype for layer in layers]
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(HELD_OUT, max(1, len(ids) // 8))
     held, trained = order[:count], order[count:] if len(ids) > 1 else order
     fast = fast_attention(model, original, device=model.device, length=ids.shape[1], dtype=product_dtype(model))
-    with torch.no_grad(), _training(model, layers) as parameters, fast:
-        lesson = _Lesson(model, original, ids)
-        first = [p.clone() for p in parameters]
-        before = lesson.mean(held)
+    parameters = _trained(model, everything)
+    with torch.no_grad(), _training(model, parameters) as undo, fast:
+        lesson = _Lesson(model, original, ids, text)
+        before = lesson.divergence(held)
         with torch.enable_grad():
             _descend(lesson, parameters, trained, steps, seed, progress)
-        after = lesson.mean(held)
+        after = lesson.divergence(held)
         if not after < before:
-            for parameter, value in zip(parameters, first, strict=True):
-                parameter.copy_(value)
+            undo()
             after = before
-    for layer, dtype in zip(layers, dtypes, strict=True):
-        layer.to(dtype)
     return Tuned(before, after, steps)
 
 
+def _trained(model: PreTrainedModel, everything: bool) -> list[nn.Parameter]:
+    """The parameters that change, each once."""
+    layers = list(kronecker_layers(model).values())
+    if not everything:
+        return [p for layer in layers for p in (layer.weight, layer.scalars, layer.bias) if p is not None]
+    fixed = {id(layer.right) for layer in layers} | {id(p) for p in model.get_input_embeddings().parameters()}
+    return [p for p in model.parameters() if id(p) not in fixed and p.is_floating_point()]
+
+
 @contextlib.contextmanager
-def _training(model: PreTrainedModel, layers: list[KroneckerLinear]) -> Iterator[list[nn.Parameter]]:
-    """Yields the trained parameters: the compressed layers', in float32 and with gradients; dropout is off."""
-    for layer in layers:
-        layer.float()
-    parameters = [p for layer in layers for p in (layer.weight, layer.scalars, layer.bias) if p is not None]
-    with evaluating(model):
-        try:
+def _training(model: PreTrainedModel, parameters: list[nn.Parameter]) -> Iterator[Callable[[], None]]:
+    """Within it the parameters are in float32 and have gradients, and dropout is off.
+
+    Yields a function that gives them their first values again; an exception does so too.
+    """
+    first = [p.data for p in parameters]
+
+    def undo() -> None:
+        for parameter, value in zip(parameters, first, strict=True):
+            parameter.data = value
+
+    for parameter, value in zip(parameters, first, strict=True):
+        parameter.data = value.to(torch.float32, copy=True)
+    try:
+        with evaluating(model):
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            yield parameters
-        finally:
-            model.zero_grad()
+            yield undo
+    except BaseException:
+        undo()
+        raise
+    finally:
+        model.zero_grad()
+        for parameter, value in zip(parameters, first, strict=True):
+            parameter.data = parameter.data.to(value.dtype)
 
 
 def _descend(
@@ -114,7 +136,7 @@ def _descend(
         if step and step % len(rows) == 0:
             shuffle.shuffle(rows)
         loss = lesson.loss(rows[step % len(rows)])
-        progress(step, steps, f"all layers together, {loss.item():.2f} nats from the original")
+        progress(step, steps, f"all layers together, loss {loss.item():.2f}")
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
@@ -123,26 +145,30 @@ def _descend(
 
 
 class _Lesson:
-    """The divergence of ``model`` from ``original`` on single sequences of ``ids: (sequences, length)``.
+    """The loss of ``model`` on single sequences of ``ids: (sequences, length)``, taught by ``original`` and the text.
 
     The original's last states are kept where its head is all that follows them: a second pass over the text then costs
     no pass through the original.
     """
 
-    def __init__(self, model: PreTrainedModel, original: PreTrainedModel, ids: Tensor) -> None:
-        self.model, self.original, self.ids = model, original, ids
+    def __init__(self, model: PreTrainedModel, original: PreTrainedModel, ids: Tensor, text: float) -> None:
+        self.model, self.original, self.ids, self.text = model, original, ids, text
         self.dtype = product_dtype(model)
         self.comparison = Comparison(model, original, self.dtype)
         self.kept: dict[int, Tensor] = {}
 
     def loss(self, row: int) -> Tensor:
         """Of one sequence, in nats per token; a scalar."""
-        return self.comparison.loss(self._last(self.model, row), self._wanted(row))
+        labels = following(self.ids[row][None]).to(self.model.device) if self.text else None
+        return self._compare(row, Goal(text=self.text, labels=labels))
 
-    def mean(self, rows: list[int]) -> float:
-        """Of these sequences, without gradients."""
+    def divergence(self, rows: list[int]) -> float:
+        """The mean divergence from the original on these sequences, without gradients."""
         with torch.no_grad():
-            return sum(self.loss(row).item() for row in rows) / len(rows)
+            return sum(self._compare(row, PLAIN).item() for row in rows) / len(rows)
+
+    def _compare(self, row: int, goal: Goal) -> Tensor:
+        return self.comparison.loss(self._last(self.model, row), self._wanted(row), goal)
 
     @torch.no_grad()
     def _wanted(self, row: int) -> Tensor:

@@ -54,7 +54,7 @@ def _offline() -> Iterator[None]:
     import datasets.config
     from huggingface_hub import constants
 
-    places = (datasets.config, constants)
+    places: tuple[Any, ...] = (datasets.config, constants)
     before = [place.HF_HUB_OFFLINE for place in places]
     try:
         for place in places:

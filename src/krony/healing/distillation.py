@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from krony.errors import KronyError
 from krony.healing.recipes import Recipe
 from krony.models.comparison import Comparison
-from krony.models.divergence import NO_LABEL, Goal, at_least_float32
+from krony.models.divergence import Goal, at_least_float32, following
 
 
 def distil(outputs: ModelOutput, wanted: ModelOutput, ids: Tensor, recipe: Recipe, comparison: Comparison) -> Tensor:
@@ -33,13 +33,6 @@ def distil(outputs: ModelOutput, wanted: ModelOutput, ids: Tensor, recipe: Recip
     if recipe.hidden:
         loss = loss + recipe.hidden * distance(outputs.hidden_states[1:], wanted.hidden_states[1:])
     return loss
-
-
-def following(ids: Tensor) -> Tensor:
-    """The token after each one, ``(batch, length) -> (batch*length,)``; the last of a row has none."""
-    labels = ids.roll(-1, dims=1)
-    labels[:, -1] = NO_LABEL
-    return labels.flatten()
 
 
 def distance(states: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:

@@ -180,6 +180,13 @@ class _HeadDivergence(torch.autograd.Function):
         return (*parts, None, None, None)
 
 
+def following(ids: Tensor) -> Tensor:
+    """The token after each one, ``(batch, length) -> (batch*length,)``; the last of a row has none."""
+    labels = ids.roll(-1, dims=1)
+    labels[:, -1] = NO_LABEL
+    return labels.flatten()
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """``x`` in float64 if it is float64, otherwise in float32; the shape stays."""
     return x if x.dtype == torch.float64 else x.float()
