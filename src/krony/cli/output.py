@@ -33,12 +33,12 @@ def quiet_libraries() -> None:
 
 
 def complain(sentence: str, *, kind: str = "error", style: str = "red") -> None:
-    """Prints an error or a warning on stderr; does nothing if the terminal is gone."""
+    """Prints an error or a warning on one line of stderr; does nothing if the terminal is gone."""
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with suppress(OSError):  # after SIGHUP there may be no terminal
-        console.print(f"{kind}:", escaped(sentence), style=style, markup=False)
+        console.print(f"{kind}:", printable(sentence), style=style, markup=False)
 
 
 def escaped(text: str) -> str:
