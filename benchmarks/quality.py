@@ -131,7 +131,7 @@ def start_results(results: dict[str, Any], options: argparse.Namespace, found: d
                 f"quality-{options.out}.json was measured with {name} {results[name]}, and now it is {settings[name]}: "
                 "take the same, or another --out"
             )
-    results |= {"seed": results.get("seed", options.seed), "machine": machine(), **settings}
+    results |= {"seed": results.get("seed", options.seed), "machine": results.get("machine", machine()), **settings}
 
 
 def measure_originals(

@@ -24,8 +24,14 @@ METHODS: dict[str, dict] = {
     "neurons": {},
     "neurons, global": {"allocation": "global"},
     "neurons, global, reconstructed": {"allocation": "global", "reconstruct": STEPS},
-    "neurons, global, tuned": {"allocation": "global", "tune": TUNING},
-    "neurons, global, reconstructed, tuned": {"allocation": "global", "reconstruct": STEPS, "tune": TUNING},
+    "neurons, global, tuned": {"allocation": "global", "tune": TUNING, "tune_text": 0.0},
+    "neurons, global, all weights tuned": {"allocation": "global", "tune": TUNING, "tune_all": True},
+    "neurons, global, reconstructed, tuned": {
+        "allocation": "global",
+        "reconstruct": STEPS,
+        "tune": TUNING,
+        "tune_text": 0.0,
+    },
     "svd": {"init": "svd"},
     "van-loan": {"init": "van-loan"},
     "prune": {"init": "prune"},
@@ -79,7 +85,8 @@ class Starts:
             report = krony.compress(model, config, calibration=text, cache=cache_folder())
             read = report.calibration is not None and "is read" in report.calibration
         seconds = time.perf_counter() - start
-        return model, {"params": count_parameters(model), "seconds": seconds, "calibrated": read}
+        times = {"seconds": seconds, "calibrated": read, "threads": torch.get_num_threads()}
+        return model, {"params": count_parameters(model), **times}
 
 
 def add_biases(model: PreTrainedModel) -> None:

@@ -78,11 +78,13 @@ def table(results: Row) -> Table:
     """All figures without training: the original, also in fewer bits, and the compressed models."""
     rows = [{"way": way, "removed": 0.0} | results[key] for key, way in ORIGINALS.items() if key in results]
     rows += untrained(results)
-    extra = extra_columns(rows, results)
+    extra, threads = extra_columns(rows, results), results["machine"]["threads"]
     made = []
     for row in rows:
         removed, seconds = (f"{row['removed']:.0%}", f"{row['seconds']:.0f}") if row["removed"] else ("none", "")
         seconds += "*" if row.get("calibrated") else ""
+        if row.get("threads", threads) != threads:
+            seconds = ""
         megabytes = f"{row['bytes'] / 1e6:.1f}"
         made.append([removed, row["way"], f"{row['params']:,}", megabytes, *cells(row, results, extra), seconds])
     return Table(["removed", "init", "parameters", "MB", *MEASURED, *extra, *OTHERS, "seconds"], made)
@@ -191,13 +193,15 @@ def document(results: Row, name: str) -> str:
 
 Written by `python benchmarks/quality.py`.
 {results["model"]}, seed {results["seed"]}, calibrated on {results["calibration_tokens"]:,} tokens. `reconstructed` is
-`--reconstruct {STEPS}` and `tuned` is `--tune {TUNING}` on the same tokens. `int8` is torchao's quantisation of the
-weights of the linear layers; `slim` is `krony export --to slim`.
+`--reconstruct {STEPS}`, `tuned` is `--tune {TUNING} --tune-text 0`, and `all weights tuned` is
+`--tune {TUNING} --tune-all`, on the same tokens. `int8` is torchao's quantisation of the weights of the linear layers;
+`slim` is `krony export --to slim`.
 
 Measured on the first {results["tokens"]:,} tokens of each set in {results["dtype"]}: perplexity on OpenWebText by the
 `token` protocol, on WikiText-2 and LAMBADA by the `paper` protocol, and LAMBADA's last-word accuracy. "Removed" is a
 share of the MLPs' parameters. "Seconds" is the time to compress on {where["threads"]} threads of {where["processor"]};
-with * it includes the calibration's passes through the model, and without it their results were cached.
+with * it includes the calibration's passes through the model, and without it their results were cached. It is
+blank where another number of threads was used.
 {notes(results)}
 {table(results).markdown()}
 

@@ -6,6 +6,8 @@ from the seed ``KRONY_FUZZ_SEED`` (0). A case that fails is kept as a small file
 """
 
 import os
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,14 +42,14 @@ def test_what_is_wrong_with_an_end_is_seen(sound, monkeypatch):
     rules = {
         "a traceback": lambda: 1 / 0,
         "ended by signal 9": lambda: os.kill(os.getpid(), 9),
-        "more than 1 seconds": lambda: __import__("time").sleep(9),
+        "more than 1 seconds": lambda: time.sleep(9),
         "GB of memory": lambda: b"x" * 6 * 10**8,
         "it leaves x.partial": lambda: Path("x.partial").touch(),
         "fails and leaves ['rest']": lambda: (Path("rest").touch(), complain_and_end()),
         "takes away ['text.txt']": lambda: (Path("text.txt").unlink(), complain_and_end()),
-        "2 lines instead of one": lambda: complain_and_end("a\nb"),
+        "2 lines instead of one": lambda: (print("more", file=sys.stderr), complain_and_end()),
         "it prints ['\\x1b']": lambda: print("\x1b"),
-        "with exit code 0": lambda: print("odd", file=__import__("sys").stderr),
+        "with exit code 0": lambda: print("odd", file=sys.stderr),
     }
     monkeypatch.setattr(trial, "MEMORY", 7 * 10**8)
     for problem, act in rules.items():
@@ -56,10 +58,10 @@ def test_what_is_wrong_with_an_end_is_seen(sound, monkeypatch):
         assert problem in str(trial.run(Case(kind="none", command=["none"]), sound).problem)
 
 
-def complain_and_end(said: str = "no") -> None:
+def complain_and_end() -> None:
     from krony.cli.output import complain
 
-    complain(said)
+    complain("no")
     raise SystemExit(2)
 
 
