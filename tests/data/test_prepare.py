@@ -284,3 +284,10 @@ def test_a_parent_that_cannot_be_written(file, documents, tokenizer, tmp_path, m
     prepare(str(file), tokenizer, tmp_path / "out", progress=lambda *_: beside.extend(tmp_path.glob(".out*")))
     assert beside == []
     assert (tmp_path / "out/train.bin").read_bytes() == expected(documents, tokenizer)["train"]
+
+
+def test_a_folder_where_the_progress_is_recorded_is_refused_before_the_work(file, tokenizer, tmp_path):
+    (tmp_path / "out/prepare.json").mkdir(parents=True)
+    with pytest.raises(KronyError, match=r"prepare\.json is a folder"):
+        prepare(str(file), tokenizer, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["prepare.json"]

@@ -236,3 +236,11 @@ def test_text_goes_through_no_symbolic_link(tmp_path):
     (tmp_path / "link").symlink_to("file")
     write_text(tmp_path / "link", "y")
     assert (tmp_path / "file").read_text() == "x" and (tmp_path / "link").read_text() == "y"
+
+
+def test_a_work_folder_that_is_a_link_is_refused(tmp_path):
+    """Otherwise checkpoints would be written into another folder, and removed from there at the end."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "out.work").symlink_to("other")
+    with pytest.raises(KronyError, match=r"out\.work is a symbolic link"):
+        check_writable(tmp_path / "out")

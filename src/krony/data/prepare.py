@@ -222,8 +222,9 @@ def _split(data: str, documents: Dataset, val_share: float, seed: int) -> dict[s
 
 def _parts(out: Path, plan: dict[str, Any], names: list[str]) -> dict[str, Part]:
     """How far an interrupted run came. Raises KronyError if it had another plan."""
-    if not (out / STATE).is_file():
+    if not (out / STATE).exists():
         return {name: Part() for name in names}
+    check_regular(out / STATE)
     before, parts = _read_state(out)
     for key, value in plan.items():
         if before[key] != value:

@@ -39,8 +39,9 @@ def check_writable(out: Path) -> None:
     _check_name(out)
     with working_in(out):
         try:
-            if out.is_symlink():
-                raise KronyError(f"{printable(out)} is a symbolic link: name the folder itself, or another")
+            for path in (out, out.with_name(f"{out.name}{WORK}")):
+                if path.is_symlink():
+                    raise KronyError(f"{printable(path)} is a symbolic link: name the folder itself, or another")
             if out.is_dir() and any(out.iterdir()):
                 raise KronyError(f"{printable(out)} is not empty: name a new folder, or empty this one first")
             if out.exists() and not out.is_dir():
