@@ -40,6 +40,7 @@ import krony
 from krony.models.loading import context_length
 from krony.runtime.hardware import machine
 from krony.storage.files import write_json, write_text
+from krony.storage.locks import locked
 
 KEPT = ("model", "dtype", "tokens", "lambada_tokens", "calibration_tokens")  # rows of one file share them
 
@@ -97,9 +98,12 @@ def measure_missing(options: argparse.Namespace) -> None:
     measures = Measures(base, tokenizer, options)
 
     def keep_results() -> None:
-        set_sizes(results)
-        check_sizes(results)
-        write_json(file, results)
+        with locked(file):  # another run may measure other rows of the same file
+            if file.exists():
+                take_over(results, read_results(f"quality-{options.out}"))
+            set_sizes(results)
+            check_sizes(results)
+            write_json(file, results)
 
     measure_originals(results, base, measures, options, keep_results)
     starts = Starts(base, ids, results["facts"], options)
@@ -149,6 +153,15 @@ def measure_originals(
             keep()
 
 
+def take_over(results: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Adds the rows and originals that only the file has."""
+    known = {key_of(row, results) for row in results["rows"]}
+    results["rows"] += [row for row in stored["rows"] if key_of(row, results) not in known]
+    for name in BITS:
+        if name in stored:
+            results.setdefault(name, stored[name])
+
+
 def measure(
     way: str, keep: float, starts: Starts, lesson: Lesson | None, measures: Measures, results: dict[str, Any]
 ) -> Any:
@@ -168,12 +181,13 @@ def measure(
 
 
 def has(results: dict[str, Any], way: str, keep: float, tokens: int, seed: int) -> bool:
-    """Whether a row is in the results; rows without a seed have the first one."""
-    wanted = (way, 1 - keep, tokens, seed)
-    return any(
-        (row["way"], row["removed"], row.get("distilled", 0), row.get("seed", results["seed"])) == wanted
-        for row in results["rows"]
-    )
+    """Whether a row is in the results."""
+    return (way, 1 - keep, tokens, seed) in {key_of(row, results) for row in results["rows"]}
+
+
+def key_of(row: dict[str, Any], results: dict[str, Any]) -> tuple[str, float, int, int]:
+    """What tells a row from others: method, share removed, tokens trained on, seed; without one it has the first."""
+    return row["way"], row["removed"], row.get("distilled", 0), row.get("seed", results["seed"])
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def quality_lines() -> list[str]:
         "the original": measured["base"],
         "the original with 8-bit weights": measured["int8"],
         "krony": half["neurons"],
-        "krony, `--allocation global --reconstruct 150 --tune 240`": half["neurons, global, reconstructed, tuned"],
+        "krony, `--effort tuned`": half["neurons, global, all weights tuned"],
         "Van Loan, the start that the paper uses": half["van-loan"],
     }
     made = []

@@ -52,20 +52,23 @@ def gpt2_parameters(config: GPT2Config) -> int:
     return (config.vocab_size + config.n_positions) * width + config.n_layer * (attention + mlp + 4 * width) + 2 * width
 
 
-def int8(facts: dict, item: int, removed: float) -> tuple[int, int]:
-    """Parameters and bytes with the linear layers in 8 bits, and this share of the hidden neurons left out."""
+def quantised(facts: dict, item: int, removed: float, bits: int) -> tuple[int, int]:
+    """Parameters and bytes with the linear layers in few bits, and this share of the hidden neurons left out.
+
+    8 bits: a float32 scale per output. 4 bits: a scale and a zero point for each 32 inputs, in the model's dtype.
+    """
     narrower = {"up": (1 - removed, 1), "down": (1, 1 - removed), "other": (1, 1)}
     params = others = facts["params"]
-    numbers = outputs = 0
+    quantised = 0
     for role, shapes in facts["matrices"].items():
         for out, into, has_bias, count in shapes:
             high, wide = (round(side * share) for side, share in zip((out, into), narrower[role], strict=True))
             shorter_biases = (out - high) * count if has_bias else 0
             params -= (out * into - high * wide) * count + shorter_biases
             others -= out * into * count + shorter_biases
-            numbers += high * wide * count
-            outputs += high * count
-    return params, others * item + numbers + 4 * outputs
+            scales = 4 * high if bits == 8 else 2 * item * high * wide // 32
+            quantised += (high * wide * bits // 8 + scales) * count
+    return params, others * item + quantised
 
 
 @pytest.mark.parametrize("name", ["smollm2", "demo"])
@@ -76,18 +79,24 @@ def test_quality_tables(name):
     tall += [(into, out) for out, into, _, count in facts["matrices"]["down"] for _ in range(count)]
     shape = ModelShape(facts["params"], tuple(tall))
     printed = rows(f"docs/quality-{name}.md", "| removed | init |")
-    assert len(printed) == len(measured["rows"]) + 2
+    untrained = {(row["way"], row["removed"]) for row in measured["rows"] if not row.get("distilled")}
+    assert len(printed) == len(untrained) + len({"base", "int8", "int4"} & set(measured))
+    added = sum(out * count for out, _, bias, count in facts["matrices"]["down"] if not bias)  # FLAP's biases
     for removed, method, parameters, megabytes, *_ in printed:
         share = 0.0 if removed == "none" else float(removed.rstrip("%")) / 100
-        if method.endswith("int8"):
-            params, size = int8(facts, item, share)
+        if method.endswith(("int8", "int4")):
+            params, size = quantised(facts, item, share, bits=int(method[-1]))
         elif method == "the original":
             params, size = facts["params"], facts["params"] * item
         else:
             params = int(parameters.replace(",", ""))
             uniform = with_scalars(shape, f"keep={1 - share:g}")
-            if method in ("neurons", "van-loan", "prune"):
+            if method in ("neurons", "van-loan", "prune", "wanda", "magnitude", "random-neurons"):
                 assert params == uniform
+            elif method == "flap":
+                assert params == uniform + added
+            elif method.startswith(("torch-pruning", "optipfair")):
+                assert params == quantised(facts, item, share, bits=8)[0]  # those of slim
             elif method == "svd":  # the largest rank within as many parameters
                 per_rank = sum(high + wide for high, wide in tall)
                 assert uniform - per_rank < params <= uniform
