@@ -51,7 +51,7 @@ def test_what_is_wrong_with_an_end_is_seen(sound, monkeypatch):
         "it prints ['\\x1b']": lambda: print("\x1b"),
         "with exit code 0": lambda: print("odd", file=sys.stderr),
     }
-    monkeypatch.setattr(trial, "MEMORY", 7 * 10**8)
+    monkeypatch.setattr(trial, "MEMORY", 4 * 10**8)
     for problem, act in rules.items():
         monkeypatch.setattr("krony.cli.app.main", act)
         monkeypatch.setattr(trial, "SECONDS", 1 if "seconds" in problem else 20)

@@ -188,11 +188,11 @@ class KronyConfig:
 def with_effort(config: KronyConfig, effort: str, given: Collection[str] = ()) -> KronyConfig:
     """``config`` with the options of a named effort, except those in ``given``, which were set explicitly.
 
-    Raises KronyError for an unknown name, or an initialisation that the effort doesn't work with.
+    Raises KronyError for an unknown name, or options that don't go together.
 
     Examples:
-        >>> with_effort(KronyConfig(keep=0.5), "tuned", given=["tune"]).allocation
-        'global'
+        >>> with_effort(KronyConfig(keep=0.5, tune=60), "tuned", given=["tune"]).tune_all
+        True
     """
     _check_choice("effort", effort, tuple(EFFORTS))
     return replace(config, **{name: value for name, value in EFFORTS[effort].items() if name not in given})

@@ -18,6 +18,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from fuzz.cases import Case
 
 SECONDS = 20
@@ -36,7 +38,7 @@ class Outcome:
         printed: what it printed on stdout and stderr.
         problem: what is wrong with that, or None.
         seconds: processor time.
-        memory: the most bytes that it had in memory.
+        memory: the most bytes that it added to those of the process it was forked from.
     """
 
     code: int | None
@@ -56,13 +58,14 @@ def run(case: Case, sound: Path) -> Outcome:
         before = _names(place)
         sys.stdout.flush()
         sys.stderr.flush()
+        shared = psutil.Process().memory_info().rss  # a long test session's, which a fork begins with
         process = os.fork()
         if process == 0:
             _become(case, place, spare)
         _, status, used = os.wait4(process, 0)
         printed = {name: (spare / name).read_text(errors="backslashreplace") for name in ("stdout", "stderr")}
         ended = os.waitstatus_to_exitcode(status)
-        memory = used.ru_maxrss * 1024
+        memory = max(0, used.ru_maxrss * 1024 - shared)
         problem = _problem(ended, printed, memory) or _left(ended, before, _names(place), spare, case)
         _writable_again(place)
         return Outcome(

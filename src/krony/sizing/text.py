@@ -54,7 +54,7 @@ def hold_back(documents: Sequence[str], name: str) -> tuple[list[str], list[str]
     Raises KronyError if there is only one document.
 
     Examples:
-        >>> kept, held = hold_back([f"text {n}" for n in range(20)], "texts.jsonl")
+        >>> kept, held = hold_back([f"text {n:02}" for n in range(20)], "texts.jsonl")
         >>> len(kept), len(held)
         (18, 2)
     """
