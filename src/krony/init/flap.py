@@ -26,22 +26,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from krony.errors import KronyError
-from krony.init.base import Factors, Initialisation, Moments, Options, SecondMoment, Target
-from krony.init.whole_neurons import EPSILON, Selection, check_for, factors_of, highest, neurons_to_keep
-
-NAME = "flap"
+from krony.init.base import Moments, Options, SecondMoment, Target
+from krony.init.whole_neurons import Selection, highest, method
 
 
-def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
-    """Factors that keep the neurons of the highest scores, in float64; a bias takes up the mean of the others.
-
-    Raises KronyError without the moments of an MLP, for single layers, and for schemes that split neurons.
-    """
-    keep, down = neurons_to_keep(targets, NAME), targets[-1]
-    if moments is None or moments.hidden is None:
-        raise KronyError("init flap needs calibration text")
-    return factors_of(select(down.weight, down.bias, moments.hidden, keep), targets, options)
+def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Selection:
+    """The neurons of the highest scores; the down bias takes up the mean of the others."""
+    assert moments is not None and moments.hidden is not None
+    return select(targets[-1].weight, targets[-1].bias, moments.hidden, keep)
 
 
 def select(weight: Tensor, bias: Tensor | None, hidden: SecondMoment, keep: int) -> Selection:
@@ -82,13 +74,4 @@ def cost_curve(weight: Tensor, bias: Tensor | None, moments: Moments, count: int
     return torch.cat([each.new_zeros(1), standard.sort().values[:count].cumsum(0)])
 
 
-FLAP = Initialisation(
-    name=NAME,
-    initialise=initialise,
-    needs_text=True,
-    reorders_neurons=True,
-    default_epsilon=EPSILON,
-    whole_neurons=True,
-    cost_curve=cost_curve,
-    check=check_for(NAME),
-)
+FLAP = method("flap", choose, needs_text=True, cost_curve=cost_curve)

@@ -15,20 +15,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from krony.init.base import Factors, Initialisation, Moments, Options, Target
-from krony.init.whole_neurons import EPSILON, as_they_are, check_for, factors_of, highest, neurons_to_keep
-
-NAME = "magnitude"
+from krony.init.base import Moments, Options, Target
+from krony.init.whole_neurons import Selection, as_they_are, highest, method
 
 
-def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
-    """Factors that keep the neurons of the highest scores as they are, in float64; ``moments`` are not used.
-
-    Raises KronyError for single layers, and for schemes that split neurons.
-    """
-    keep, (*ups, down) = neurons_to_keep(targets, NAME), targets
-    kept = highest(scores([up.weight for up in ups], down.weight), keep)
-    return factors_of(as_they_are(down, kept), targets, options)
+def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Selection:
+    """The neurons of the highest scores, as they are; ``moments`` are not used."""
+    *ups, down = targets
+    return as_they_are(down, highest(scores([up.weight for up in ups], down.weight), keep))
 
 
 def scores(ups: Sequence[Tensor], down: Tensor) -> Tensor:
@@ -47,11 +41,4 @@ def scores(ups: Sequence[Tensor], down: Tensor) -> Tensor:
     return score
 
 
-MAGNITUDE = Initialisation(
-    name=NAME,
-    initialise=initialise,
-    reorders_neurons=True,
-    default_epsilon=EPSILON,
-    whole_neurons=True,
-    check=check_for(NAME),
-)
+MAGNITUDE = method("magnitude", choose)

@@ -25,24 +25,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from krony.errors import KronyError, KronyWarning
-from krony.init.base import Factors, Initialisation, Moments, Options, SecondMoment, Target, regularised
-from krony.init.whole_neurons import EPSILON, Selection, check_for, factors_of, neurons_to_keep
+from krony.errors import KronyWarning
+from krony.init.base import Moments, Options, SecondMoment, Target, regularised
+from krony.init.whole_neurons import Selection, method
 
-NAME = "neurons"
 BLOCK = 32  # neurons dropped between two exact updates, at least
 BLOCKS = 96  # about how many updates dropping all neurons takes: each one passes over the full inverse
 
 
-def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
-    """Factors whose A hold the kept neurons and whose B are ``e_f``, with ε for the dropped neurons; float64.
-
-    Raises KronyError without the moments of an MLP, for single layers, and for schemes that split neurons.
-    """
-    keep, down = neurons_to_keep(targets, NAME), targets[-1]
-    if moments is None or moments.hidden is None:
-        raise KronyError("init neurons needs calibration text")
-    return factors_of(select(down.weight, down.bias, moments, keep), targets, options)
+def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Selection:
+    """The neurons that the others can't replace, and the down matrix refitted to them."""
+    assert moments is not None
+    return select(targets[-1].weight, targets[-1].bias, moments, keep)
 
 
 def select(weight: Tensor, bias: Tensor | None, moments: Moments, keep: int) -> Selection:
@@ -177,14 +171,4 @@ def refit(weight: Tensor, c: Tensor, kept: Tensor) -> Tensor:
     return torch.cholesky_solve(c[kept] @ weight.T, factor).T
 
 
-NEURONS = Initialisation(
-    name=NAME,
-    initialise=initialise,
-    needs_text=True,
-    reorders_neurons=True,
-    default_epsilon=EPSILON,
-    whole_neurons=True,
-    cost_curve=cost_curve,
-    predicts_loss=True,
-    check=check_for(NAME),
-)
+NEURONS = method("neurons", choose, needs_text=True, cost_curve=cost_curve, predicts_loss=True)

@@ -12,21 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from krony.init.base import Factors, Initialisation, Moments, Options, Target
-from krony.init.whole_neurons import EPSILON, as_they_are, check_for, factors_of, neurons_to_keep
-
-NAME = "random-neurons"
+from krony.init.base import Moments, Options, Target
+from krony.init.whole_neurons import Selection, as_they_are, method
 
 
-def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
-    """Factors that keep neurons drawn at random, as they are, in float64; ``moments`` are not used.
-
-    The choice depends on ``options.seed`` and the name of the down layer only. Raises KronyError for single layers, and
-    for schemes that split neurons.
-    """
-    keep, down = neurons_to_keep(targets, NAME), targets[-1]
-    kept = draw(down.weight.shape[1], keep, options.seed, down.name)
-    return factors_of(as_they_are(down, kept.to(down.weight.device)), targets, options)
+def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Selection:
+    """Neurons drawn at random, as they are, from ``options.seed`` and the name of the down layer only."""
+    down = targets[-1]
+    return as_they_are(down, draw(down.weight.shape[1], keep, options.seed, down.name).to(down.weight.device))
 
 
 def draw(neurons: int, keep: int, seed: int, name: str) -> Tensor:
@@ -40,11 +33,4 @@ def draw(neurons: int, keep: int, seed: int, name: str) -> Tensor:
     return torch.randperm(neurons, generator=generator)[:keep].sort().values
 
 
-RANDOM_NEURONS = Initialisation(
-    name=NAME,
-    initialise=initialise,
-    reorders_neurons=True,
-    default_epsilon=EPSILON,
-    whole_neurons=True,
-    check=check_for(NAME),
-)
+RANDOM_NEURONS = method("random-neurons", choose)

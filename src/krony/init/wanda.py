@@ -17,23 +17,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from krony.errors import KronyError
-from krony.init.base import Factors, Initialisation, Moments, Options, SecondMoment, Target
-from krony.init.whole_neurons import EPSILON, as_they_are, check_for, factors_of, highest, neurons_to_keep
-
-NAME = "wanda"
+from krony.init.base import Moments, Options, SecondMoment, Target
+from krony.init.whole_neurons import Selection, as_they_are, highest, method
 
 
-def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
-    """Factors that keep the neurons of the highest scores as they are, in float64.
-
-    Raises KronyError without the moments of an MLP, for single layers, and for schemes that split neurons.
-    """
-    keep, down = neurons_to_keep(targets, NAME), targets[-1]
-    if moments is None or moments.hidden is None:
-        raise KronyError("init wanda needs calibration text")
-    kept = highest(scores(down.weight, moments.hidden), keep)
-    return factors_of(as_they_are(down, kept), targets, options)
+def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Selection:
+    """The neurons of the highest scores, as they are."""
+    assert moments is not None and moments.hidden is not None
+    return as_they_are(targets[-1], highest(scores(targets[-1].weight, moments.hidden), keep))
 
 
 def scores(weight: Tensor, hidden: SecondMoment) -> Tensor:
@@ -49,12 +40,4 @@ def scores(weight: Tensor, hidden: SecondMoment) -> Tensor:
     return second.sqrt() * weight.double().abs().sum(0)
 
 
-WANDA = Initialisation(
-    name=NAME,
-    initialise=initialise,
-    needs_text=True,
-    reorders_neurons=True,
-    default_epsilon=EPSILON,
-    whole_neurons=True,
-    check=check_for(NAME),
-)
+WANDA = method("wanda", choose, needs_text=True)

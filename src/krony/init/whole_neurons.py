@@ -3,19 +3,21 @@
 Hidden neurons can be permuted freely (the activation is elementwise, and the permutation cancels between the matrices).
 So the kept neurons become the first ones of each group of r, and the right factors select them: ``B_f = e_f``. With
 epsilon 0 the outputs are those of a narrower MLP, and ``krony export --to slim`` is exact. A method of this kind
-chooses which neurons stay, and may change the down matrix and its bias; everything else is here.
+chooses which neurons stay, and may change the down matrix and its bias; ``method`` makes its record, and everything
+else is here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from krony.errors import KronyError
-from krony.init.base import Check, Factors, Options, Target
+from krony.init.base import Check, CostCurve, Factors, Initialisation, Moments, Options, Target
 from krony.kronecker.algebra import KronShape
 
 EPSILON = 0.0  # dropped neurons contribute nothing: the outputs are those of a narrower MLP
@@ -36,13 +38,52 @@ class Selection:
     bias: Tensor | None = None
 
 
-def neurons_to_keep(targets: Sequence[Target], name: str) -> int:
-    """How many neurons the scheme keeps. Raises KronyError where the check of init ``name`` does."""
-    down = targets[-1]
-    is_mlp = len(targets) > 1 and down.role == "down"
-    check_for(name)([t.name for t in targets], [t.shape for t in targets], is_mlp=is_mlp)
-    shape = targets[0].shape
-    return shape.factors * shape.m1
+class Choose(Protocol):
+    """Chooses ``keep`` of an MLP's hidden neurons; ``targets`` are its matrices, the down matrix last.
+
+    ``moments`` hold second moments of the hidden neurons where the method needs text, and may be None elsewhere.
+    """
+
+    def __call__(
+        self, targets: Sequence[Target], keep: int, options: Options, moments: Moments | None
+    ) -> Selection: ...
+
+
+def method(
+    name: str,
+    choose: Choose,
+    *,
+    needs_text: bool = False,
+    cost_curve: CostCurve | None = None,
+    predicts_loss: bool = False,
+) -> Initialisation:
+    """The record of a method that keeps the neurons that ``choose`` chooses.
+
+    Its ``initialise`` raises KronyError for single layers, for schemes that split neurons, and without text where that
+    is needed.
+    """
+    check = check_for(name)
+
+    def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
+        down = targets[-1]
+        is_mlp = len(targets) > 1 and down.role == "down"
+        check([t.name for t in targets], [t.shape for t in targets], is_mlp=is_mlp)
+        if needs_text and (moments is None or moments.hidden is None):
+            raise KronyError(f"init {name} needs calibration text")
+        shape = targets[0].shape
+        return factors_of(choose(targets, shape.factors * shape.m1, options, moments), targets, options)
+
+    return Initialisation(
+        name=name,
+        initialise=initialise,
+        needs_text=needs_text,
+        reorders_neurons=True,
+        default_epsilon=EPSILON,
+        whole_neurons=True,
+        cost_curve=cost_curve,
+        predicts_loss=predicts_loss,
+        check=check,
+    )
 
 
 def check_for(name: str) -> Check:
