@@ -12,12 +12,16 @@ from small_models import llama
 
 def test_a_head_that_trains_is_not_kept_and_gets_a_gradient():
     model = llama()
-    comparison = Comparison(model, copy.deepcopy(model).requires_grad_(False), torch.bfloat16)
+    teacher = copy.deepcopy(model)  # its head is not said to be frozen, and doesn't train all the same
+    comparison = Comparison(model, teacher, torch.bfloat16)
     ids = torch.randint(0, 200, (1, 9))
     with comparison.headless():
-        comparison.loss(*(m(input_ids=ids).logits for m in (model, model))).backward()
+        comparison.loss(*(m(input_ids=ids).logits for m in (model, teacher))).backward()
     assert model.lm_head.weight.grad is not None
-    assert [head.weight.dtype for head in comparison.fixed.values()] == [torch.bfloat16]  # the teacher's
+    assert teacher.lm_head.weight.grad is None
+    assert [(layer, head.weight.dtype) for layer, head in comparison.fixed.items()] == [
+        (teacher.lm_head, torch.bfloat16)
+    ]
 
 
 def test_a_head_that_somebody_changed_is_not_plain():

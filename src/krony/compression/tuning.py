@@ -174,7 +174,7 @@ class _Lesson:
     def _wanted(self, row: int) -> Tensor:
         if row not in self.kept:
             states = self._last(self.original, row)
-            if not self.comparison.layers:  # logits, which are too many to keep
+            if self.comparison.heads is None:  # logits, which are too many to keep
                 return states
             self.kept[row] = states.to(self.dtype)
         return self.kept[row]

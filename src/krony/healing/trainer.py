@@ -53,8 +53,7 @@ class HealingTrainer(Trainer):
             with torch.no_grad(), self.accelerator.autocast():
                 wanted = self.teacher(**asked)
             outputs = model(**asked)
-        loss = distil(outputs, wanted, inputs["input_ids"], self.recipe, self.comparison)
-        return (loss, outputs) if options.get("return_outputs") else loss
+        return distil(outputs, wanted, inputs["input_ids"], self.recipe, self.comparison)
 
     def evaluation_loop(
         self, dataloader: DataLoader[Any], description: str, *_: Any, metric_key_prefix: str = "eval", **__: Any

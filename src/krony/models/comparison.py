@@ -27,33 +27,34 @@ class Comparison:
     """
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-        heads = [plain_head(model) for model in (student, teacher)]
-        self.layers = [] if None in heads else [head for head in heads if head is not None]
+        ours, theirs = plain_head(student), plain_head(teacher)
+        self.heads = None if ours is None or theirs is None else (ours, theirs)
         self.dtype = dtype
-        self.fixed: dict[int, Head] = {}  # heads that don't train, in their dtype
+        self.fixed: dict[nn.Linear, Head] = {}  # heads that don't train, converted
 
     @contextmanager
     def headless(self) -> Iterator[None]:
         """Within it the ``logits`` of both models are their last states, ``(batch, length, width)``."""
         with ExitStack() as stack:
-            for layer in dict.fromkeys(self.layers):
+            for layer in set(self.heads or ()):
                 stack.enter_context(without_effect(layer))
             yield
 
     def loss(self, ours: Tensor, theirs: Tensor, goal: Goal = PLAIN) -> Tensor:
         """The divergence in nats per token, a scalar; the arguments are what ``headless`` made of the ``logits``."""
-        if not self.layers:
+        if self.heads is None:
             return divergence(ours, theirs, goal)
-        student, teacher = (self._head(layer) for layer in self.layers)
-        return head_divergence(ours, theirs, student, teacher, goal)
+        student, teacher = self.heads
+        trains = any(p.requires_grad for p in student.parameters())
+        return head_divergence(ours, theirs, self._head(student, trains), self._head(teacher, trains=False), goal)
 
-    def _head(self, layer: nn.Linear) -> Head:
-        """The matrix of a head in the dtype of the products; a frozen one is converted once."""
-        if id(layer) in self.fixed:
-            return self.fixed[id(layer)]
+    def _head(self, layer: nn.Linear, trains: bool) -> Head:
+        """The matrix of a head in the dtype of the products; one that doesn't train is converted once."""
+        if not trains and layer in self.fixed:
+            return self.fixed[layer]
         head = Head(*(None if p is None else p.to(self.dtype or p.dtype) for p in (layer.weight, layer.bias)))
-        if not any(p.requires_grad for p in layer.parameters()):
-            self.fixed[id(layer)] = head
+        if not trains:
+            self.fixed[layer] = head
         return head
 
 
@@ -76,8 +77,13 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
 @contextmanager
 def without_effect(layer: nn.Module) -> Iterator[None]:
     """Within it the layer returns what it gets; its parameters stay where they are."""
-    layer.forward = lambda x: x  # an attribute of its own hides the method of its class
+    layer.forward = _unchanged  # an attribute of its own hides the method of its class
     try:
         yield
     finally:
         del layer.forward
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    """One function for all layers and steps: torch.compile compiles anew for a function that it doesn't know."""
+    return x
