@@ -19,15 +19,16 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from krony.errors import KronyError
 from krony.storage.tensor_files import Checkpoint, Entry, check_link, read_json
 
-MOST_LAYERS = 1_000  # no model has so many; transformers makes lists and modules of whatever number is there
-MOST_MODULES = 200_000  # no model has so many; they take 1 GB even on the meta device
-LONGEST_LOOP = 2**24  # a whole number is not larger, because transformers may make a list or a loop of it,
-UNCOUNTED = ("theta", "base", "seed", "length", "window")  # but for these, of which it makes nothing
-LARGEST = 2**31  # these are not larger
-MOST_FLOAT = 1e38  # what float32 holds; a rope_theta may well be 1e11
-COUNTS = ("num_", "n_")  # names of counts, for each of which transformers may make an object,
-DIMENSIONS = ("positions", "ctx", "embd", "inner", "embeddings", "buckets", "tokens")  # but for these, which are sizes
-MOST_PARTS = 100_000
+# Bounds of the numbers in config.json, all beyond any model: transformers makes lists, loops and modules of them.
+MOST_LAYERS = 1_000
+MOST_MODULES = 200_000  # they take 1 GB even on the meta device
+MOST_PARTS = 100_000  # what a name with COUNT_PREFIXES says, such as num_experts
+COUNT_PREFIXES = ("num_", "n_")
+DIMENSIONS = ("positions", "ctx", "embd", "inner", "embeddings", "buckets", "tokens")  # such as n_embd: no counts
+MOST_WHOLE = 2**24  # any other whole number, such as a vocabulary
+PLAIN_NUMBERS = ("theta", "base", "seed", "length", "window")  # only computed with: a model may have rope_theta 1e9
+MOST_PLAIN = 2**31
+MOST_FLOAT = 1e38  # what float32 holds
 MOST_BUFFERS = 2**28  # elements of buffers that are computed rather than stored: 1 GB in float32
 SIZES = (  # what configs call the numbers that must be positive
     *("hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head", "num_heads"),
@@ -89,9 +90,9 @@ def _excess(name: str, value: float) -> str | None:
         return None if abs(value) <= MOST_FLOAT else "is so large"
     if value > MOST_LAYERS and ("layer" in name or name == "attention_types"):
         return "has so many layers"
-    if value > MOST_PARTS and name.startswith(COUNTS) and not name.endswith(DIMENSIONS):
+    if value > MOST_PARTS and name.startswith(COUNT_PREFIXES) and not name.endswith(DIMENSIONS):
         return "has so many"
-    most = LARGEST if any(part in name for part in UNCOUNTED) else LONGEST_LOOP
+    most = MOST_PLAIN if any(part in name for part in PLAIN_NUMBERS) else MOST_WHOLE
     return None if abs(value) <= most else "is so large"
 
 
