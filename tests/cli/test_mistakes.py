@@ -36,7 +36,7 @@ VAN_LOAN = ("--init", "van-loan")
         (("--scheme", "keep=0.5", "--effort", "great"), "effort 'great' is unknown: it is one of start, tuned, best"),
         (("--scheme", "keep=0.5", "--tune-all"), "tune_all says what tune trains, and tune is 0 steps"),
         (("--scheme", "keep=0.5", "--tune-text", "2"), "tune_text is 2.0: it is a share, from 0 to 1"),
-        (("--within", "5%"), "--within calibrates and measures on text similar to what the model will see in use"),
+        (("--within", "5%"), "--within needs text similar to what the model will see in use"),
         (("--within", "five", "--calibration", "python-docs"), "--within five: it takes a share above 0, such as 5%"),
         (("--within", "5%", "--calibration", "python-docs"), "sizes are compared with init neurons"),
         (("--within", "5%", "--calibration", "python-docs", "--stream"), "--stream doesn't work with --within"),
@@ -75,7 +75,7 @@ def test_calibration(refused, gpt2_folder, tmp_path):
     assert "allocation global works with init neurons" in refused(*arguments, *VAN_LOAN, "--allocation", "global")
     (tmp_path / "short.txt").write_text("a few words")
     short = ("--calibration", tmp_path / "short.txt")
-    assert "has 12 tokens: at least 64 make one" in refused(*arguments, *short)
+    assert "has 12 tokens: at least 64 are needed, for one sequence" in refused(*arguments, *short)
     assert "calibration on 63 tokens: at least 64 are needed" in refused(*arguments, *short, "--calibration-tokens", 63)
     assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
 
@@ -199,13 +199,13 @@ def test_figures_pictures_and_pages_that_cannot_be_written(refused, gpt2_folder,
 )
 def test_out_of_memory(refused, gpt2_folder, tmp_path, monkeypatch, error):
     """torch raises it as a RuntimeError; another RuntimeError is a defect, and shows where it is."""
-    import krony.compression.compress
+    import krony.cli.compress_job
     import krony.models.source
 
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(krony.compression.compress, "compress", fail)
+    monkeypatch.setattr(krony.cli.compress_job, "compress", fail)
     arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5", *VAN_LOAN, "--no-stream")
     assert "there is not enough memory" in refused(*arguments)
     with monkeypatch.context() as while_loading:
@@ -216,7 +216,7 @@ def test_out_of_memory(refused, gpt2_folder, tmp_path, monkeypatch, error):
         assert refused(*arguments).startswith("error: there is not enough memory")
     assert not list(tmp_path.iterdir())
     error = RuntimeError("another defect")
-    monkeypatch.setattr(krony.compression.compress, "compress", fail)
+    monkeypatch.setattr(krony.cli.compress_job, "compress", fail)
     with pytest.raises(RuntimeError, match="another defect"):
         refused(*arguments)
 

@@ -205,7 +205,7 @@ def test_documents_are_packed_by_seed(tokenizer):
     assert torch.equal(rows, pack(documents, tokenizer, tokens=12, length=6, seed=0))
     assert any(not torch.equal(rows, pack(documents, tokenizer, tokens=12, length=6, seed=s)) for s in range(1, 5))
     assert (rows == tokenizer.eos_token_id).sum() >= 2  # documents are apart
-    with pytest.raises(KronyError, match="has 20 tokens: at least 32 make one sequence"):
+    with pytest.raises(KronyError, match="has 20 tokens: at least 32 are needed, for one sequence"):
         pack(documents, tokenizer, length=32)
 
 

@@ -34,7 +34,7 @@ def allocate(
         return shapes
     first = shapes[groups[0].sites[0].name]  # (groups, width) ⊗ (r, 1), k factors
     width, unit = first.rows, portion(first.rows, config.multiple_of)
-    curves = cost_curves(model, settled, moments, progress)
+    curves = cost_curves(model, settled, moments, progress, least=unit)
     kept = allocate_widths(curves, unit, first.m1 * first.factors * len(groups), config.max_width)
     allocated = {}
     for group, count in zip(groups, kept, strict=True):
@@ -44,9 +44,9 @@ def allocate(
 
 
 def cost_curves(
-    model: nn.Module, settled: CompressionPlan, moments: Iterable[Moments | None], progress: Progress
+    model: nn.Module, settled: CompressionPlan, moments: Iterable[Moments | None], progress: Progress, *, least: int
 ) -> list[Tensor]:
-    """Per group the cost of dropping its n cheapest neurons, for n from 0 to its width less one portion.
+    """Per group the cost of dropping its n cheapest neurons, for n from 0 to its width less ``least``.
 
     ``moments`` holds one record per group, with sensitivity.
     """
@@ -59,7 +59,7 @@ def cost_curves(
         progress(done, len(groups), "allocation")
         assert known is not None and known.hidden is not None  # ``plan`` has refused single layers
         weight, bias = take_out(model, group.sites[-1].name)
-        curves.append(cost_curve(weight, bias, known, width - portion(width, config.multiple_of)))
+        curves.append(cost_curve(weight, bias, known, width - least))
     return curves
 
 

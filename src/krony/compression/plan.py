@@ -131,7 +131,7 @@ def within(model: PreTrainedModel, config: KronyConfig, parameters: int) -> Kron
         model_shape(model, groups),
         parameters,
         neurons=config.initialisation.whole_neurons,
-        size=lambda scheme: _size(model, groups, replace(config, scheme=scheme)),
+        size=lambda scheme: size_of(model, groups, replace(config, scheme=scheme)),
     )
     return replace(config, scheme=scheme)
 
@@ -190,8 +190,8 @@ def portion(width: int, multiple_of: int | None) -> int:
     return multiple_of
 
 
-def _size(model: PreTrainedModel, groups: list[Group], config: KronyConfig) -> int | None:
-    """``parameters_after``, or None for a scheme with less than one portion per layer."""
+def size_of(model: PreTrainedModel, groups: list[Group], config: KronyConfig) -> int | None:
+    """``parameters_after``, or None for a scheme with less than one portion per layer for the allocation."""
     if config.allocation == "global" and _kept_by_allocation(groups, config) is None:
         return None
     return parameters_after(model, groups, config)

@@ -68,10 +68,13 @@ def pack(
     tokens: int = TOKENS,
     length: int = LENGTH,
     seed: int = 0,
+    least: int = 1,
+    what: str = "calibration text",
 ) -> Tensor:
     """The documents in random order as token ids ``(sequences, length)``, int64.
 
-    Raises KronyError if they are shorter than one sequence, or if fewer tokens than one sequence are asked for.
+    Raises KronyError if they, which are the ``what``, are shorter than ``least`` sequences, or if fewer tokens than one
+    sequence are asked for.
     """
     if tokens < length:
         raise KronyError(f"calibration on {tokens} tokens: at least {length} are needed, which make one sequence")
@@ -88,8 +91,9 @@ def pack(
         if have >= rows * length:
             break
     rows = min(rows, have // length)
-    if rows == 0:
-        raise KronyError(f"the calibration text has {have} tokens: at least {length} make one sequence")
+    if rows < least:
+        wanted = "one sequence" if least == 1 else f"{least} sequences"
+        raise KronyError(f"the {what} has {have:,} tokens: at least {least * length:,} are needed, for {wanted}")
     ids = torch.cat(pieces)[: rows * length].view(rows, length)
     setattr(ids, DOCUMENTS, read)
     return ids

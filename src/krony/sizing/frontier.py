@@ -15,12 +15,10 @@ from krony.data.calibration_set import LENGTH, TOKENS
 from krony.models.loading import context_length
 from krony.models.surgery import count_parameters
 from krony.runtime.progress import Progress, silent
+from krony.sizing.defaults import GLOBAL, KEEPS
 from krony.sizing.report import Frontier, Point
 from krony.sizing.sizes import Sizes
 from krony.sizing.text import split
-
-KEEPS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # shares of the hidden neurons
-GLOBAL = KronyConfig(allocation="global")
 
 
 def frontier(
@@ -46,7 +44,7 @@ def frontier(
         config: how to compress; its scheme is not read.
         tokens: calibrate on at most so many tokens.
         cache: folder that stores the second moments; None keeps them for this call only.
-        progress: called with what is done, what there is to do, and what it is.
+        progress: called with the number of finished parts, the number of all parts, and what is being done.
 
     Raises:
         KronyError: text that can't be read, a share that no scheme has, or an initialisation without costs.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from krony.compression.allocation import allocate_widths, cost_curves
 from krony.compression.compress import compress
 from krony.compression.moments import Calibration
-from krony.compression.plan import CompressionPlan, plan, portion
+from krony.compression.plan import CompressionPlan, plan, portion, size_of
 from krony.config import KronyConfig
 from krony.errors import KronyError
 from krony.evaluation.interval import Interval, ratio_interval, sequence_losses
@@ -47,10 +47,10 @@ class Sizes:
         ids: token ids ``(sequences, length)`` to calibrate on.
         held: token ids ``(sequences, length)`` of other text, to measure on.
         cache: folder that stores the second moments.
-        progress: called with what is done, what there is to do, and what it is.
+        progress: called with the number of finished parts, the number of all parts, and what is being done.
 
     Raises:
-        KronyError: the initialisation has no costs in nats, or the layers can't share a budget.
+        KronyError: the initialisation's costs are no losses, or no layer matches.
     """
 
     def __init__(
@@ -60,25 +60,41 @@ class Sizes:
         if not config.initialisation.predicts_loss:
             names = ", ".join(name for name, init in INITIALISATIONS.items() if init.predicts_loss)
             raise KronyError(f"sizes are compared with init {names}, and the init is {config.init}")
+        self.groups = find_groups(model, config.modules, config.layers)
         self.model, self.config, self.ids, self.held = model, config, ids, held
         self.cache, self.progress = cache, progress
         self.measured: dict[str, Interval] = {}
 
     @cached_property
     def ladder(self) -> list[Size]:
-        """Every size from the largest to the smallest, in equal portions of neurons."""
-        width, columns = self._first_shape
+        """Every size from the largest to the smallest, in equal portions of neurons.
+
+        Raises KronyError if no scheme fits this model, and says why.
+        """
+        first = self.groups[0].sites[0]
+        width = first.out_features
         group = max(r for r in range(1, KEEP_GROUP + 1) if width % r == 0)
-        sizes = [self._size(f"{width // group}x{columns}:{k}") for k in range(group - 1, 0, -1)]
-        whole = count_parameters(self.model)  # factors of a few neurons can outweigh what they save
-        found = [size for size in sizes if size is not None and size.params < whole]
+        schemes = {f"{width // group}x{first.in_features}:{kept}": kept / group for kept in range(group - 1, 0, -1)}
+        if schemes:
+            self._plan(next(iter(schemes)))  # says what is wrong with the options
+        whole = count_parameters(self.model)
+        found = []
+        for scheme, keep in schemes.items():
+            params = size_of(self.model, self.groups, replace(self.config, scheme=scheme))
+            # None: less than a portion per layer; and the factors of very few neurons can outweigh what they save
+            if params is not None and params < whole:
+                found.append(Size(scheme=scheme, keep=keep, params=params))
         if not found:
             raise KronyError(f"{width} hidden neurons can't be divided into portions that save parameters")
         return found
 
     def size(self, keep: float) -> Size:
         """The size that keeps this share of the neurons. Raises KronyError if there is none."""
-        return self._named(f"keep={keep:g}")
+        settled = self._plan(f"keep={keep:g}")
+        first = self.groups[0].sites[0]
+        shape = settled.shapes[first.name]
+        kept = shape.m1 * shape.factors / first.out_features
+        return Size(scheme=settled.config.scheme, keep=kept, params=settled.params_after)
 
     def predicted(self, size: Size) -> float:
         """By how many nats per token the loss rises, by the second-order costs of the dropped neurons.
@@ -86,20 +102,18 @@ class Sizes:
         A prediction for small changes, and in the units of the calibration's weights: it orders sizes, and its scale is
         right only once a size is measured.
         """
-        width, _ = self._first_shape
-        unit = portion(width, self.config.multiple_of)
+        width = self.groups[0].sites[0].out_features
         each = round(size.keep * width)
         kept = [each] * len(self._curves)
         if self.config.allocation == "global":
-            kept = allocate_widths(self._curves, unit, each * len(kept), self.config.max_width)
-        costs = [curve[min(width - n, len(curve) - 1)] for curve, n in zip(self._curves, kept, strict=True)]
-        return float(sum(costs)) / 2
+            kept = allocate_widths(self._curves, self._least, each * len(kept), self.config.max_width)
+        return float(sum(curve[width - n] for curve, n in zip(self._curves, kept, strict=True))) / 2
 
     def measure(self, size: Size) -> Interval:
         """The perplexity of this size on the held-back text, relative to the original's."""
         if size.scheme not in self.measured:
             model = copy.deepcopy(self.model)
-            compress(model, self._config(size.scheme), calibration=self.ids, cache=self.cache, progress=self.progress)
+            compress(model, self.config_of(size), calibration=self.ids, cache=self.cache, progress=self.progress)
             self.measured[size.scheme] = self.compare(model)
         return self.measured[size.scheme]
 
@@ -109,11 +123,17 @@ class Sizes:
 
     def config_of(self, size: Size) -> KronyConfig:
         """The configuration that makes this size."""
-        return self._config(size.scheme)
+        return replace(self.config, scheme=size.scheme)
 
     @cached_property
     def _original_losses(self) -> Tensor:
         return sequence_losses(self.model, self.held, self.progress)
+
+    @cached_property
+    def _least(self) -> int:
+        """Neurons that every layer keeps at least."""
+        width = self.groups[0].sites[0].out_features
+        return portion(width, self.config.multiple_of) if self.config.allocation == "global" else 1
 
     @cached_property
     def _curves(self) -> list[Tensor]:
@@ -122,29 +142,7 @@ class Sizes:
             self.model, settled.groups, self.ids, token_weighting=self.config.token_weighting, sensitivity=True,
             cache=self.cache, progress=self.progress,
         )  # fmt: skip
-        return cost_curves(self.model, settled, moments, self.progress)
-
-    @cached_property
-    def _first_shape(self) -> tuple[int, int]:
-        """Hidden width and model width of the MLPs."""
-        first = find_groups(self.model, self.config.modules, self.config.layers)[0].sites[0]
-        return first.out_features, first.in_features
-
-    def _config(self, scheme: str) -> KronyConfig:
-        return replace(self.config, scheme=scheme)
+        return cost_curves(self.model, settled, moments, self.progress, least=self._least)
 
     def _plan(self, scheme: str) -> CompressionPlan:
-        return plan(self.model, self._config(scheme))
-
-    def _named(self, scheme: str) -> Size:
-        settled = self._plan(scheme)
-        shape = next(iter(settled.shapes.values()))
-        width, _ = self._first_shape
-        return Size(scheme=scheme, keep=shape.m1 * shape.factors / width, params=settled.params_after)
-
-    def _size(self, scheme: str) -> Size | None:
-        """The size of a scheme; None for one that gives a layer less than a portion."""
-        try:
-            return self._named(scheme)
-        except KronyError:
-            return None
+        return plan(self.model, replace(self.config, scheme=scheme))

@@ -13,6 +13,7 @@ from krony.errors import KronyError
 
 SHARE = 10  # a tenth of the text is held back
 HELD_TOKENS = 32_768  # to measure on, at most
+SEQUENCES = 8  # to measure on, at least: of fewer a bootstrap says nothing
 
 
 def split(
@@ -31,7 +32,7 @@ def split(
         seed: of the documents' order.
 
     Raises:
-        KronyError: text that can't be read, a test set, or a single document.
+        KronyError: text that can't be read, a test set, a single document, or too little to measure on.
     """
     documents = _documents(calibration, tokens, "calibration")
     if val is None and calibration == PYTHON_DOCS:
@@ -45,7 +46,8 @@ def split(
         if not calibrated:
             raise KronyError(f"{val} holds every document of {calibration}: name other text to measure on")
     ids = pack(calibrated, tokenizer, tokens=tokens, length=length, seed=seed)
-    return ids, pack(held, tokenizer, tokens=HELD_TOKENS, length=length, seed=seed)
+    what = f"text that is held back from {calibration}" if val is None else f"held-out text {val}"
+    return ids, pack(held, tokenizer, tokens=HELD_TOKENS, length=length, seed=seed, least=SEQUENCES, what=what)
 
 
 def hold_back(documents: Sequence[str], name: str) -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,11 +20,12 @@ from krony.evaluation.interval import Interval
 from krony.models.loading import context_length
 from krony.pages import Table
 from krony.runtime.progress import Progress, silent
-from krony.sizing.frontier import GLOBAL, kept_in
+from krony.sizing.defaults import GLOBAL
+from krony.sizing.frontier import kept_in
 from krony.sizing.sizes import Size, Sizes
 from krony.sizing.text import split
 
-TRIALS = 8  # sizes that are measured, at most
+GUESSES = 3  # sizes that are measured where the cost curves point, before what is left of the sizes is halved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,13 @@ class Kept:
     def to_json(self) -> dict[str, Any]:
         """The promise, the figure and the trials, for ``--json``."""
         trials = [asdict(size) | at._asdict() for size, at in self.trials]
-        return {"limit": self.limit, "tokens": self.tokens, **self.measured._asdict(), "trials": trials}
+        return {
+            "scheme": self.size.scheme,
+            "limit": self.limit,
+            "tokens": self.tokens,
+            **self.measured._asdict(),
+            "trials": trials,
+        }
 
 
 def compress_within(
@@ -85,6 +93,9 @@ def compress_within(
 ) -> Kept:
     """Compresses ``model`` in place to the smallest size that loses at most so much on text that was held back.
 
+    The search compresses copies. The size that it finds is compressed again, in place, rather than kept beside the
+    model: that would take the memory of a third model.
+
     Args:
         model: a causal LM; it changes only when a size keeps the promise.
         within: by what share the perplexity may rise: 0.05 for 5 %.
@@ -94,7 +105,7 @@ def compress_within(
         config: how to compress; its scheme is not read.
         tokens: calibrate on at most so many tokens.
         cache: folder that stores the second moments; None keeps them for this call only.
-        progress: called with what is done, what there is to do, and what it is.
+        progress: called with the number of finished parts, the number of all parts, and what is being done.
 
     Raises:
         PromiseError: no size keeps the promise; it names the nearest.
@@ -111,22 +122,22 @@ def compress_within(
         return replace(found, report=report, measured=sizes.compare(model))
 
 
-def smallest(sizes: Sizes, limit: float, trials: int = TRIALS) -> Kept:
+def smallest(sizes: Sizes, limit: float) -> Kept:
     """Finds the smallest size whose perplexity is at most ``limit`` times the original's.
 
-    A size keeps the promise if the upper end of its 95 % interval does. The search is a bisection; the cost curves,
-    scaled to the sizes measured so far, say where to measure next.
+    A size keeps the promise if the upper end of its 95 % interval does, and the next smaller size doesn't keep it. The
+    cost curves, scaled to the sizes measured so far, say where to measure first; bisection ends the search.
 
     Raises PromiseError if no size keeps it, with the nearest one.
     """
     ladder, found = sizes.ladder, list[tuple[Size, Interval]]()
     kept, lost = -1, len(ladder)  # the smallest size known to keep it, the largest known not to
     scale = 1.0  # measured nats per predicted nat
-    while lost - kept > 1 and len(found) < trials:
-        guess = _guess(sizes, ladder, math.log(limit) / scale)
-        index = min(max(guess, kept + 1), lost - 1)
-        if len(found) > trials // 2:  # the curves mislead: halve what is left
-            index = (kept + lost) // 2
+    while lost - kept > 1:
+        index = (kept + lost) // 2
+        if len(found) < GUESSES:
+            predicted = bisect.bisect_right(ladder, math.log(limit) / scale, key=sizes.predicted) - 1
+            index = min(max(predicted, kept + 1), lost - 1)
         measured = sizes.measure(ladder[index])
         found.append((ladder[index], measured))
         if measured.high <= limit:
@@ -143,18 +154,6 @@ def smallest(sizes: Sizes, limit: float, trials: int = TRIALS) -> Kept:
         )
     measured = sizes.measure(ladder[kept])
     return Kept(size=ladder[kept], limit=limit, measured=measured, trials=found, tokens=sizes.held.numel())
-
-
-def _guess(sizes: Sizes, ladder: Sequence[Size], nats: float) -> int:
-    """The smallest size whose predicted loss is at most ``nats``; the largest if there is none."""
-    low, high = 0, len(ladder) - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if sizes.predicted(ladder[middle]) <= nats:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def percent(limit: float) -> str:
