@@ -1,6 +1,9 @@
 """The frontier: one row per size, a picture, and the figures that were promised."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -25,7 +28,7 @@ def test_the_frontier_of_the_shipped_model(tmp_path):
 @pytest.fixture
 def short(monkeypatch):
     """Little text, so that the verb takes a moment."""
-    monkeypatch.setattr("krony.sizing.text.HELD_TOKENS", 2048)
+    monkeypatch.setattr("krony.sizing.text.HELD_TOKENS", 4096)
 
 
 def test_the_verbs(short, tmp_path):
@@ -41,3 +44,28 @@ def test_the_verbs(short, tmp_path):
     told = json.loads(figures.read_text())
     assert told["within"]["high"] <= 1.4 and told["params_after"] == count_parameters(krony.load_model(str(out)))
     assert "promised: at most 1.400" in done.output and "promised: at most 1.400" in (out / "README.md").read_text()
+
+
+WITHIN = ["--within", "40%", "--calibration", "python-docs", "--calibration-tokens", "4096"]
+
+
+@pytest.mark.parametrize(
+    "verb", [("frontier", "demo", "--keep", "0.5", *WITHIN[2:]), ("compress", "demo", "OUT", *WITHIN)]
+)
+def test_several_processes_share_the_work_and_one_writes(verb, tmp_path):
+    out, figures = tmp_path / "out", [tmp_path / "one.json", tmp_path / "two.json"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    printed = []
+    for start, file in zip([[], launcher], figures, strict=True):
+        arguments = [str(out / file.stem) if word == "OUT" else word for word in verb]
+        command = [sys.executable, *start, "-m", "krony", *arguments, "--json", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        printed.append(done.stdout.splitlines())
+    one, two = (json.loads(file.read_text()) for file in figures)
+    if verb[0] == "frontier":
+        assert [p["measured"] for p in one["points"]] == pytest.approx([p["measured"] for p in two["points"]], rel=1e-3)
+    else:
+        assert one["within"]["scheme"] == two["within"]["scheme"]
+        assert krony.load_model(str(out / "two")).num_parameters() == two["params_after"]
+    assert len(printed[0]) == len(printed[1])

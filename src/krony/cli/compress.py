@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from krony.cli.expand import expand
-from krony.cli.options import Device, Dtype, Json, Model, Out
+from krony.cli.options import Device, Dtype, Json, Model, Out, TextOptions
 from krony.cli.output import Output, quiet_libraries
-from krony.cli.preview import in_bytes, preview
-from krony.cli.promise import PromiseOptions, TextOptions, keep_promise
+from krony.cli.preview import preview
 from krony.config import KronyConfig, with_effort
 from krony.errors import KronyError
+from krony.options import option
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-    from krony.compression.report import CompressionReport
-    from krony.models.source import ModelSource
-    from krony.streaming.plan import Stream
+@dataclass(frozen=True, kw_only=True)
+class PromiseOptions:
+    """By how much the perplexity may rise, and on which text that is measured."""
+
+    within: str | None = option(
+        None,
+        "Instead of a scheme: the smallest model whose perplexity rises by at most this share, measured on text held "
+        "back from --calibration.",
+        metavar="5%",
+    )
+    val: str | None = option(
+        None, "With --within: measure on this text.", metavar="TEXT", show_default="what was held back"
+    )
 
 
 @expand
@@ -64,19 +71,21 @@ def run(
         config = with_effort(config, effort, given=_given(ctx))
     _check_size(config, params, promise)
     _check_rescale(ctx, config)
+    if promise.within is not None:
+        _check_promise(config, text, stream=stream, dry_run=dry_run)
+        config = _global_by_default(ctx, config)
+    from krony.cli.compress_job import Job
     from krony.compression.plan import plan, within
     from krony.kronecker.schemes import parse_parameters
     from krony.models.source import ModelSource
-    from krony.runtime import distributed
-    from krony.runtime.signals import interruptible
-    from krony.storage.files import check_writable
+    from krony.sizing.within import parse_within
     from krony.streaming.plan import choose
 
     quiet_libraries()
     source = ModelSource.find(model)
+    job = Job(to=to, source=source, out=out, config=config, text=text, dtype=dtype, device=device)
     if promise.within is not None:
-        _check_promise(config, text, stream=stream, dry_run=dry_run)
-        keep_promise(to, source, out, _global_by_default(ctx, config), text, promise, device=device, dtype=dtype)
+        job.smallest_within(parse_within(promise.within), promise.val)
         return
     skeleton = source.skeleton
     if params is not None:
@@ -88,14 +97,7 @@ def run(
         preview(to, source, settled, way, tokens=text.calibration_tokens if reads else 0, dtype=dtype)
         return
     _check_text(config, text)
-    check_writable(out)
-    source.check_saves()
-    job = _Job(to=to, source=source, out=out, config=config, text=text, dtype=dtype, device=distributed.init(device))
-    with interruptible(job.how_to_resume):
-        job.read_text(skeleton)
-        report = job.in_memory() if way is None else job.layer_by_layer(way)
-    if distributed.is_first():
-        job.show(report)
+    replace(job, config=config).one_size(way)
 
 
 def _check_size(config: KronyConfig, params: str | None, promise: PromiseOptions) -> None:
@@ -111,11 +113,7 @@ def _check_size(config: KronyConfig, params: str | None, promise: PromiseOptions
 
 def _check_promise(config: KronyConfig, text: TextOptions, *, stream: bool | None, dry_run: bool) -> None:
     """Raises KronyError for what --within can't do."""
-    if text.calibration is None:
-        raise KronyError(
-            "--within calibrates and measures on text similar to what the model will see in use: --calibration FILE "
-            "(.jsonl, or .txt with --val), or python-docs"
-        )
+    text.needed_by("--within")
     for name, given in (("--stream", stream), ("--dry-run", dry_run), ("--reinit", config.reinit)):
         if given:
             raise KronyError(
@@ -147,114 +145,5 @@ def _check_rescale(ctx: typer.Context, config: KronyConfig) -> None:
 
 def _check_text(config: KronyConfig, text: TextOptions) -> None:
     """Raises KronyError where text is needed and none is named."""
-    if text.calibration is None and config.needs_text_for:
-        asker = config.needs_text_for if config.initialisation.needs_text else f"--{config.needs_text_for}"
-        raise KronyError(
-            f"{asker} needs text similar to what the model will see in use: --calibration FILE (.txt or .jsonl), or "
-            "python-docs"
-        )
-
-
-@dataclass(kw_only=True)
-class _Job:
-    """One call of the verb: what it was given, and its steps."""
-
-    to: Output
-    source: ModelSource
-    out: Path
-    config: KronyConfig
-    text: TextOptions
-    dtype: str
-    device: str
-    ids: Tensor | None = None
-    read: str = ""  # which text was read and why, in words
-
-    def read_text(self, skeleton: Any) -> None:
-        """Reads the calibration text, if any is named."""
-        from krony.data.calibration_set import LENGTH, calibration_set
-        from krony.models.loading import context_length
-
-        name = self.text.calibration
-        if name is None:
-            return
-        self.ids = calibration_set(
-            name,
-            self.source.tokenizer,
-            tokens=self.text.calibration_tokens,
-            length=min(LENGTH, context_length(skeleton)),
-            seed=self.config.seed,
-        )
-        self.read = "calibrated on" if self.config.needs_text_for else "errors of outputs measured on"
-        self.read += f" {self.ids.numel():,} tokens of {name}"
-        self.to.say(self.read)
-
-    def in_memory(self) -> CompressionReport:
-        """Loads the model, compresses it, and writes OUT."""
-        from krony.compression.compress import compress
-        from krony.compression.model_card import model_card
-        from krony.runtime import distributed
-        from krony.storage.files import cache_folder, fresh_folder
-
-        model = self.source.load(dtype=self.dtype, device=self.device)
-        with self.to.progress() as progress:
-            cache = cache_folder() if self.text.cache else None
-            report = compress(model, self.config, calibration=self.ids, cache=cache, progress=progress)
-        if not distributed.is_first():
-            return report
-        if report.calibration is not None:
-            self.to.say(report.calibration)
-        with fresh_folder(self.out) as folder:
-            self.source.save(model, folder)
-            (folder / "README.md").write_text(model_card(self.source.name, report, self.read), encoding="utf-8")
-        return report
-
-    def layer_by_layer(self, way: Stream) -> CompressionReport:
-        """Compresses from file to file; unfinished work stays in OUT.work."""
-        from krony.compression.model_card import model_card
-        from krony.storage.journal import work_folder
-        from krony.streaming.stream import run
-
-        def finish(folder: Path, report: CompressionReport) -> None:
-            self.source.save_tokenizer(folder)
-            (folder / "README.md").write_text(model_card(self.source.name, report, self.read), encoding="utf-8")
-
-        self.to.say(
-            f"layer by layer, {in_bytes(way.write_bytes)} to write; unfinished work is in {work_folder(self.out)}"
-        )
-        with self.to.progress() as progress:
-            return run(
-                way,
-                self.out,
-                calibration=self.ids,
-                device=self.device,
-                finish=finish,
-                progress=progress,
-                say=self.to.say,
-            )
-
-    def how_to_resume(self) -> str:
-        """What an interrupted run left, and how to continue."""
-        from krony.storage.journal import work_folder
-
-        work = work_folder(self.out)
-        if work.exists():
-            return f"{work} holds what is done: the same command resumes from there"
-        if self.text.cache and self.ids is not None:
-            return f"{self.out} is not written; the same command finds the second moments that were complete"
-        return f"{self.out} is not written: the same command starts again"
-
-    def show(self, report: CompressionReport) -> None:
-        """Prints the table and the summary, and writes the figures."""
-        table = report.table()
-        columns, rows = list(table.columns), [list(row) for row in table.rows]
-        if all(layer.calibrated_error is None for layer in report.layers):
-            columns, rows = columns[:-1], [row[:-1] for row in rows]
-        self.to.table(columns, rows)
-        if report.tuned is not None:
-            self.to.say(
-                f"trained for {report.tuned.steps} steps: {report.tuned.before:.3f} -> "
-                f"{report.tuned.after:.3f} nats per token from the original's predictions, on sequences held back"
-            )
-        self.to.say(report.summary())
-        self.to.say(f"{self.out} loads with AutoModelForCausalLM.from_pretrained once krony is imported")
-        self.to.json(report.to_json())
+    if config.needs_text_for:
+        text.needed_by(config.needs_text_for if config.initialisation.needs_text else f"--{config.needs_text_for}")

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from krony.cli.expand import Changes, expand
-from krony.cli.options import Device, Dtype, Json, Model
+from krony.cli.options import Device, Dtype, Json, Model, TextOptions
 from krony.cli.output import Output, quiet_libraries
 from krony.config import KronyConfig
 from krony.errors import KronyError
+from krony.sizing.defaults import GLOBAL, KEEPS
 
-Calibration = Annotated[
-    str,
-    typer.Option(
-        metavar="TEXT",
-        help="Text to calibrate on: a text or jsonl file, python-docs, or a set on the hub. Use text similar to what "
-        "the model will see in use.",
-        show_default=False,
-    ),
-]
 Validation = Annotated[
     str | None,
     typer.Option(
@@ -30,9 +23,9 @@ Validation = Annotated[
         show_default="a tenth of the documents, held back; the held-out part of python-docs",
     ),
 ]
-Keep = Annotated[str | None, typer.Option(metavar="X,X,…", help="Shares of hidden neurons to keep.")]
+Keep = Annotated[str, typer.Option(metavar="X,X,…", help="Shares of hidden neurons to keep.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE.svg", help="A picture: perplexity against parameters.")]
-GLOBAL: dict[str, Any] = {"allocation": "global"}
+SHARES = ",".join(map(str, KEEPS))
 How = Annotated[dict[str, Any], Changes(KronyConfig, leave_out=("scheme", "reinit", "scalar_init", "embedding"))]
 
 
@@ -40,10 +33,9 @@ How = Annotated[dict[str, Any], Changes(KronyConfig, leave_out=("scheme", "reini
 def run(
     model: Model,
     *,
-    calibration: Calibration,
+    text: TextOptions,
     val: Validation = None,
-    keep: Keep = None,
-    calibration_tokens: Annotated[int, typer.Option(metavar="N", help="Read at most N tokens of it.")] = 49_152,
+    keep: Keep = SHARES,
     changes: How,
     plot: Plot = None,
     device: Device = "cpu",
@@ -56,22 +48,24 @@ def run(
     one budget for all layers (--allocation global). MODEL does not change, and no model is written.
     """
     to = Output(json_to)
-    settings = KronyConfig(**(GLOBAL | changes))
-    keeps = _shares(keep)
+    config, keeps, calibration = replace(GLOBAL, **changes), _shares(keep), text.needed_by("frontier")
     from krony.models.source import ModelSource
-    from krony.sizing.frontier import KEEPS, frontier
+    from krony.runtime import distributed
+    from krony.sizing.frontier import frontier
     from krony.storage.files import cache_folder, check_file, write_text
 
     if plot is not None:
         check_file(plot, ".svg")
     quiet_libraries()
     source = ModelSource.find(model)
-    loaded, tokenizer = source.load(dtype=dtype, device=device), source.tokenizer
+    loaded, tokenizer = source.load(dtype=dtype, device=distributed.init(device)), source.tokenizer
     with to.progress() as progress:
         found = frontier(
-            loaded, calibration, tokenizer=tokenizer, val=val, keeps=keeps or KEEPS, config=settings,
-            tokens=calibration_tokens, cache=cache_folder(), progress=progress,
+            loaded, calibration, tokenizer=tokenizer, val=val, keeps=keeps, config=config,
+            tokens=text.calibration_tokens, cache=cache_folder() if text.cache else None, progress=progress,
         )  # fmt: skip
+    if not distributed.is_first():
+        return
     table = found.table()
     to.table(table.columns, table.rows)
     to.say(found.summary())
@@ -81,10 +75,8 @@ def run(
     to.json(found.to_json() | {"model": model})
 
 
-def _shares(text: str | None) -> list[float]:
+def _shares(text: str) -> list[float]:
     """The numbers of ``--keep``. Raises KronyError."""
-    if text is None:
-        return []
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:

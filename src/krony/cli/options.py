@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from krony.errors import KronyError
+from krony.options import option
 
 Model = Annotated[
     str,
@@ -22,3 +26,26 @@ DataDir = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Read named data sets from DIR (DIR/wikitext-2/…) instead of the hub."),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Which text is read, how much of it, and whether its second moments are kept."""
+
+    calibration: str | None = option(
+        None,
+        "Text that calibrated inits, --reconstruct and --tune read: a text or jsonl file, python-docs, or a set on the "
+        "hub. Use text similar to what the model will see in use.",
+        metavar="TEXT",
+    )
+    calibration_tokens: int = option(49_152, "Read at most N tokens of it.", metavar="N")
+    cache: bool = option(True, "Keep the second moments of the text, and use those that were kept.")
+
+    def needed_by(self, asker: str) -> str:
+        """The text's name. Raises KronyError if none is given."""
+        if self.calibration is None:
+            raise KronyError(
+                f"{asker} needs text similar to what the model will see in use: --calibration FILE (.txt or .jsonl), "
+                "python-docs, or a set on the hub"
+            )
+        return self.calibration

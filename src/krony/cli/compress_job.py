@@ -1,0 +1,161 @@
+"""The work of ``krony compress``: reads, compresses in one of three ways, writes OUT, and says what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from krony.cli.options import TextOptions
+from krony.cli.output import Output
+from krony.cli.preview import in_bytes
+from krony.compression.compress import compress
+from krony.compression.model_card import model_card
+from krony.compression.report import CompressionReport
+from krony.config import KronyConfig
+from krony.data.calibration_set import LENGTH, calibration_set
+from krony.models.loading import context_length
+from krony.models.source import ModelSource
+from krony.pages import Table
+from krony.runtime import distributed
+from krony.runtime.signals import interruptible
+from krony.sizing.within import compress_within
+from krony.storage.files import cache_folder, check_writable, fresh_folder
+from krony.storage.journal import work_folder
+from krony.streaming.plan import Stream
+from krony.streaming.stream import run
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One call of the verb: what it was given, and its steps."""
+
+    to: Output
+    source: ModelSource
+    out: Path
+    config: KronyConfig
+    text: TextOptions
+    dtype: str
+    device: str
+    read: str = ""  # which text was read and why, in words
+
+    def one_size(self, way: Stream | None) -> None:
+        """Compresses to the size that the configuration names: ``way`` by layers, or in memory."""
+        with self._working():
+            ids = self._read_text()
+            report = self._in_memory(ids) if way is None else self._layer_by_layer(way, ids)
+        self._show(report, _table(report))
+
+    def smallest_within(self, share: float, val: str | None) -> None:
+        """Finds the smallest size whose perplexity rises by at most ``share``.
+
+        Raises PromiseError if there is none; OUT is then not written.
+        """
+        with self._working():
+            model, name = self.source.load(dtype=self.dtype, device=self.device), str(self.text.calibration)
+            with self.to.progress() as progress:
+                kept = compress_within(
+                    model, share, name, tokenizer=self.source.tokenizer, val=val, config=self.config,
+                    tokens=self.text.calibration_tokens, cache=self._cache(), progress=progress,
+                )  # fmt: skip
+            assert kept.report is not None
+            self.read = f"calibrated on text of {name}; {kept.sentence()}"
+            self._write(model, kept.report)
+        self._show(kept.report, kept.table(), kept.sentence(), within=kept.to_json())
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Around all that takes time: first what can be refused at once, and a sentence where it is interrupted."""
+        check_writable(self.out)
+        self.source.check_saves()
+        self.device = distributed.init(self.device)
+        with interruptible(self._how_to_resume):
+            yield
+
+    def _read_text(self) -> Tensor | None:
+        """The calibration text as token ids ``(sequences, length)``, if any is named."""
+        name = self.text.calibration
+        if name is None:
+            return None
+        length = min(LENGTH, context_length(self.source.skeleton))
+        tokens, seed = self.text.calibration_tokens, self.config.seed
+        ids = calibration_set(name, self.source.tokenizer, tokens=tokens, length=length, seed=seed)
+        self.read = "calibrated on" if self.config.needs_text_for else "errors of outputs measured on"
+        self.read += f" {ids.numel():,} tokens of {name}"
+        self.to.say(self.read)
+        return ids
+
+    def _in_memory(self, ids: Tensor | None) -> CompressionReport:
+        """Loads the model, compresses it, and writes OUT."""
+        model = self.source.load(dtype=self.dtype, device=self.device)
+        with self.to.progress() as progress:
+            report = compress(model, self.config, calibration=ids, cache=self._cache(), progress=progress)
+        if report.calibration is not None:
+            self.to.say(report.calibration)
+        self._write(model, report)
+        return report
+
+    def _layer_by_layer(self, way: Stream, ids: Tensor | None) -> CompressionReport:
+        """Compresses from file to file; unfinished work stays in OUT.work."""
+
+        def finish(folder: Path, report: CompressionReport) -> None:
+            self.source.save_tokenizer(folder)
+            self._write_card(folder, report)
+
+        self.to.say(
+            f"layer by layer, {in_bytes(way.write_bytes)} to write; unfinished work is in {work_folder(self.out)}"
+        )
+        with self.to.progress() as progress:
+            return run(
+                way, self.out, calibration=ids, device=self.device, finish=finish, progress=progress, say=self.to.say
+            )
+
+    def _write(self, model: PreTrainedModel, report: CompressionReport) -> None:
+        """Writes OUT; of several processes one does."""
+        if distributed.is_first():
+            with fresh_folder(self.out) as folder:
+                self.source.save(model, folder)
+                self._write_card(folder, report)
+
+    def _write_card(self, folder: Path, report: CompressionReport) -> None:
+        (folder / "README.md").write_text(model_card(self.source.name, report, self.read), encoding="utf-8")
+
+    def _cache(self) -> Path | None:
+        return cache_folder() if self.text.cache else None
+
+    def _how_to_resume(self) -> str:
+        """What an interrupted run left, and how to continue."""
+        work = work_folder(self.out)
+        if work.exists():
+            return f"{work} holds what is done: the same command resumes from there"
+        if self.text.cache and self.text.calibration is not None:
+            return f"{self.out} is not written; the same command finds the second moments that were complete"
+        return f"{self.out} is not written: the same command starts again"
+
+    def _show(self, report: CompressionReport, table: Table, *sentences: str, **figures: Any) -> None:
+        """Prints a table and what came out, and writes the figures; of several processes one does."""
+        if not distributed.is_first():
+            return
+        self.to.table(table.columns, table.rows)
+        if report.tuned is not None:
+            self.to.say(
+                f"trained for {report.tuned.steps} steps: {report.tuned.before:.3f} -> "
+                f"{report.tuned.after:.3f} nats per token from the original's predictions, on sequences held back"
+            )
+        for sentence in (report.summary(), *sentences):
+            self.to.say(sentence)
+        self.to.say(f"{self.out} loads with AutoModelForCausalLM.from_pretrained once krony is imported")
+        self.to.json(report.to_json() | figures)
+
+
+def _table(report: CompressionReport) -> Table:
+    """A row per layer, without the errors on text where none was read."""
+    table = report.table()
+    if any(layer.calibrated_error is not None for layer in report.layers):
+        return table
+    return Table(list(table.columns)[:-1], [list(row)[:-1] for row in table.rows])
