@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import krony
-import krony.compression.model_card
 from krony import KronyConfig, KronyError
 from krony.cli.app import main
 from krony.models.loading import load_model
@@ -347,7 +346,7 @@ def test_a_full_disk(verb, place, monkeypatch, capsys):
 
 
 def test_ctrl_c_leaves_nothing_of_a_model_that_is_being_saved(place, monkeypatch):
-    monkeypatch.setattr(krony.compression.model_card, "model_card", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("krony.cli.compress_job.model_card", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     before = sorted(place.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["krony", *verbs(place)["compress"]])
     with pytest.raises(SystemExit) as stopped:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import InitVar, dataclass, fields, replace
+from dataclasses import InitVar, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from krony.errors import KronyError
@@ -185,17 +184,15 @@ class KronyConfig:
         return factors > 1 if self.scalar_init is None else True
 
 
-def with_effort(config: KronyConfig, effort: str, given: Collection[str] = ()) -> KronyConfig:
-    """``config`` with the options of a named effort, except those in ``given``, which were set explicitly.
-
-    Raises KronyError for an unknown name, or options that don't go together.
+def options_of(effort: str) -> dict[str, Any]:
+    """The options of a named effort. Raises KronyError for an unknown name.
 
     Examples:
-        >>> with_effort(KronyConfig(keep=0.5, tune=60), "tuned", given=["tune"]).tune_all
-        True
+        >>> KronyConfig(keep=0.5, **options_of("tuned")).tune
+        240
     """
     _check_choice("effort", effort, tuple(EFFORTS))
-    return replace(config, **{name: value for name, value in EFFORTS[effort].items() if name not in given})
+    return EFFORTS[effort]
 
 
 def _check_choice(name: str, value: str | None, known: tuple[str | None, ...]) -> None:

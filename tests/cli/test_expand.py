@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from krony.cli.expand import Changes, Fields, expand
+from krony.cli.expand import Changes, Fields, Given, expand
 from krony.options import option
 
 
@@ -82,3 +82,14 @@ def test_fields_can_be_left_out(seen):
     assert run("--thin").exit_code == 0
     assert seen == [Paint(thin=True)]
     assert run("--colour", "blue").exit_code == 2
+
+
+def test_what_is_given_wins_over_other_defaults(seen):
+    @expand
+    def verb(given: Given[Paint], thick: bool = False) -> None:
+        seen.append((given.over(**{"colour": "blue", "coats": 4} if thick else {}), given.named))
+
+    run = command(verb)
+    assert run().exit_code == 0 and run("--thick", "--layers", "1").exit_code == 0
+    assert seen == [(Paint(), frozenset()), (Paint("blue", 1), {"coats"})]
+    assert "[default: red]" in run("--help").output

@@ -296,3 +296,6 @@ def test_an_effort_sets_options_and_what_is_given_wins(krony, gpt2_folder, tmp_p
     assert done.code == 0, done.err
     made_with = done.json["made_with"]
     assert made_with["tune"] == 2 and made_with["tune_all"] is True and "allocation" not in made_with
+    done = krony(*arguments[:2], tmp_path / "wide", *arguments[3:], "--multiple-of", 48, "--json", "-")
+    assert done.code == 0, done.err  # an option that needs what the effort sets
+    assert done.json["made_with"]["multiple_of"] == 48 and done.json["made_with"]["allocation"] == "global"

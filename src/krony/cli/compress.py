@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from krony.cli.expand import expand
+from krony.cli.expand import Given, expand
 from krony.cli.options import Device, Dtype, Json, Model, Out, TextOptions
 from krony.cli.output import Output, quiet_libraries
 from krony.cli.preview import preview
-from krony.config import KronyConfig, with_effort
+from krony.config import KronyConfig, options_of
 from krony.errors import KronyError
 from krony.options import option
 
@@ -33,10 +33,9 @@ class PromiseOptions:
 
 @expand
 def run(
-    ctx: typer.Context,
     model: Model,
     out: Out,
-    config: KronyConfig,
+    given: Given[KronyConfig],
     text: TextOptions,
     promise: PromiseOptions,
     params: Annotated[
@@ -67,13 +66,13 @@ def run(
 ) -> None:
     """Replace the MLP matrices of MODEL by sums of Kronecker products and write the model to OUT."""
     to = Output(json_to, out)
-    if effort is not None:
-        config = with_effort(config, effort, given=_given(ctx))
+    defaults = {} if effort is None else options_of(effort)
+    config = given.over(**defaults if promise.within is None else {"allocation": "global"} | defaults)
     _check_size(config, params, promise)
-    _check_rescale(ctx, config)
+    if "rescale" in given.named:
+        _check_rescale(config)
     if promise.within is not None:
         _check_promise(config, text, stream=stream, dry_run=dry_run)
-        config = _global_by_default(ctx, config)
     from krony.cli.compress_job import Job
     from krony.compression.plan import plan, within
     from krony.kronecker.schemes import parse_parameters
@@ -121,24 +120,11 @@ def _check_promise(config: KronyConfig, text: TextOptions, *, stream: bool | Non
             )
 
 
-def _global_by_default(ctx: typer.Context, config: KronyConfig) -> KronyConfig:
-    """The configuration with one budget for all layers, unless --allocation was given."""
-    if "allocation" in _given(ctx) or not config.initialisation.takes_allocation:
-        return config
-    return replace(config, allocation="global")
-
-
-def _given(ctx: typer.Context) -> set[str]:
-    """The names of the options that the command line sets."""
-    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
-    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-
-
-def _check_rescale(ctx: typer.Context, config: KronyConfig) -> None:
-    """Raises KronyError for --rescale or --no-rescale with an initialisation that does not rescale."""
+def _check_rescale(config: KronyConfig) -> None:
+    """Raises KronyError for an initialisation that does not rescale."""
     from krony.init.registry import INITIALISATIONS
 
-    if "rescale" in _given(ctx) and not config.initialisation.rescales:
+    if not config.initialisation.rescales:
         takers = " and ".join(name for name, init in INITIALISATIONS.items() if init.rescales)
         raise KronyError(f"--rescale works with init {takers}, and the init is {config.init}: leave it out")
 
