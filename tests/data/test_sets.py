@@ -5,11 +5,14 @@ import os
 import sys
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_folder import DATA, needs_data
 from krony import KronyError
 from krony.data import python_docs
-from krony.data.sets import join_rows, load_texts, read_file
+from krony.data.sets import join_documents, join_rows, load_texts, read_file
 
 
 def test_wikitext_rows_are_those_of_the_hub(tmp_path):
@@ -110,3 +113,16 @@ def test_python_docs_split_follows_the_names():
     assert {n for n in ("assert", "class", "for", "global", "import", *held) if python_docs.is_held_out(n)} == held
     with pytest.raises(ValueError, match="part 'test' is unknown"):
         python_docs.topics("test")
+
+
+@given(texts=st.lists(st.text("ab \n", max_size=30), max_size=5), most=st.integers(0, 40), piece=st.integers(2, 9))
+def test_the_first_tokens_are_those_of_the_whole(tokenizer, texts, most, piece):
+    """Without tokenising what follows them."""
+    with pytest.MonkeyPatch.context() as short:
+        short.setattr("krony.data.sets._pieces.__defaults__", (piece,))
+        for join in (join_documents, join_rows):
+            assert torch.equal(join(texts, tokenizer, most), join(texts, tokenizer)[:most])
+
+
+def test_what_follows_the_first_tokens_is_not_read(tokenizer):
+    assert len(join_documents(["long enough", None], tokenizer, 5)) == 5  # None is no text

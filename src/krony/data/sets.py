@@ -75,25 +75,35 @@ def read_file(path: Path) -> list[str]:
     return read_documents(path)
 
 
-def join_rows(rows: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """``"\\n\\n".join(rows)`` as token ids ``(n,)``, int64, as the paper's protocol has it."""
-    return _ids(tokenizer, "\n\n".join(rows), special=True)
+def join_rows(rows: list[str], tokenizer: PreTrainedTokenizerBase, most: int | None = None) -> Tensor:
+    """``"\\n\\n".join(rows)`` as token ids ``(n,)``, int64, as in the paper's protocol; the first ``most`` of them."""
+    return _ids(tokenizer, "\n\n".join(rows), special=True, most=most)
 
 
-def join_documents(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Token ids ``(n,)`` of the documents, int64, with the tokenizer's end-of-text token, if any, between them."""
+def join_documents(documents: list[str], tokenizer: PreTrainedTokenizerBase, most: int | None = None) -> Tensor:
+    """Token ids ``(n,)`` of the documents, int64, with the tokenizer's end-of-text token, if any, between them.
+
+    ``most``: the first so many ids, without reading the documents that follow them.
+    """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    separator = torch.tensor(end, dtype=torch.long)
-    pieces = [piece for d in documents for piece in (_ids(tokenizer, d), separator)]
-    return torch.cat(pieces[:-1]) if pieces else torch.empty(0, dtype=torch.long)
+    made: list[Tensor] = []
+    have = 0
+    for number, document in enumerate(documents):
+        if most is not None and have >= most:
+            break
+        made += [torch.tensor(end if number else [], dtype=torch.long), _ids(tokenizer, document, most=most)]
+        have += sum(map(len, made[-2:]))
+    return torch.cat(made)[:most] if made else torch.empty(0, dtype=torch.long)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> Tensor:
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False, most: int | None = None) -> Tensor:
     made: list[int] = []
     for number, piece in enumerate(_pieces(text)):
+        if most is not None and len(made) >= most:
+            break
         encoded = tokenizer(piece, add_special_tokens=special and number == 0, verbose=False)  # without warnings
         made += encoded["input_ids"]
-    return torch.tensor(made, dtype=torch.long)
+    return torch.tensor(made[:most], dtype=torch.long)
 
 
 def _pieces(text: str, size: int = PIECE) -> Iterator[str]:

@@ -104,7 +104,7 @@ def evaluate(
     options = EvaluationOptions(data_dir=folder, protocol=protocol, window=window, stride=stride, max_tokens=max_tokens)
     window, stride = _window_and_stride(model, options)
     rows = load_texts(data, folder)
-    ids = (join_rows if protocol == "paper" else join_documents)(rows, tokenizer)[:max_tokens]
+    ids = (join_rows if protocol == "paper" else join_documents)(rows, tokenizer, max_tokens)
     _check_ids(data, ids, model)
     accuracy = None
     with evaluating(model):

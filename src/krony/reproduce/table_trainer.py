@@ -226,7 +226,7 @@ class TableTrainer:
         )
 
     def _load_test(self, name: str) -> Tensor:
-        return join_rows(load_texts(name, self.options.data_dir), self.tokenizer)[: self.budget.test_tokens]
+        return join_rows(load_texts(name, self.options.data_dir), self.tokenizer, self.budget.test_tokens)
 
     def _epochs_until(self, stage: str) -> float:
         return STAGES[stage] if stage != "full" else self.recipes[0].epochs + self.recipes[1].epochs
