@@ -38,13 +38,15 @@ def test_slim_gives_the_same_logits(model, ids, options):
     )
 
 
-def test_padding_is_what_the_one_width_gives_back(ids):
+def test_padding_is_what_the_one_width_gives_back_and_is_foretold(ids):
     model = llama()
-    compress(model, KronyConfig("keep=0.5", allocation="global"), calibration=ids)
+    report = compress(model, KronyConfig("keep=0.5", allocation="global"), calibration=ids)
     widths = [int(m.down_proj.dense_weight().any(0).sum()) for m in (layer.mlp for layer in model.model.layers)]
     exported = slim(model)
     assert exported.width == max(widths)
     assert exported.padding == sum(exported.width - width for width in widths) * 3 * 48
+    assert report.slim_padding == exported.padding and report.kept_neurons[::3] == widths == list(exported.kept)
+    assert f"every layer has {max(widths)} hidden neurons, and {exported.padding:,} zero" in str(exported)
 
 
 def test_widths_are_rounded_up(ids):

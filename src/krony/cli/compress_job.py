@@ -19,8 +19,10 @@ from krony.compression.model_card import model_card
 from krony.compression.report import CompressionReport
 from krony.config import KronyConfig
 from krony.data.calibration_set import LENGTH, calibration_set
+from krony.models.export import padding_sentence
 from krony.models.loading import context_length
 from krony.models.source import ModelSource
+from krony.models.surgery import find_groups
 from krony.pages import Table
 from krony.runtime import distributed
 from krony.runtime.signals import interruptible
@@ -137,6 +139,17 @@ class Job:
             return f"{self.out} is not written; the same command finds the second moments that were complete"
         return f"{self.out} is not written: the same command starts again"
 
+    def _can_be_slim(self, report: CompressionReport) -> bool:
+        """Whether every layer keeps fewer neurons than it had, and drops the others completely."""
+        config = self.config
+        if (
+            not config.initialisation.whole_neurons
+            or config.epsilon
+            or (config.modules, config.layers) != ("mlp", "all")
+        ):
+            return False
+        return len(report.layers) == sum(len(group.sites) for group in find_groups(self.source.skeleton))
+
     def _show(self, report: CompressionReport, table: Table, *sentences: str, **figures: Any) -> None:
         """Prints a table and what came out, and writes the figures; of several processes one does."""
         if not distributed.is_first():
@@ -149,6 +162,8 @@ class Job:
             )
         for sentence in (report.summary(), *sentences):
             self.to.say(sentence)
+        if self._can_be_slim(report) and report.slim_padding:
+            self.to.say(padding_sentence(report.kept_neurons, max(report.kept_neurons), report.slim_padding))
         self.to.say(f"{self.out} loads with AutoModelForCausalLM.from_pretrained once krony is imported")
         self.to.json(report.to_json() | figures)
 

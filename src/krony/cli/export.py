@@ -59,8 +59,7 @@ def run(
         f"{model} -> {out}: {figures['params_before']:,} -> {figures['params_after']:,} parameters, loads without krony"
     )
     if to == "slim":
-        padded = f", {figures['padding']:,} zero parameters pad narrower layers" if figures["padding"] else ""
-        words.say(f"hidden width {figures['width']}{padded}")
+        words.say(str(exported))
     words.json(figures)
 
 

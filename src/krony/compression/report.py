@@ -80,6 +80,18 @@ class CompressionReport:
     tuned: Tuned | None = None
     made_with: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def kept_neurons(self) -> list[int]:
+        """How many hidden neurons each replaced matrix keeps, where an initialisation keeps complete ones."""
+        return [(s.m1 if s.m2 > 1 else s.n1) * s.factors for s in (layer.shape for layer in self.layers)]
+
+    @property
+    def slim_padding(self) -> int:
+        """The number of zero parameters that ``slim`` adds, because layers that share a budget differ in width."""
+        widest = max(self.kept_neurons, default=0)
+        others = [layer.shape.n1 if layer.shape.m2 > 1 else layer.shape.m1 for layer in self.layers]
+        return sum((widest - kept) * other for kept, other in zip(self.kept_neurons, others, strict=True))
+
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON objects, lists and numbers."""
         return {

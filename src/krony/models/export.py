@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,18 @@ class Slim:
         model: the model.
         width: the hidden width of every layer.
         padding: the number of zero parameters that bring narrower layers to this width.
+        kept: how many of its neurons each layer uses.
     """
 
     model: PreTrainedModel
     width: int
     padding: int
+    kept: tuple[int, ...]
+
+    def __str__(self) -> str:
+        if not self.padding:
+            return f"hidden width {self.width}"
+        return padding_sentence(self.kept, self.width, self.padding)
 
 
 def export_model(model: PreTrainedModel, to: str = "dense") -> PreTrainedModel:
@@ -92,7 +100,16 @@ def slim(model: PreTrainedModel, multiple_of: int = 1) -> Slim:
             put_in(model, site.name, _narrow(model, site.name, alive[name], width, columns=site is down))
         padding += (width - len(alive[name])) * (sum(up.in_features for up in ups) + down.out_features)
     setattr(model.config, attribute, width)
-    return Slim(model, width, padding)
+    return Slim(model, width, padding, tuple(map(len, alive.values())))
+
+
+def padding_sentence(kept: Sequence[int], width: int, padding: int) -> str:
+    """What the padding of ``slim`` takes, and how to have less; ``kept`` are the neurons that each layer uses."""
+    mean = -(-sum(kept) // len(kept))
+    return (
+        f"in slim form every layer has {width} hidden neurons, and {padding:,} zero parameters fill up those that use "
+        f"fewer, {mean} on average: krony compress --max-width N, from {mean} on, has less of them"
+    )
 
 
 def _check_compressed(model: PreTrainedModel) -> None:
