@@ -122,3 +122,15 @@ def test_a_model_with_adapters_says_to_take_them_off(to):
     inject_adapter_in_model(LoraConfig(target_modules=["c_fc"]), model)
     with pytest.raises(KronyError, match="has adapters of PEFT on its layers"):
         export_model(model, to)
+
+
+def test_another_quantisation_goes_on_top_of_an_export_only(ids, tmp_path):
+    from transformers import QuantoConfig
+
+    model = gpt2()
+    compress(model, KronyConfig("keep=0.5"), calibration=ids)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="is quantized with KronyQuantizationConfig but you are passing a QuantoConfig"
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QuantoConfig(weights="int8"))
