@@ -58,10 +58,14 @@ def run(case: Case, sound: Path) -> Outcome:
         before = _names(place)
         sys.stdout.flush()
         sys.stderr.flush()
-        shared = psutil.Process().memory_info().rss  # a long test session's, which a fork begins with
+        reader, writer = os.pipe()
         process = os.fork()
-        if process == 0:
+        if process == 0:  # it begins with a part of the memory of this one, such as a long test session
+            os.write(writer, str(psutil.Process().memory_info().rss).encode())
             _become(case, place, spare)
+        os.close(writer)
+        with os.fdopen(reader) as told:
+            shared = int(told.read())
         _, status, used = os.wait4(process, 0)
         printed = {name: (spare / name).read_text(errors="backslashreplace") for name in ("stdout", "stderr")}
         ended = os.waitstatus_to_exitcode(status)

@@ -14,6 +14,7 @@ from krony.cli.preview import preview
 from krony.config import KronyConfig, options_of
 from krony.errors import KronyError
 from krony.options import option
+from krony.sizing.defaults import OPTIONS as SIZING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def run(
     """Replace the MLP matrices of MODEL by sums of Kronecker products and write the model to OUT."""
     to = Output(json_to, out)
     defaults = {} if effort is None else options_of(effort)
-    config = given.over(**defaults if promise.within is None else {"allocation": "global"} | defaults)
+    config = given.over(**defaults if promise.within is None else SIZING | defaults)
     _check_size(config, params, promise)
     if "rescale" in given.named:
         _check_rescale(config)

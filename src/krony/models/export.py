@@ -16,7 +16,7 @@ FORMS = ("dense", "slim")
 WIDTHS = ("n_inner", "intermediate_size", "ffn_dim", "ffn_hidden_size")  # names of the hidden width in configs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Slim:
     """A plain model with a smaller hidden width.
 
@@ -63,7 +63,7 @@ def export_model(model: PreTrainedModel, to: str = "dense") -> PreTrainedModel:
 
 
 @torch.no_grad()
-def slim(model: PreTrainedModel, multiple_of: int = 1) -> Slim:
+def slim(model: PreTrainedModel, multiple_of: int = 1, *, padded: bool = True) -> Slim:
     """Removes the hidden neurons whose column of the down matrix is exactly zero, in place; the logits stay the same.
 
     Neuron selection with epsilon 0 leaves such neurons. Plain configs have one width for all layers, so narrower layers
@@ -71,6 +71,8 @@ def slim(model: PreTrainedModel, multiple_of: int = 1) -> Slim:
 
     Args:
         multiple_of: rounds the width up to a multiple of this number, for tensor cores and quantised blocks.
+        padded: whether all layers get one width. Without it every layer has its own, which transformers can run and
+            save, but not load again; some engines can.
 
     Raises:
         KronyError: the model isn't compressed, or no neuron can be removed from every layer exactly.
@@ -96,11 +98,12 @@ def slim(model: PreTrainedModel, multiple_of: int = 1) -> Slim:
     padding = 0
     for name, group in downs.items():
         *ups, down = group.sites
+        own = width if padded else -(-len(alive[name]) // multiple_of) * multiple_of
         for site in group.sites:
-            put_in(model, site.name, _narrow(model, site.name, alive[name], width, columns=site is down))
-        padding += (width - len(alive[name])) * (sum(up.in_features for up in ups) + down.out_features)
+            put_in(model, site.name, _narrow(model, site.name, alive[name], own, columns=site is down))
+        padding += (own - len(alive[name])) * (sum(up.in_features for up in ups) + down.out_features)
     setattr(model.config, attribute, width)
-    return Slim(model, width, padding, tuple(map(len, alive.values())))
+    return Slim(model=model, width=width, padding=padding, kept=tuple(map(len, alive.values())))
 
 
 def padding_sentence(kept: Sequence[int], width: int, padding: int) -> str:

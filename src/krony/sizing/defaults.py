@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from krony.config import KronyConfig
+from typing import Any
 
 KEEPS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # shares of the hidden neurons
-GLOBAL = KronyConfig(allocation="global")  # one budget for all layers loses least
+OPTIONS: dict[str, Any] = {"allocation": "global"}  # of KronyConfig: one budget for all layers loses least

@@ -20,8 +20,7 @@ from krony.evaluation.interval import Interval
 from krony.models.loading import context_length
 from krony.pages import Table
 from krony.runtime.progress import Progress, silent
-from krony.sizing.defaults import GLOBAL
-from krony.sizing.frontier import kept_in
+from krony.sizing.frontier import GLOBAL, kept_in
 from krony.sizing.sizes import Size, Sizes
 from krony.sizing.text import split
 
