@@ -17,6 +17,16 @@ def llama(**changes) -> PreTrainedModel:
     return _random(LlamaConfig(bos_token_id=256, eos_token_id=256, **(options | changes)))
 
 
+def at_random(config) -> PreTrainedModel:
+    """A model of this config, with biases that aren't zero and norms that aren't one."""
+    model = _random(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and not name.endswith("bias"):
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape))
+    return model
+
+
 def _random(config) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -15,7 +15,7 @@ FLOORS = [
     ["kronecker", "storage", "runtime"],
     ["init", "models", "data"],
     ["config"],
-    ["compression", "evaluation", "healing"],
+    ["compression", "engines", "evaluation", "healing"],
     ["demo", "reproduce", "sizing", "streaming"],
     ["cli"],
 ]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -263,3 +264,25 @@ def test_data_prepare(refused, gpt2_folder, tmp_path):
     missing = ("data", "prepare", tmp_path / "none.jsonl", tmp_path / "out", "--tokenizer", tmp_path)
     assert "there is no such file" in refused(*missing)  # before the tokenizer, which may be a download away
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--to", "pdf"), "export to 'pdf' is unknown: it is one of dense, slim, gguf, onnx, openvino, reference"),
+        (("--to", "gguf", "--type", "q4"), "GGUF type 'q4' is unknown: it is one of f32, f16, bf16, q8_0"),
+        (("--to", "onnx", "--type", "f16"), "--type works with --to gguf, and this is --to onnx: leave out --type"),
+        (("--to", "gguf", "--multiple-of", "8"), "--multiple-of works with --to slim, and this is --to gguf"),
+    ],
+)
+def test_exports_that_can_not_be_meant(refused, tmp_path, options, words):
+    assert words in refused("export", "demo", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("package", ["gguf", "onnx", "onnxscript", "openvino"])
+def test_a_missing_extra_is_known_before_the_work(refused, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    form = {"onnxscript": "onnx"}.get(package, package)
+    said = refused("export", "demo", tmp_path / "out", "--to", form)
+    assert f"{package} is not installed" in said and f"pip install 'krony[{form}]'" in said

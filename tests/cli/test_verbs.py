@@ -299,3 +299,20 @@ def test_an_effort_sets_options_and_what_is_given_wins(krony, gpt2_folder, tmp_p
     done = krony(*arguments[:2], tmp_path / "wide", *arguments[3:], "--multiple-of", 48, "--json", "-")
     assert done.code == 0, done.err  # an option that needs what the effort sets
     assert done.json["made_with"]["multiple_of"] == 48 and done.json["made_with"]["allocation"] == "global"
+
+
+@pytest.mark.parametrize(("form", "files"), [("gguf", {"model-q8_0.gguf"}), ("onnx", {"model.onnx", "tokenizer.json"})])
+def test_export_for_engines_takes_plain_and_compressed_models(krony, tmp_path, form, files):
+    options = ("--type", "q8_0") if form == "gguf" else ()
+    assert krony("compress", "demo", tmp_path / "half", "--scheme", "keep=0.5", "--init", "magnitude").code == 0
+    said = {"demo": "it is a plain model already", str(tmp_path / "half"): "hidden width 512"}
+    sizes = []
+    for number, (model, words) in enumerate(said.items()):
+        out = tmp_path / f"out{number}"
+        done = krony("export", model, out, "--to", form, *options, "--json", tmp_path / "j.json")
+        assert done.code == 0 and words in done.out, done
+        assert files <= {path.name for path in out.iterdir()}
+        figures = json.loads((tmp_path / "j.json").read_text())
+        assert figures["files"] == {path.name: path.stat().st_size for path in out.iterdir()}
+        sizes.append(sum(figures["files"].values()))
+    assert sizes[1] < 0.8 * sizes[0]

@@ -1,15 +1,21 @@
-"""``krony export``: writes a compressed model as one that loads without krony."""
+"""``krony export``: writes a model as one that runs without krony."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from krony.cli.options import Json, Model, Out
 from krony.cli.output import Output, quiet_libraries
 from krony.errors import KronyError
+
+if TYPE_CHECKING:
+    from krony.models.source import ModelSource
+
+TRANSFORMERS, ENGINES = ("dense", "slim"), ("gguf", "onnx", "openvino")  # what reads the files
+FORMS = (*TRANSFORMERS, *ENGINES, "reference")
 
 
 def run(
@@ -19,47 +25,99 @@ def run(
         str,
         typer.Option(
             "--to",
-            help="dense: factors multiplied out, the original's size; slim: a smaller hidden width; reference: the "
-            "published code's layout in a .pt file.",
+            help="dense: factors multiplied out, the original's size; slim: a smaller hidden width; gguf: for "
+            "llama.cpp; onnx; openvino; reference: the published code's layout in a .pt file.",
         ),
     ] = "dense",
     multiple_of: Annotated[
         int | None, typer.Option(metavar="N", help="slim: round the width up to a multiple of N, such as 64.")
     ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--type", help="gguf: f32, f16, bf16 or q8_0, which is 8 bits.", show_default="f16"),
+    ] = None,
     json_to: Json = None,
 ) -> None:
-    """Write MODEL to OUT as a plain Hugging Face model that needs no krony."""
+    """Write MODEL to OUT as a plain model that needs no krony.
+
+    For an engine (gguf, onnx, openvino) a compressed model is written slim where that is exact, and dense elsewhere.
+    MODEL may also be a plain model.
+    """
     words = Output(json_to, out)
-    if multiple_of is not None and to != "slim":
-        raise KronyError(f"--multiple-of works with --to slim, and this is --to {to}: leave out --multiple-of")
+    if to not in FORMS:
+        raise KronyError(f"export to {to!r} is unknown: it is one of {', '.join(FORMS)}")
+    for name, value, owner in (("--multiple-of", multiple_of, "slim"), ("--type", kind, "gguf")):
+        if value is not None and to != owner:
+            raise KronyError(f"{name} works with --to {owner}, and this is --to {to}: leave out {name}")
     if to == "reference":
         _reference(words, model, out)
         return
-    from krony.models.export import export_model, slim
     from krony.models.source import ModelSource
-    from krony.models.surgery import count_parameters
-    from krony.storage.files import check_writable, fresh_folder
+    from krony.storage.files import check_writable
 
     quiet_libraries()
     check_writable(out)
     source = ModelSource.find(model)
     source.check_saves()
+    if to in ENGINES:
+        _engine(words, source, out, to, kind or "f16")
+    else:
+        _plain(words, source, out, to, multiple_of)
+
+
+def _plain(words: Output, source: ModelSource, out: Path, to: str, multiple_of: int | None) -> None:
+    """Writes a folder that transformers loads."""
+    from krony.models.export import export_model, slim
+    from krony.models.surgery import count_parameters
+    from krony.storage.files import fresh_folder
+
     loaded = source.load()
-    figures: dict[str, Any] = {"model": model, "out": str(out), "to": to, "params_before": count_parameters(loaded)}
+    figures: dict[str, Any] = {"model": source.name, "out": str(out), "to": to}
+    figures["params_before"] = count_parameters(loaded)
+    how = ""
     if to == "slim":
         exported = slim(loaded, multiple_of or 1)
-        plain = exported.model
+        plain, how = exported.model, str(exported)
         figures |= {"width": exported.width, "padding": exported.padding}
     else:
         plain = export_model(loaded, to)
     with fresh_folder(out) as folder:
         source.save(plain, folder)
     figures["params_after"] = count_parameters(plain)
-    words.say(
-        f"{model} -> {out}: {figures['params_before']:,} -> {figures['params_after']:,} parameters, loads without krony"
-    )
-    if to == "slim":
-        words.say(str(exported))
+    change = f"{figures['params_before']:,} -> {figures['params_after']:,} parameters"
+    words.say(f"{source.name} -> {out}: {change}, loads without krony")
+    if how:
+        words.say(how)
+    words.json(figures)
+
+
+def _engine(words: Output, source: ModelSource, out: Path, to: str, kind: str) -> None:
+    """Writes a folder that an engine reads."""
+    from krony.engines.gguf import check_kind, takes_widths, write_gguf
+    from krony.engines.graphs import check_packages, write_graph
+    from krony.engines.plain import plain
+    from krony.models.surgery import count_parameters
+    from krony.storage.files import fresh_folder
+
+    if to == "gguf":
+        check_kind(kind)
+    else:
+        check_packages(to)
+    tokenizer, loaded = source.tokenizer, source.load()
+    figures: dict[str, Any] = {"model": source.name, "out": str(out), "to": to}
+    figures["params_before"] = count_parameters(loaded)
+    made, how = plain(loaded, padded=not (to == "gguf" and takes_widths(loaded)))
+    with fresh_folder(out) as folder:
+        if to == "gguf":
+            figures["type"] = kind
+            write_gguf(made, tokenizer, folder / f"model-{kind}.gguf", kind, name=Path(source.name).name)
+        else:
+            write_graph(made, folder, to)
+            source.save_tokenizer(folder)
+    figures["params_after"] = count_parameters(made)
+    figures["files"] = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    size = sum(figures["files"].values()) / 1e6
+    words.say(f"{source.name} -> {out}: {figures['params_after']:,} parameters, {size:.1f} MB; {how}")
     words.json(figures)
 
 

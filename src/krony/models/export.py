@@ -85,8 +85,9 @@ def slim(model: PreTrainedModel, multiple_of: int = 1, *, padded: bool = True) -
     alive = {name: _alive(model, name) for name in downs}
     widest = max(alive, key=lambda name: len(alive[name]))
     width = -(-len(alive[widest]) // multiple_of) * multiple_of
+    narrowest = widest if padded else min(alive, key=lambda name: len(alive[name]))
     full = min(group.sites[-1].in_features for group in downs.values())
-    if width >= full:
+    if -(-len(alive[narrowest]) // multiple_of) * multiple_of >= full:
         why = "is not compressed" if widest not in compressed else f"uses {len(alive[widest])} of its {full} neurons"
         rounded = "" if width == len(alive[widest]) else f", {width} when rounded up"
         raise KronyError(

@@ -174,6 +174,11 @@ def put_in(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
+def turned_weights(model: nn.Module) -> set[str]:
+    """The names of the weights that are stored ``(in, out)``."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
 def plain_layer(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A layer of the class and mode of ``like``, ``nn.Linear`` or ``Conv1D``, with copies of these values.
 

@@ -1,0 +1,114 @@
+"""ONNX and OpenVINO, by transformers' own exporters: one graph that reads a prompt, and continues a cache."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from krony.engines.extras import needed
+from krony.errors import KronyError
+
+BATCH, PAST, NEW = 2, 5, 3  # of the inputs that the graph is traced with: sizes other than 0 and 1 stay variable
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphForm:
+    """An exporter of transformers.
+
+    Attributes:
+        exporter: the name of its class.
+        config: the name of its options' class.
+        packages: what it needs besides transformers.
+    """
+
+    exporter: str
+    config: str
+    packages: tuple[str, ...]
+
+
+FORMS = {
+    "onnx": GraphForm(exporter="OnnxExporter", config="OnnxConfig", packages=("onnx", "onnxscript")),
+    "openvino": GraphForm(exporter="OpenVINOExporter", config="OpenVINOConfig", packages=("openvino",)),
+}
+
+
+def check_packages(form: str) -> None:
+    """Raises KronyError if a package that ``form`` needs is missing."""
+    for package in ("transformers.exporters", *FORMS[form].packages):
+        needed(package, form)
+
+
+def write_graph(model: PreTrainedModel, folder: Path, form: str) -> None:
+    """Writes a plain model as a graph, with its config and a description that transformers' runners read.
+
+    The graph takes ``input_ids`` and ``position_ids`` ``(batch, new)``, ``attention_mask`` ``(batch, past + new)``, and
+    per layer the keys and values of the past, ``(batch, heads, past, head_dim)``; an empty past is one of length 0. It
+    returns ``logits`` ``(batch, new, vocabulary)``, and the keys and values with the new ones. All sizes are variable.
+
+    Args:
+        model: a plain causal LM whose cache is transformers' ``DynamicCache``.
+        folder: where ``model.onnx`` or ``openvino_model.xml`` is written, with weights beside it.
+        form: ``onnx`` or ``openvino``.
+
+    Raises:
+        KronyError: packages are missing, or the model can't be traced.
+    """
+    check_packages(form)
+    known, exporters = FORMS[form], importlib.import_module("transformers.exporters")
+    options = getattr(importlib.import_module(f"transformers.exporters.exporter_{form}"), known.config)(dynamic=True)
+    with silence():
+        try:
+            exported = getattr(exporters, known.exporter)().export(model, sample_inputs(model), options)
+        except Exception as error:  # a tracer raises whatever the traced code does
+            reason = str(error).partition("\n")[0]
+            raise KronyError(f"export to {form}: transformers can't trace this model: {reason}") from error
+    exported.save_pretrained(folder)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Within it nothing is printed, warned of or logged: the exporters speak of torch's and their own insides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@torch.no_grad()
+def sample_inputs(model: PreTrainedModel) -> dict[str, object]:
+    """Inputs of the sizes in which the graph is traced."""
+    positions = torch.arange(PAST, PAST + NEW, device=model.device)
+    return {
+        "input_ids": torch.zeros(BATCH, NEW, dtype=torch.long, device=model.device),
+        "attention_mask": torch.ones(BATCH, PAST + NEW, dtype=torch.long, device=model.device),
+        "position_ids": positions.expand(BATCH, NEW),
+        "past_key_values": past(model, BATCH, PAST),
+        "use_cache": True,
+    }
+
+
+@torch.no_grad()
+def past(model: PreTrainedModel, batch: int = 1, tokens: int = 0) -> DynamicCache:
+    """Keys and values of so many tokens, ``(batch, heads, tokens, head_dim)`` each; a graph begins with none.
+
+    ``DynamicCache()`` alone has no tensors yet, which a graph needs as inputs.
+    """
+    cache = DynamicCache(config=model.config)
+    start = torch.zeros(batch, max(tokens, 1), dtype=torch.long, device=model.device)
+    model(input_ids=start, attention_mask=torch.ones_like(start), past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
+    return cache

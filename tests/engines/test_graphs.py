@@ -1,0 +1,69 @@
+"""ONNX and OpenVINO files in their engines: the logits and 64 greedy tokens of the model, and rows of two lengths."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import krony
+from krony import KronyConfig, KronyError
+from krony.engines.graphs import FORMS, past, write_graph
+from krony.engines.plain import plain
+
+EXACT = {
+    "onnx": {},
+    "openvino": {"config": {"INFERENCE_PRECISION_HINT": "f32"}},
+}  # else some processors compute in bf16
+
+
+def greedy(run, ids, cache, count=64):
+    """The tokens that follow, one at a time, and the logits of the first ones."""
+    found, first, new, before = [], None, ids, 0
+    for _ in range(count):
+        seen = before + new.shape[1]
+        made = run(
+            input_ids=new, attention_mask=torch.ones(1, seen, dtype=torch.long),
+            position_ids=torch.arange(before, seen)[None], past_key_values=cache,
+        )  # fmt: skip
+        first = made.logits if first is None else first
+        new, cache, before = made.logits[:, -1:].argmax(-1), made.past_key_values, seen
+        found.append(new.item())
+    return found, first
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_engine_continues_as_the_model_does(form, name, of_type, tmp_path):
+    from transformers.exporters import ExportedModel
+
+    model, text = of_type(name), torch.randint(0, 4096, (24, 64), generator=torch.Generator().manual_seed(1))
+    krony.compress(model, KronyConfig("keep=0.5"), calibration=text)
+    ids = text[:1, :9]
+    expected = model.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False)[0, 9:].tolist()
+    made, _ = plain(model)
+    write_graph(made, tmp_path, form)
+    run = ExportedModel.from_pretrained(tmp_path, **EXACT[form])
+    found, logits = greedy(run, ids, past(made))
+    assert found == expected
+    torch.testing.assert_close(logits, made(ids).logits, rtol=1e-4, atol=1e-3)
+    # two rows, one of them shorter: its first place is masked
+    mask, positions = torch.ones(2, 9, dtype=torch.long), torch.arange(9).repeat(2, 1)
+    mask[1, 0], positions[1] = 0, (positions[1] - 1).clamp_min(0)
+    cache = DynamicCache(config=made.config)
+    given = {"input_ids": text[:2, :9], "attention_mask": mask, "position_ids": positions}
+    logits = run(**given, past_key_values=past(made, batch=2)).logits
+    torch.testing.assert_close(logits[:, 1:], made(**given, past_key_values=cache).logits[:, 1:], rtol=1e-4, atol=1e-3)
+
+
+def test_nothing_is_printed(of_type, tmp_path, capfd):
+    write_graph(of_type("gpt2"), tmp_path, "onnx")
+    printed = capfd.readouterr()
+    assert printed.out == "" and "torch.onnx" not in printed.err
+
+
+def test_what_is_missing_or_fails_is_one_sentence(of_type, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(KronyError, match=r"openvino is not installed .*: pip install 'krony\[openvino\]'"):
+        write_graph(of_type("gpt2"), tmp_path, "openvino")
+    monkeypatch.setattr("transformers.exporters.OnnxExporter.export", lambda *_: 1 / 0)
+    with pytest.raises(KronyError, match="export to onnx: transformers can't trace this model: division by zero"):
+        write_graph(of_type("gpt2"), tmp_path, "onnx")
