@@ -46,7 +46,7 @@ def test_compress_writes_a_model_that_loads(krony, gpt2_folder, tmp_path, ids):
     assert sum(p.numel() for p in model.parameters()) == report["params_after"]
     assert tokenizer("abc")["input_ids"] and tokenizer.chat_template == "{{ messages }}"
     card = (out / "README.md").read_text()
-    assert f"{report['params_after']:,}" in card and report["layers"][0]["name"] in card
+    assert f"{report['params_after']:,}" in card and report["layers"][0]["name"].replace(".0.", ".*.") in card
     reference = AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
     library.compress(reference, library.KronyConfig("keep=0.5", init="van-loan"))
     assert torch.equal(model(ids).logits, reference(ids).logits)

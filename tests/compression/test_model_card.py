@@ -1,7 +1,7 @@
 """The cards say what was done, in the figures of the report."""
 
 from krony import KronyConfig, compress
-from krony.compression.model_card import healed_card, healed_table, model_card
+from krony.compression.model_card import exported_card, healed_card, healed_table, layers_table, model_card
 from small_models import gpt2
 
 FIGURES = {"tokens": 1024, "recipe": "quick", "teacher": None, "perplexity_before": 30.0, "perplexity_after": 24.0}
@@ -30,7 +30,32 @@ def test_options_that_are_not_the_default_are_named():
     report = compress(gpt2(), KronyConfig("keep=0.5", init="van-loan", rescale=False, layers="odd", seed=3))
     card = model_card("gpt2", report, "errors of outputs measured on 512 tokens of t.txt")
     assert "initialisation `van-loan`, layers `odd`, rescale `False`, seed `3`, errors of outputs measured on" in card
-    assert f"| {report.layers[0].name} | 96x48 | 2x1 | 1 | {report.layers[0].error:.4f} |" in card
+    assert (
+        f"| {report.layers[0].name.replace('.1.', '.*.')} | 1 | 96x48 | 2x1 | 1 | {report.layers[0].error:.4f} |"
+        in card
+    )
+
+
+def test_layers_that_differ_in_their_number_are_one_row():
+    report = compress(gpt2(), KronyConfig("keep=0.5", init="van-loan"))
+    first, second = layers_table(report.layers).rows
+    errors = sorted(f"{layer.error:.4f}" for layer in report.layers if layer.name.endswith("c_fc"))
+    assert first == ["transformer.h.*.mlp.c_fc", "3", "96x48", "2x1", "1", f"{errors[0]} to {errors[-1]}"]
+    assert second[:2] == ["transformer.h.*.mlp.c_proj", "3"]
+
+
+def test_an_exports_card_says_what_it_was_made_of(gpt2_folder):
+    card = exported_card("openai-community/gpt2", "slim", {"scheme": "keep=0.5", "init": "neurons", "seed": 3}, (9, 7))
+    assert front_matter(card)["base_model"] == "openai-community/gpt2"
+    assert "(scheme `keep=0.5`, initialisation `neurons`, seed `3`)" in card and "import krony" not in card
+    plain = exported_card(str(gpt2_folder), "gguf", {}, (9, 9), "it is a plain model already")
+    assert "compressed by" not in plain and str(gpt2_folder) not in plain and "GGUF, for llama.cpp" in plain
+
+
+def test_a_healed_card_says_how_the_model_was_compressed():
+    assert "Before, it was compressed (scheme `81M`, initialisation `neurons`)." in healed_card(
+        "gpt2", FIGURES, {"scheme": "81M", "init": "neurons"}
+    )
 
 
 def front_matter(card):

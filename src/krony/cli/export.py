@@ -67,23 +67,27 @@ def run(
 
 def _plain(words: Output, source: ModelSource, out: Path, to: str, multiple_of: int | None) -> None:
     """Writes a folder that transformers loads."""
+    from krony.compression.model_card import exported_card
     from krony.models.export import export_model, slim
+    from krony.models.quantizer import recorded_options
     from krony.models.surgery import count_parameters
     from krony.storage.files import fresh_folder
 
     loaded = source.load()
     figures: dict[str, Any] = {"model": source.name, "out": str(out), "to": to}
     figures["params_before"] = count_parameters(loaded)
-    how = ""
+    how, options = "", recorded_options(loaded.config)
     if to == "slim":
         exported = slim(loaded, multiple_of or 1)
         plain, how = exported.model, str(exported)
         figures |= {"width": exported.width, "padding": exported.padding}
     else:
         plain = export_model(loaded, to)
+    figures["params_after"] = count_parameters(plain)
     with fresh_folder(out) as folder:
         source.save(plain, folder)
-    figures["params_after"] = count_parameters(plain)
+        card = exported_card(source.name, to, options, (figures["params_before"], figures["params_after"]), how)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     change = f"{figures['params_before']:,} -> {figures['params_after']:,} parameters"
     words.say(f"{source.name} -> {out}: {change}, loads without krony")
     if how:
@@ -93,9 +97,11 @@ def _plain(words: Output, source: ModelSource, out: Path, to: str, multiple_of: 
 
 def _engine(words: Output, source: ModelSource, out: Path, to: str, kind: str) -> None:
     """Writes a folder that an engine reads."""
+    from krony.compression.model_card import exported_card
     from krony.engines.gguf import check_kind, takes_widths, write_gguf
     from krony.engines.graphs import check_packages, write_graph
     from krony.engines.plain import plain
+    from krony.models.quantizer import recorded_options
     from krony.models.surgery import count_parameters
     from krony.storage.files import fresh_folder
 
@@ -105,7 +111,7 @@ def _engine(words: Output, source: ModelSource, out: Path, to: str, kind: str) -
         check_packages(to)
     tokenizer, loaded = source.tokenizer, source.load()
     figures: dict[str, Any] = {"model": source.name, "out": str(out), "to": to}
-    figures["params_before"] = count_parameters(loaded)
+    figures["params_before"], options = count_parameters(loaded), recorded_options(loaded.config)
     made, how = plain(loaded, padded=not (to == "gguf" and takes_widths(loaded)))
     with fresh_folder(out) as folder:
         if to == "gguf":
@@ -114,7 +120,9 @@ def _engine(words: Output, source: ModelSource, out: Path, to: str, kind: str) -
         else:
             write_graph(made, folder, to)
             source.save_tokenizer(folder)
-    figures["params_after"] = count_parameters(made)
+        figures["params_after"] = count_parameters(made)
+        card = exported_card(source.name, to, options, (figures["params_before"], figures["params_after"]), how)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     figures["files"] = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     size = sum(figures["files"].values()) / 1e6
     words.say(f"{source.name} -> {out}: {figures['params_after']:,} parameters, {size:.1f} MB; {how}")

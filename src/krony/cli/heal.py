@@ -221,11 +221,14 @@ class _Job:
         """Writes OUT with its card and logs, and removes the work folder."""
         from krony.compression.model_card import healed_card
         from krony.healing.checkpoints import explain_write_errors, keep_logs
+        from krony.models.quantizer import recorded_options
         from krony.storage.files import fresh_folder
 
         with explain_write_errors(self.out), fresh_folder(self.out) as folder:
             self.source.save(model, folder)
-            (folder / "README.md").write_text(healed_card(self.model, figures), encoding="utf-8")
+            (folder / "README.md").write_text(
+                healed_card(self.model, figures, recorded_options(model.config)), encoding="utf-8"
+            )
             keep_logs(self.work, folder)
             if self.control is not None:
                 keep_logs(self.work / "control", folder / "control")

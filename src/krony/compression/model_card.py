@@ -1,4 +1,4 @@
-"""The model card of a compressed or healed model: what was done, its figures, and metadata that the hub accepts."""
+"""The card of a compressed, healed or exported model: what was done, its figures, and metadata that the hub accepts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData, hf_hub_download
 from huggingface_hub.repocard import metadata_load
 
 from krony._version import __version__
-from krony.compression.report import CompressionReport
+from krony.compression.report import CompressionReport, LayerReport
 from krony.models.source import DEMO
 from krony.pages import Table, shown
 
@@ -18,6 +18,13 @@ from krony.pages import Table, shown
 SAID_ELSEWHERE = ("krony", "scheme", "init", "calibration_tokens", "calibration_documents", "earlier")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
+USES = {  # form of an export -> what reads it
+    "slim": "a plain model of a smaller hidden width, which `AutoModelForCausalLM.from_pretrained` loads",
+    "dense": "a plain model of the original's shapes, which `AutoModelForCausalLM.from_pretrained` loads",
+    "gguf": "GGUF, for llama.cpp",
+    "onnx": "ONNX, for ONNX Runtime",
+    "openvino": "OpenVINO's format",
+}
 LOADING = """```python
 import krony  # registers the layers with transformers
 from transformers import AutoModelForCausalLM
@@ -36,21 +43,12 @@ def model_card(source: str, report: CompressionReport, text: str = "") -> str:
     ``source`` is the name of the original model. ``text`` says which text was read and why, such as ``calibrated on
     49,152 tokens of …``.
     """
-    options = {name: value for name, value in report.made_with.items() if name not in SAID_ELSEWHERE}
-    how = "".join(f", {name.replace('_', ' ')} `{value}`" for name, value in options.items())
-    how += f", {text}" if text else ""
-    layers = Table(
-        ["layer", "left", "right", "factors", "error"],
-        [
-            [r.name, f"{r.shape.m1}x{r.shape.n1}", f"{r.shape.m2}x{r.shape.n2}", f"{r.shape.factors}", f"{r.error:.4f}"]
-            for r in report.layers
-        ],
-    )
+    how = _options(report.made_with | {"scheme": report.scheme, "init": report.init}) + (f", {text}" if text else "")
     return f"""{_front_matter(source)}
 # {_title(source)}, compressed with krony
 
 The weights of {len(report.layers)} linear layers of `{_title(source)}` are sums of Kronecker products
-(scheme `{report.scheme}`, initialisation `{report.init}`{how}, krony {__version__}).
+({how}, krony {__version__}).
 
 | | parameters |
 | --- | ---: |
@@ -60,19 +58,66 @@ The weights of {len(report.layers)} linear layers of `{_title(source)}` are sums
 Weights that layers share are counted once.
 
 {LOADING}
-The error of a layer is the Frobenius norm of the difference, relative to the original matrix.
+{layers_table(report.layers).markdown()}
 
-<details>
-<summary>All {len(report.layers)} layers</summary>
-
-{layers.markdown()}
-
-</details>
+The error is the Frobenius norm of the difference, relative to the original matrix; `krony inspect` shows every layer.
 """
 
 
-def healed_card(source: str, figures: dict[str, Any]) -> str:
-    """Markdown for a healed model's README: how it was trained, and its validation perplexity before and after."""
+def layers_table(layers: list[LayerReport]) -> Table:
+    """A row per kind of matrix: the layers whose names differ in numbers only."""
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name), []).append(layer)
+    rows = []
+    for name, same in kinds.items():
+        shapes = [layer.shape for layer in same]
+        left, right = [f"{s.m1}x{s.n1}" for s in shapes], [f"{s.m2}x{s.n2}" for s in shapes]
+        columns = [left, right, [f"{s.factors}" for s in shapes], [f"{layer.error:.4f}" for layer in same]]
+        rows.append([name, f"{len(same)}", *map(_range, columns)])
+    return Table(["matrices", "count", "left", "right", "factors", "error"], rows)
+
+
+def _range(numbers: list[str]) -> str:
+    """The only number, or the smallest and the largest."""
+    low, *_, high = sorted([*numbers, *numbers], key=lambda number: (len(number), number))
+    return low if low == high else f"{low} to {high}"
+
+
+def _options(made_with: dict[str, Any]) -> str:
+    """The options of a compression in words."""
+    first = f"scheme `{made_with.get('scheme')}`, initialisation `{made_with.get('init')}`"
+    others = {name: value for name, value in made_with.items() if name not in SAID_ELSEWHERE}
+    return first + "".join(f", {name.replace('_', ' ')} `{value}`" for name, value in others.items())
+
+
+def exported_card(source: str, to: str, made_with: dict[str, Any], params: tuple[int, int], how: str = "") -> str:
+    """Markdown for the README of a model that was exported to run without krony.
+
+    Args:
+        source: the name of the model that was exported.
+        to: the form, such as ``slim`` or ``gguf``.
+        made_with: the options of its compression; empty for a plain model.
+        params: unique parameters before the export and afterwards.
+        how: what the export did, in words.
+    """
+    compressed = f"It was compressed by krony ({_options(made_with)}). " if made_with else ""
+    changes = f" {how[0].upper()}{how[1:]}." if how else ""
+    return f"""{_front_matter(source)}
+# {_title(source)}, as {to}
+
+`{_title(source)}`, exported by krony {__version__} to {USES[to]}.
+
+{compressed}It has {params[1]:,} parameters; before the export there were {params[0]:,}. It runs without krony.{changes}
+"""
+
+
+def healed_card(source: str, figures: dict[str, Any], made_with: dict[str, Any] | None = None) -> str:
+    """Markdown for a healed model's README: how it was trained, and its validation perplexity before and after.
+
+    ``made_with``: the options of the compression that was healed.
+    """
+    compressed = f"\n\nBefore, it was compressed ({_options(made_with)})." if made_with else ""
     teacher = f", taught by `{_title(figures['teacher'])}`" if figures["teacher"] else ""
     result = EvalResult(
         task_type="text-generation",
@@ -85,7 +130,7 @@ def healed_card(source: str, figures: dict[str, Any]) -> str:
 # {_title(source)}, healed with krony
 
 `{_title(source)}` was trained for {figures["tokens"]:,} tokens (recipe `{figures["recipe"]}`{teacher},
-krony {__version__}).
+krony {__version__}).{compressed}
 
 {healed_table(figures).markdown()}
 

@@ -23,7 +23,7 @@ from krony.models.fusion import fuse
 from krony.models.surgery import is_linear, kronecker_embeddings, kronecker_layers, linear_size, put_in, to_dense
 
 if TYPE_CHECKING:  # this module is imported while transformers is being imported
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 METHOD = "krony"
 
@@ -158,6 +158,14 @@ def _empty_embedding(original: nn.Embedding, name: str, shape: KronShape) -> Kro
     if (shape.rows, shape.columns) != size or shape.factors != 1:
         raise KronyError(f"config.json: {name} is {size[0]}x{size[1]}, its factors make {shape.rows}x{shape.columns}")
     return KroneckerEmbedding(shape, device=weight.device, dtype=weight.dtype)
+
+
+def recorded_options(config: PretrainedConfig) -> dict[str, Any]:
+    """The options of the compression that a config records; empty for a plain model."""
+    known = getattr(config, "quantization_config", None)
+    if isinstance(known, dict):
+        return known.get("made_with") or {}
+    return getattr(known, "made_with", None) or {}
 
 
 def attach_quantizer(model: PreTrainedModel, made_with: dict[str, Any]) -> None:
