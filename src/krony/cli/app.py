@@ -21,6 +21,7 @@ from krony.cli import (
     heal,
     import_,
     inspect,
+    push,
     reproduce,
     schemes,
 )
@@ -56,6 +57,7 @@ app.command("bench")(bench.run)
 app.command("inspect")(inspect.run)
 app.command("generate")(generate.run)
 app.command("export")(export.run)
+app.command("push")(push.run)
 app.command("import")(import_.run)
 app.command("reproduce")(reproduce.run)
 

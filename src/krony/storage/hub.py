@@ -1,12 +1,15 @@
-"""Asks the Hugging Face hub for a name, for a few seconds at most; its client alone tries for half a minute."""
+"""The Hugging Face hub: whether it knows a name, asked for a few seconds at most, and the upload of a folder."""
 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub import HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+from krony.errors import KronyError
 
 SECONDS = 4.0  # how long the hub is waited for
 
@@ -31,3 +34,43 @@ def ask(name: str, kind: Literal["model", "dataset"]) -> Answer:
     except Exception:  # the http client's errors: no network, no answer in time
         return "no answer"
     return "known"
+
+
+def push(folder: Path, name: str, *, private: bool = False) -> str:
+    """Uploads a model's folder as the repository ``name``, which is made if it isn't there. Returns its address.
+
+    The card is checked by the hub before anything is made.
+
+    Raises:
+        KronyError: the folder has no card or one that the hub doesn't take, nobody is logged in, this account may not
+            write there, or the hub can't be reached. No sentence holds the token.
+    """
+    card = folder / "README.md"
+    if not card.is_file():
+        raise KronyError(f"{card} is missing: it is the card that the hub shows, and krony's verbs write one")
+    if constants.HF_HUB_OFFLINE:
+        raise KronyError("HF_HUB_OFFLINE is set, and push needs the hub: unset it")
+    if get_token() is None:
+        raise KronyError("the hub asks who you are: log in with hf auth login, or set HF_TOKEN")
+    api = HfApi()
+    try:
+        ModelCard.load(card, ignore_metadata_errors=False).validate()
+        address = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload by krony")
+    except HFValidationError as error:
+        raise KronyError(f"{name!r} can't be the name of a repository: {_plain(error)}") from None
+    except ValueError as error:
+        raise KronyError(f"{card}: the hub doesn't take this card: {_plain(error)}") from None
+    except HfHubHTTPError as error:
+        raise KronyError(f"the hub refuses {name}: {_plain(error)}") from None
+    except Exception as error:
+        if not type(error).__module__.startswith("http"):  # the hub's http client, which is another in other versions
+            raise
+        raise KronyError(f"the hub can't be reached ({type(error).__name__}: {_plain(error)})") from None
+    return str(address)
+
+
+def _plain(error: Exception) -> str:
+    """What an error says in one line, without the token."""
+    said = getattr(error, "server_message", None) or str(error)
+    return " ".join(said.replace(get_token() or "\0", "…").split())

@@ -1,0 +1,146 @@
+"""The upload, to a server of this machine that speaks what the hub's client asks for."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from small_models import gpt2
+
+TOKEN = "hf_" + "s" * 34
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories in memory, and every question that was asked."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.asked, self.files, self.refuse = [], {}, {}
+
+
+class Answers(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.answer({"error": "Repository not found"}, 404)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = self.chunks()
+        self.server.asked.append((self.path, body.decode(), self.headers.get("authorization")))
+        for path, (code, words) in self.server.refuse.items():
+            if self.path.endswith(path):
+                self.answer({"error": words}, code)
+                return
+        if self.path.endswith("/preupload/main"):
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            self.answer({"files": files})
+        elif self.path.endswith("/commit/main"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer({"success": True, "commitUrl": f"{self.server.url}/you/half/commit/1", "commitOid": "1"})
+        else:
+            self.answer({"url": f"{self.server.url}/you/half", "id": "you/half"})
+
+    def chunks(self):
+        whole = b""
+        while size := int(self.rfile.readline(), 16):
+            whole += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return whole
+
+    def answer(self, content, code=200):
+        body = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def push(hub, tmp_path):
+    """``krony push`` in a process of its own, which reads the hub's address when it starts."""
+
+    def push(*arguments, **environment):
+        known = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        known |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")} | environment
+        command = [sys.executable, "-m", "krony", "push", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=known)
+
+    return push
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A slim model's, as the verb writes it."""
+    from krony import KronyConfig, compress, export_model
+    from krony.compression.model_card import exported_card
+
+    model = gpt2()
+    compress(model, KronyConfig("keep=0.5", init="magnitude"))
+    export_model(model, "slim").save_pretrained(tmp_path / "half")
+    (tmp_path / "half/README.md").write_text(exported_card("openai-community/gpt2", "slim", {}, (9, 7)))
+    return tmp_path / "half"
+
+
+def test_a_folder_is_uploaded_with_its_card(push, hub, folder):
+    done = push(folder, "you/half", "--private")
+    assert done.returncode == 0 and f"{folder} -> {hub.url}/you/half" in done.stdout, done.stderr
+    assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    paths = [path for path, _, _ in hub.asked]
+    assert paths[:2] == ["/api/validate-yaml", "/api/repos/create"]
+    assert "private" in hub.asked[1][1]
+    assert json.loads(hub.asked[0][1])["content"] == (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "words"),
+    [
+        ("/validate-yaml", 400, "README.md: the hub doesn't take this card: "),
+        ("/create", 403, "the hub refuses you/half: not yours"),
+        ("/create", 401, "the hub refuses you/half: not yours"),
+        ("/commit/main", 413, "the hub refuses you/half: not yours"),
+    ],
+)
+def test_a_refusal_is_one_sentence_without_the_token(push, hub, folder, path, code, words):
+    hub.refuse[path] = (code, "not yours")
+    done = push(folder, "you/half")
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert TOKEN not in done.stdout + done.stderr and hub.files == {}
+
+
+def test_what_is_known_before_the_hub_is_asked(push, hub, folder, tmp_path):
+    (tmp_path / "bare").mkdir()
+    for arguments, environment, words in (
+        ((tmp_path / "bare", "you/half"), {}, "README.md is missing: it is the card that the hub shows"),
+        ((tmp_path / "none", "you/half"), {}, "none is no folder"),
+        ((folder, "you/half"), {"HF_TOKEN": ""}, "log in with hf auth login, or set HF_TOKEN"),
+        ((folder, "you/half"), {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and push needs the hub"),
+    ):
+        done = push(*arguments, **environment)
+        assert done.returncode == 2 and words in done.stderr and not hub.asked, done
+    done = push(folder, "a/b/c")
+    assert done.returncode == 2 and "'a/b/c' can't be the name of a repository" in done.stderr
+    done = push(folder, "you/half", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 2 and "the hub can't be reached (ConnectError" in done.stderr
