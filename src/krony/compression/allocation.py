@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from krony.compression.plan import CompressionPlan, portion
+from krony.compression.replacement import sound_moments
 from krony.errors import KronyError
 from krony.init.base import Moments
 from krony.kronecker.algebra import KronShape
@@ -59,7 +60,8 @@ def cost_curves(
         progress(done, len(groups), "allocation")
         assert known is not None and known.hidden is not None  # ``plan`` has refused single layers
         weight, bias = take_out(model, group.sites[-1].name)
-        curves.append(cost_curve(weight, bias, known, width - least))
+        with sound_moments(group):
+            curves.append(cost_curve(weight, bias, known, width - least))
     return curves
 
 

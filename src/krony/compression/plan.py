@@ -60,7 +60,7 @@ class CompressionPlan:
         if not reads_text:  # W, its rearrangement and its approximation in float64
             return LIBRARIES + (4 * 8 + 2 * itemsize) * matrix
         wide = max(site.in_features for site in sites)  # second moments, their inverse, and updates in float64
-        return LIBRARIES + 4 * 8 * wide**2 + 3 * 8 * matrix
+        return LIBRARIES + 5 * 8 * wide**2 + 3 * 8 * matrix
 
     def memory_bytes(self, itemsize: int, reads_text: bool) -> int:
         """About how many bytes ``compress`` needs with the model in memory; arguments as in ``working_memory``."""

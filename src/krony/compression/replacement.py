@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from krony.compression.report import LayerReport
 from krony.config import KronyConfig
@@ -45,7 +47,8 @@ def replacements(
         KronyError: a weight is not finite, or the initialisation can't work with the group.
     """
     targets = _targets(model, group, shapes)
-    initial = config.initialisation.initialise(targets, config, moments)
+    with sound_moments(group):
+        initial = config.initialisation.initialise(targets, config, moments)
     layers = {t.name: _build(t, factors, config) for t, factors in zip(targets, initial, strict=True)}
     if train is not None:
         train(layers)
@@ -53,6 +56,22 @@ def replacements(
         t.name: Replacement(layers[t.name], factors, _report(t, factors, layers[t.name], moments))
         for t, factors in zip(targets, initial, strict=True)
     }
+
+
+@contextmanager
+def sound_moments(group: Group) -> Iterator[None]:
+    """Raises KronyError where the block finds second moments of which no factorisation exists.
+
+    Sums of squares always have one, with the ridge that initialisations add. A damaged cache may have none, and its
+    other properties don't show it.
+    """
+    try:
+        yield
+    except LinAlgError as error:
+        raise KronyError(
+            f"{group.sites[0].name}: its second moments are not those of any text ({str(error).partition(':')[0]}): "
+            "where they were kept in a cache, it is damaged; --no-cache reads the text again"
+        ) from None
 
 
 def measured(
