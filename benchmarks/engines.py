@@ -45,6 +45,10 @@ ENGINES = {  # name -> form and type of the file
     "ONNX Runtime": ("onnx", "float32"),
     "OpenVINO": ("openvino", "float32"),
 }
+NOTE = """The spread is the distance of the slowest from the fastest of five runs, relative to the median.
+A gain within it may be chance, as most of those of the small model are. 8-bit weights leave the continuation of float32
+after some tokens.
+"""
 Run = tuple[list[int], float, float]  # the tokens, prompt tokens per second, new tokens per second
 
 
@@ -219,7 +223,7 @@ def main() -> None:
     if not options.draw_only:
         write_json(RESULTS / f"engines-{options.out}.json", measure(options.model, options.calibration))
     kept = sorted(path.stem for path in RESULTS.glob("engines-*.json"))
-    fill(DOCS / "deployment.md", "benchmarks/engines.py", "\n".join(section(read_results(name)) for name in kept))
+    fill(DOCS / "deployment.md", "benchmarks/engines.py", "\n".join([*(section(read_results(n)) for n in kept), NOTE]))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ DRAWN = [
     ("healing", [], ["healing-curves.md"], ["healing-curves-512x256.svg", "healing-curves-256x256.svg"]),
     ("quality", ["--out", "smollm2"], ["quality-smollm2.md"], ["quality-smollm2.svg"]),
     ("quality", ["--out", "demo"], ["quality-demo.md"], ["quality-demo.svg"]),
+    ("engines", [], ["deployment.md"], []),
     ("sizes", [], ["sizes.md"], ["sizes.svg"]),
     ("speed", [], ["speed.md"], ["speed.svg"]),
     ("speed", ["--compile"], ["speed-compiled.md"], ["speed-compiled.svg"]),

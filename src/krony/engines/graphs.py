@@ -108,7 +108,8 @@ def past(model: PreTrainedModel, batch: int = 1, tokens: int = 0) -> DynamicCach
     """
     cache = DynamicCache(config=model.config)
     start = torch.zeros(batch, max(tokens, 1), dtype=torch.long, device=model.device)
-    model(input_ids=start, attention_mask=torch.ones_like(start), past_key_values=cache, use_cache=True)
+    with silence():
+        model(input_ids=start, attention_mask=torch.ones_like(start), past_key_values=cache, use_cache=True)
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
     return cache
