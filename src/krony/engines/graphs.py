@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -17,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from krony.engines.extras import needed
 from krony.errors import KronyError
 
+LOGGERS = ("torch", "torch.onnx", "torch.export", "transformers")
 BATCH, PAST, NEW = 2, 5, 3  # of the inputs that the graph is traced with: sizes other than 0 and 1 stay variable
 
 
@@ -77,14 +79,19 @@ def write_graph(model: PreTrainedModel, folder: Path, form: str) -> None:
 @contextmanager
 def silence() -> Iterator[None]:
     """Within it nothing is printed, warned of or logged: the exporters speak of torch's and their own insides."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    # transformers names the loggers of its exporters by their files, so that none is a child of "transformers"
+    modules = [module for name, module in sys.modules.items() if name.startswith("transformers.exporters")]
+    own = [module.logger for module in modules if hasattr(module, "logger")]
+    before = {logger: logger.level for logger in (*own, *map(logging.getLogger, LOGGERS))}
+    for logger in before:
+        logger.setLevel(logging.ERROR)
     try:
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
 @torch.no_grad()
