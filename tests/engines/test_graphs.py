@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 import krony
 from krony import KronyConfig, KronyError
-from krony.engines.graphs import FORMS, past, write_graph
+from krony.engines.graphs import past, write_graph
 from krony.engines.plain import plain
 
 EXACT = {
@@ -30,8 +30,15 @@ def greedy(run, ids, cache, count=64):
     return found, first
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("gpt2", "onnx"),
+        ("llama", "openvino"),
+        pytest.param("llama", "onnx", marks=pytest.mark.slow),
+        pytest.param("gpt2", "openvino", marks=pytest.mark.slow),
+    ],
+)
 def test_the_engine_continues_as_the_model_does(form, name, of_type, tmp_path):
     from transformers.exporters import ExportedModel
 
