@@ -8,6 +8,7 @@ import krony
 from krony import KronyConfig, KronyError
 from krony.engines.gguf import KINDS, hidden_widths, write_gguf
 from krony.engines.plain import plain
+from krony.models.surgery import count_parameters
 from small_models import at_random
 
 from .conftest import SIZES, TYPES, WORDS
@@ -63,7 +64,7 @@ def test_fewer_bits_are_close(kind, tolerance, bits, words, llama_cpp, tmp_path)
     write_gguf(model, words, tmp_path / "m.gguf", kind)
     check(model, words, llama_cpp(tmp_path / "m.gguf"), tolerance, tokens=4)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - 512 * 256  # positions stay in float32
-    rest = 4 * (krony.models.surgery.count_parameters(model) - matrices)
+    rest = 4 * (count_parameters(model) - matrices)
     assert abs((tmp_path / "m.gguf").stat().st_size - matrices * bits / 8 - rest) < 150_000  # metadata
 
 

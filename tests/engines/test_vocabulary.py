@@ -4,13 +4,14 @@ import copy
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-import krony
 from krony import KronyError
+from krony.data import python_docs
 from krony.engines.gguf import write_gguf
 from krony.engines.vocabulary import BYTES, LLAMA_3, QWEN_2, SPLITS, split_name
+from krony.errors import KronyWarning
 
 TEXTS = [
     "The function returns 12345 items.\n\n  Don't",
@@ -42,7 +43,7 @@ def test_other_ways_are_refused(change):
 def trained(byte_level):
     """A tokenizer of 4,096 tokens at most, trained on the shipped text: byte-level, or as Gemma's."""
     inner = Tokenizer(models.BPE(byte_fallback=not byte_level, fuse_unk=False))
-    texts = krony.data.python_docs.topics("calibration")[:40]
+    texts = python_docs.topics("calibration")[:40]
     if byte_level:
         digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.pre_tokenizer, inner.decoder = pre_tokenizers.Sequence([digits, bytes_]), decoders.ByteLevel()
@@ -65,7 +66,7 @@ def test_llama_cpp_makes_the_same_tokens(byte_level, of_type, llama_cpp, tmp_pat
     tokenizer = trained(byte_level)
     write_gguf(of_type("gpt2"), tokenizer, tmp_path / "m.gguf")
     engine = llama_cpp(tmp_path / "m.gguf")
-    texts = [*TEXTS, krony.data.python_docs.topics("held-out")[0][:3000]]
+    texts = [*TEXTS, python_docs.topics("held-out")[0][:3000]]
     for text in texts:
         assert engine.tokens(text) == tokenizer(text)["input_ids"], text
 
@@ -77,5 +78,32 @@ def test_tokenizers_of_another_kind(of_type, words, tmp_path):
         write_gguf(model, word, tmp_path / "m.gguf")
     large = copy.deepcopy(words)
     large.add_tokens(["one more"])
-    with pytest.raises(KronyError, match="the tokenizer has 4097 tokens and the model 4096"):
+    with pytest.raises(KronyError, match="the tokenizer has ids up to 4096, and the model 4096 tokens"):
         write_gguf(model, large, tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("option", ["dropout", "continuing_subword_prefix", "end_of_word_suffix"])
+def test_options_of_merging_that_llama_cpp_does_not_have(option, of_type, words, tmp_path):
+    inner = json.loads(words.backend_tokenizer.to_str())
+    inner["model"][option] = 0.1 if option == "dropout" else "##"
+    if option != "dropout":  # merges join whole words only where the vocabulary has them
+        inner["model"]["merges"] = []
+    changed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(inner)), eos_token="<|endoftext|>")
+    with pytest.raises(KronyError, match=f"doesn't know this tokenizer: its {option} is"):
+        write_gguf(of_type("gpt2"), changed, tmp_path / "m.gguf")
+
+
+def test_characters_that_are_composed_are_warned_of():
+    with pytest.warns(KronyWarning, match="composes no characters"):
+        assert split_name(stored(BYTES) | {"normalizer": {"type": "NFC"}}) == "gpt-2"
+
+
+def test_an_end_that_the_tokenizer_adds_is_added(of_type, words, llama_cpp, tmp_path):
+    inner = Tokenizer.from_str(words.backend_tokenizer.to_str())
+    inner.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    write_gguf(of_type("gpt2"), tokenizer, tmp_path / "m.gguf")
+    ids = tokenizer(TEXTS[0])["input_ids"]
+    assert ids[0] == ids[-1] == 0 and llama_cpp(tmp_path / "m.gguf").tokens(TEXTS[0]) == ids

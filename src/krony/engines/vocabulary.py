@@ -1,17 +1,18 @@
 """A tokenizer as llama.cpp reads it: tokens with their kinds, merges or scores, and how text is split beforehand.
 
 llama.cpp knows ways to split text by name only. A tokenizer that splits differently would give other tokens without a
-word, so it is refused.
+word, so it is refused; so are options of merging that llama.cpp doesn't have.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from krony.errors import KronyError
+from krony.errors import KronyError, KronyWarning
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -35,8 +36,10 @@ def write_vocabulary(writer: GGUFWriter, model: PreTrainedModel, tokenizer: PreT
     """Writes the tokenizer of a model. Raises KronyError for one that llama.cpp doesn't know."""
     stored = _stored(tokenizer)
     size = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > size:
-        raise KronyError(f"the tokenizer has {len(tokenizer)} tokens and the model {size}")
+    _check_merging(stored["model"])
+    highest = max([*stored["model"]["vocab"].values(), *(added["id"] for added in stored["added_tokens"])])
+    if highest >= size:
+        raise KronyError(f"the tokenizer has ids up to {highest}, and the model {size} tokens")
     if stored["model"].get("byte_fallback"):
         _write_sentencepiece(writer, stored, size)
     else:
@@ -50,7 +53,9 @@ def write_vocabulary(writer: GGUFWriter, model: PreTrainedModel, tokenizer: PreT
         number = getattr(tokenizer, f"{name}_token_id")
         if number is not None:
             getattr(writer, f"add_{name}_token_id")(number)
-    writer.add_add_bos_token(_begins_with_bos(tokenizer))
+    ids = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
@@ -58,10 +63,19 @@ def write_vocabulary(writer: GGUFWriter, model: PreTrainedModel, tokenizer: PreT
 def split_name(stored: dict[str, Any]) -> str:
     """llama.cpp's name of the way in which a byte-level tokenizer splits text.
 
-    ``stored``: the content of tokenizer.json. Raises KronyError for a way that has no name.
+    ``stored``: the content of tokenizer.json. Raises KronyError for a way that has no name, and warns of the one thing
+    that llama.cpp is known to leave out: it composes no characters (NFC), which Qwen's tokenizers do.
     """
-    if stored.get("normalizer") is not None and stored["normalizer"]["type"] != "NFC":
-        raise KronyError(f"llama.cpp doesn't know this tokenizer: its normalizer is {stored['normalizer']['type']}")
+    change = stored.get("normalizer")
+    if change is not None and change["type"] != "NFC":
+        raise KronyError(f"llama.cpp doesn't know this tokenizer: its normalizer is {change['type']}")
+    if change is not None:
+        warnings.warn(
+            "llama.cpp composes no characters (NFC), as this tokenizer does: a letter and a combining accent, written "
+            "as two characters, get other tokens there",
+            KronyWarning,
+            stacklevel=2,
+        )
     before = stored["pre_tokenizer"]
     steps = before["pretokenizers"] if before is not None and before["type"] == "Sequence" else [before]
     found = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps if step is not None]
@@ -73,6 +87,13 @@ def split_name(stored: dict[str, Any]) -> str:
         f"llama.cpp doesn't know this tokenizer: it splits text by {found}, and the ways that krony can name are "
         f"{', '.join(SPLITS)}"
     )
+
+
+def _check_merging(model: dict[str, Any]) -> None:
+    """Raises KronyError for options of byte-pair encoding that llama.cpp doesn't have."""
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise KronyError(f"llama.cpp doesn't know this tokenizer: its {option} is {model[option]!r}")
 
 
 def _stored(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -100,10 +121,6 @@ def _tokens(stored: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
     return tokens, kinds
-
-
-def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def _write_sentencepiece(writer: GGUFWriter, stored: dict[str, Any], size: int) -> None:
