@@ -280,6 +280,16 @@ def test_exports_that_can_not_be_meant(refused, tmp_path, options, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_type_that_llama_cpp_does_not_have_is_known_before_the_work(refused, tmp_path, tokenizer, monkeypatch):
+    options = {"num_hidden_layers": 1, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4}
+    config = transformers.GPTNeoXConfig(**options, vocab_size=257)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "neox")
+    tokenizer.save_pretrained(tmp_path / "neox")
+    monkeypatch.setattr("krony.models.source.ModelSource.load", lambda *_, **__: 1 / 0)
+    said = refused("export", tmp_path / "neox", tmp_path / "out", "--to", "gguf")
+    assert "export to gguf writes models of the types gpt2, llama, qwen2, gemma3_text, and this one is gpt_neox" in said
+
+
 @pytest.mark.parametrize("package", ["gguf", "onnx", "onnxscript", "openvino"])
 def test_a_missing_extra_is_known_before_the_work(refused, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)

@@ -316,3 +316,5 @@ def test_export_for_engines_takes_plain_and_compressed_models(krony, tmp_path, f
         assert figures["files"] == {path.name: path.stat().st_size for path in out.iterdir()}
         sizes.append(sum(figures["files"].values()))
     assert sizes[1] < 0.8 * sizes[0]
+    card = (out / "README.md").read_text()
+    assert "compressed by krony (scheme `keep=0.5`, initialisation `magnitude`" in card and str(tmp_path) not in card

@@ -74,3 +74,12 @@ def test_what_is_missing_or_fails_is_one_sentence(of_type, tmp_path, monkeypatch
     monkeypatch.setattr("transformers.exporters.OnnxExporter.export", lambda *_: 1 / 0)
     with pytest.raises(KronyError, match="export to onnx: transformers can't trace this model: division by zero"):
         write_graph(of_type("gpt2"), tmp_path, "onnx")
+
+
+def test_missing_memory_is_not_taken_for_a_model_that_can_not_be_traced(of_type, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("transformers.exporters.OnnxExporter.export", fail)
+    with pytest.raises(MemoryError):
+        write_graph(of_type("gpt2"), tmp_path, "onnx")

@@ -14,8 +14,8 @@ from krony.errors import KronyError
 if TYPE_CHECKING:
     from krony.models.source import ModelSource
 
-TRANSFORMERS, ENGINES = ("dense", "slim"), ("gguf", "onnx", "openvino")  # what reads the files
-FORMS = (*TRANSFORMERS, *ENGINES, "reference")
+ENGINES = ("gguf", "onnx", "openvino")
+FORMS = ("dense", "slim", *ENGINES, "reference")
 
 
 def run(
@@ -67,16 +67,13 @@ def run(
 
 def _plain(words: Output, source: ModelSource, out: Path, to: str, multiple_of: int | None) -> None:
     """Writes a folder that transformers loads."""
-    from krony.compression.model_card import exported_card
     from krony.models.export import export_model, slim
-    from krony.models.quantizer import recorded_options
     from krony.models.surgery import count_parameters
     from krony.storage.files import fresh_folder
 
     loaded = source.load()
     figures: dict[str, Any] = {"model": source.name, "out": str(out), "to": to}
-    figures["params_before"] = count_parameters(loaded)
-    how, options = "", recorded_options(loaded.config)
+    figures["params_before"], how = count_parameters(loaded), ""
     if to == "slim":
         exported = slim(loaded, multiple_of or 1)
         plain, how = exported.model, str(exported)
@@ -86,8 +83,7 @@ def _plain(words: Output, source: ModelSource, out: Path, to: str, multiple_of: 
     figures["params_after"] = count_parameters(plain)
     with fresh_folder(out) as folder:
         source.save(plain, folder)
-        card = exported_card(source.name, to, options, (figures["params_before"], figures["params_after"]), how)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        _write_card(folder, source, figures, how)
     change = f"{figures['params_before']:,} -> {figures['params_after']:,} parameters"
     words.say(f"{source.name} -> {out}: {change}, loads without krony")
     if how:
@@ -97,22 +93,22 @@ def _plain(words: Output, source: ModelSource, out: Path, to: str, multiple_of: 
 
 def _engine(words: Output, source: ModelSource, out: Path, to: str, kind: str) -> None:
     """Writes a folder that an engine reads."""
-    from krony.compression.model_card import exported_card
     from krony.engines.gguf import check_kind, takes_widths, write_gguf
     from krony.engines.graphs import check_packages, write_graph
     from krony.engines.plain import plain
-    from krony.models.quantizer import recorded_options
     from krony.models.surgery import count_parameters
     from krony.storage.files import fresh_folder
 
+    padded = True
     if to == "gguf":
         check_kind(kind)
+        padded = not takes_widths(source.skeleton)  # refuses a type that llama.cpp doesn't have, before the work
     else:
         check_packages(to)
     tokenizer, loaded = source.tokenizer, source.load()
     figures: dict[str, Any] = {"model": source.name, "out": str(out), "to": to}
-    figures["params_before"], options = count_parameters(loaded), recorded_options(loaded.config)
-    made, how = plain(loaded, padded=not (to == "gguf" and takes_widths(loaded)))
+    figures["params_before"] = count_parameters(loaded)
+    made, how = plain(loaded, padded=padded)
     with fresh_folder(out) as folder:
         if to == "gguf":
             figures["type"] = kind
@@ -121,12 +117,20 @@ def _engine(words: Output, source: ModelSource, out: Path, to: str, kind: str) -
             write_graph(made, folder, to)
             source.save_tokenizer(folder)
         figures["params_after"] = count_parameters(made)
-        card = exported_card(source.name, to, options, (figures["params_before"], figures["params_after"]), how)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        _write_card(folder, source, figures, how)
     figures["files"] = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     size = sum(figures["files"].values()) / 1e6
     words.say(f"{source.name} -> {out}: {figures['params_after']:,} parameters, {size:.1f} MB; {how}")
     words.json(figures)
+
+
+def _write_card(folder: Path, source: ModelSource, figures: dict[str, Any], how: str) -> None:
+    from krony.compression.model_card import exported_card
+    from krony.models.quantizer import recorded_options
+
+    params = figures["params_before"], figures["params_after"]
+    card = exported_card(source.name, figures["to"], recorded_options(source.config), params, how)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _reference(words: Output, model: str, out: Path) -> None:

@@ -78,9 +78,14 @@ def _describe_rotary(writer: GGUFWriter, model: PreTrainedModel) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_key_length(head)
-    writer.add_value_length(head)
+    writer.add_key_length(_head_dim(model))
+    writer.add_value_length(_head_dim(model))
+
+
+def _head_dim(model: PreTrainedModel) -> int:
+    """Numbers per attention head; some configs don't name it."""
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _describe_llama(writer: GGUFWriter, model: PreTrainedModel) -> None:
@@ -89,7 +94,7 @@ def _describe_llama(writer: GGUFWriter, model: PreTrainedModel) -> None:
     rope = model.config.rope_parameters
     _check_rope(model, rope, "default", "linear", "llama3")
     writer.add_vocab_size(model.config.vocab_size)
-    writer.add_rope_dimension_count(model.config.head_dim)
+    writer.add_rope_dimension_count(_head_dim(model))
     writer.add_rope_freq_base(rope["rope_theta"])
     factors = _frequency_factors(model, rope["rope_theta"])
     if not torch.allclose(factors, torch.ones(())):
@@ -107,11 +112,11 @@ def _describe_qwen2(writer: GGUFWriter, model: PreTrainedModel) -> None:
 
 def _describe_gemma3(writer: GGUFWriter, model: PreTrainedModel) -> None:
     config = model.config
-    _require(model, "hidden_activation", "gelu_pytorch_tanh", "gelu_new")
+    _require(model, "hidden_activation", *TANH_GELU)
     _require(model, "attn_logit_softcapping", None)
     _require(model, "final_logit_softcapping", None)
     _require(model, "use_bidirectional_attention", False, None)
-    _require(model, "query_pre_attn_scalar", config.head_dim)
+    _require(model, "query_pre_attn_scalar", _head_dim(model))
     pattern = [
         "full_attention" if number % 6 == 5 else "sliding_attention" for number in range(config.num_hidden_layers)
     ]

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from krony.engines.extras import needed
 from krony.errors import KronyError
+from krony.runtime.hardware import is_out_of_memory
 
 LOGGERS = ("torch", "torch.onnx", "torch.export", "transformers")
 BATCH, PAST, NEW = 2, 5, 3  # of the inputs that the graph is traced with: sizes other than 0 and 1 stay variable
@@ -71,6 +72,8 @@ def write_graph(model: PreTrainedModel, folder: Path, form: str) -> None:
         try:
             exported = getattr(exporters, known.exporter)().export(model, sample_inputs(model), options)
         except Exception as error:  # a tracer raises whatever the traced code does
+            if is_out_of_memory(error):
+                raise
             reason = str(error).partition("\n")[0]
             raise KronyError(f"export to {form}: transformers can't trace this model: {reason}") from error
     exported.save_pretrained(folder)

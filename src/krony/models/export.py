@@ -71,8 +71,8 @@ def slim(model: PreTrainedModel, multiple_of: int = 1, *, padded: bool = True) -
 
     Args:
         multiple_of: rounds the width up to a multiple of this number, for tensor cores and quantised blocks.
-        padded: whether all layers get one width. Without it every layer has its own, which transformers can run and
-            save, but not load again; some engines can.
+        padded: whether all layers get one width. Without it every layer has its own (``multiple_of`` is not read),
+            which transformers can run and save, but not load again; some engines can.
 
     Raises:
         KronyError: the model isn't compressed, or no neuron can be removed from every layer exactly.
@@ -85,9 +85,8 @@ def slim(model: PreTrainedModel, multiple_of: int = 1, *, padded: bool = True) -
     alive = {name: _alive(model, name) for name in downs}
     widest = max(alive, key=lambda name: len(alive[name]))
     width = -(-len(alive[widest]) // multiple_of) * multiple_of
-    narrowest = widest if padded else min(alive, key=lambda name: len(alive[name]))
     full = min(group.sites[-1].in_features for group in downs.values())
-    if -(-len(alive[narrowest]) // multiple_of) * multiple_of >= full:
+    if (width if padded else min(map(len, alive.values()))) >= full:
         why = "is not compressed" if widest not in compressed else f"uses {len(alive[widest])} of its {full} neurons"
         rounded = "" if width == len(alive[widest]) else f", {width} when rounded up"
         raise KronyError(
@@ -99,7 +98,7 @@ def slim(model: PreTrainedModel, multiple_of: int = 1, *, padded: bool = True) -
     padding = 0
     for name, group in downs.items():
         *ups, down = group.sites
-        own = width if padded else -(-len(alive[name]) // multiple_of) * multiple_of
+        own = width if padded else len(alive[name])
         for site in group.sites:
             put_in(model, site.name, _narrow(model, site.name, alive[name], own, columns=site is down))
         padding += (own - len(alive[name])) * (sum(up.in_features for up in ups) + down.out_features)
