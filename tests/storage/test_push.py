@@ -110,7 +110,7 @@ def test_a_folder_is_uploaded_with_its_card(push, hub, folder):
     assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir()}
     paths = [path for path, _, _ in hub.asked]
     assert paths[:2] == ["/api/validate-yaml", "/api/repos/create"]
-    assert "private" in hub.asked[1][1]
+    assert json.loads(hub.asked[1][1])["visibility"] == "private"
     assert json.loads(hub.asked[0][1])["content"] == (folder / "README.md").read_text()
 
 

@@ -54,13 +54,11 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
         raise KronyError("the hub asks who you are: log in with hf auth login, or set HF_TOKEN")
     api = HfApi()
     try:
-        ModelCard.load(card, ignore_metadata_errors=False).validate()
+        _check_card(card)
         address = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload by krony")
     except HFValidationError as error:
         raise KronyError(f"{name!r} can't be the name of a repository: {_plain(error)}") from None
-    except ValueError as error:
-        raise KronyError(f"{card}: the hub doesn't take this card: {_plain(error)}") from None
     except HfHubHTTPError as error:
         raise KronyError(f"the hub refuses {name}: {_plain(error)}") from None
     except Exception as error:
@@ -68,6 +66,14 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
             raise
         raise KronyError(f"the hub can't be reached ({type(error).__name__}: {_plain(error)})") from None
     return str(address)
+
+
+def _check_card(card: Path) -> None:
+    """Raises KronyError for a card that the hub doesn't take, and what its client raises where it doesn't answer."""
+    try:
+        ModelCard.load(card, ignore_metadata_errors=False).validate()
+    except ValueError as error:  # of yaml, or what the hub says
+        raise KronyError(f"{card}: the hub doesn't take this card: {_plain(error)}") from None
 
 
 def _plain(error: Exception) -> str:
