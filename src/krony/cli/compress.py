@@ -14,7 +14,7 @@ from krony.cli.preview import preview
 from krony.config import KronyConfig, options_of
 from krony.errors import KronyError
 from krony.options import option
-from krony.sizing.defaults import OPTIONS as SIZING
+from krony.sizing.defaults import GLOBAL_ALLOCATION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,8 @@ def run(
 ) -> None:
     """Replace the MLP matrices of MODEL by sums of Kronecker products and write the model to OUT."""
     to = Output(json_to, out)
-    defaults = {} if effort is None else options_of(effort)
-    config = given.over(**defaults if promise.within is None else SIZING | defaults)
+    defaults = {} if promise.within is None else GLOBAL_ALLOCATION
+    config = given.over(**defaults | ({} if effort is None else options_of(effort)))
     _check_size(config, params, promise)
     if "rescale" in given.named:
         _check_rescale(config)

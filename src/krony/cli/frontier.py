@@ -12,7 +12,7 @@ from krony.cli.options import Device, Dtype, Json, Model, TextOptions
 from krony.cli.output import Output, quiet_libraries
 from krony.config import KronyConfig
 from krony.errors import KronyError
-from krony.sizing.defaults import KEEPS, OPTIONS
+from krony.sizing.defaults import GLOBAL_ALLOCATION, KEEPS
 
 Validation = Annotated[
     str | None,
@@ -47,7 +47,7 @@ def run(
     one budget for all layers (--allocation global). MODEL does not change, and no model is written.
     """
     to = Output(json_to)
-    config, keeps, calibration = KronyConfig(**OPTIONS | changes), _shares(keep), text.needed_by("frontier")
+    config, keeps, calibration = KronyConfig(**GLOBAL_ALLOCATION | changes), _shares(keep), text.needed_by("frontier")
     from krony.models.source import ModelSource
     from krony.runtime import distributed
     from krony.sizing.frontier import frontier

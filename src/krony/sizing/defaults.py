@@ -5,4 +5,4 @@ from __future__ import annotations
 from typing import Any
 
 KEEPS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)  # shares of the hidden neurons
-OPTIONS: dict[str, Any] = {"allocation": "global"}  # of KronyConfig: one budget for all layers loses least
+GLOBAL_ALLOCATION: dict[str, Any] = {"allocation": "global"}  # of KronyConfig: one budget for all layers loses least

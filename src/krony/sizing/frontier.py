@@ -15,12 +15,12 @@ from krony.data.calibration_set import LENGTH, TOKENS
 from krony.models.loading import context_length
 from krony.models.surgery import count_parameters
 from krony.runtime.progress import Progress, silent
-from krony.sizing.defaults import KEEPS, OPTIONS
+from krony.sizing.defaults import GLOBAL_ALLOCATION, KEEPS
 from krony.sizing.report import Frontier, Point
 from krony.sizing.sizes import Sizes
 from krony.sizing.text import split
 
-GLOBAL = KronyConfig(**OPTIONS)
+GLOBAL = KronyConfig(**GLOBAL_ALLOCATION)
 
 
 def frontier(
