@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from krony.storage.files import write_text
+from krony.storage.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"
@@ -17,6 +19,17 @@ END = "<!-- end -->"
 def read_results(name: str) -> dict[str, Any]:
     """The results of an earlier run, from ``benchmarks/results/NAME.json``."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def results_of(name: str, measure: Callable[[], dict[str, Any]], description: str | None) -> dict[str, Any]:
+    """What ``measure`` returns, written to the results; with --draw-only, the results of an earlier run."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
+    if parser.parse_args().draw_only:
+        return read_results(name)
+    results = measure()
+    write_json(RESULTS / f"{name}.json", results)
+    return results
 
 
 def fill(page: Path, script: str, text: str) -> None:

@@ -8,15 +8,14 @@ it writes the picture and the table from the results of the last run.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-from common import DOCS, DRAW_ONLY, RESULTS, fill, read_results
+from common import DOCS, fill, results_of
 
 from krony.demo.report import quality_picture, table
 from krony.demo.run import DemoRow, run_demo
 from krony.runtime.hardware import machine
-from krony.storage.files import write_json, write_text
+from krony.storage.files import write_text
 
 
 def section(results: dict[str, Any], rows: list[DemoRow]) -> str:
@@ -34,16 +33,15 @@ float32):
 """
 
 
+def measure() -> dict[str, Any]:
+    """All figures."""
+    demo = run_demo()
+    return demo.to_json() | {"heal_tokens": demo.tokens, "machine": machine(), "seed": 0}
+
+
 def main() -> None:
     """Runs the demo, and writes what it measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
-    if parser.parse_args().draw_only:
-        results = read_results("demo")
-    else:
-        demo = run_demo()
-        results = demo.to_json() | {"heal_tokens": demo.tokens, "machine": machine(), "seed": 0}
-        write_json(RESULTS / "demo.json", results)
+    results = results_of("demo", measure, __doc__)
     rows = [DemoRow(**row) for row in results["rows"]]
     write_text(DOCS / "demo.svg", quality_picture(rows))
     fill(DOCS / "quickstart.md", "benchmarks/demo.py", section(results, rows))

@@ -8,17 +8,16 @@ on Python documentation that was held back from calibration.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-from common import DOCS, DRAW_ONLY, RESULTS, fill, quiet_transformers, read_results
+from common import DOCS, fill, quiet_transformers, results_of
 
 import krony
 from krony.evaluation.interval import Interval
 from krony.runtime.hardware import machine
 from krony.sizing.report import Point
 from krony.sizing.sizes import Size
-from krony.storage.files import write_json, write_text
+from krony.storage.files import write_text
 
 WITHIN = 0.05
 TEXT = "python-docs"
@@ -52,13 +51,7 @@ def kept_of(results: dict[str, Any]) -> krony.Kept:
 
 def main() -> None:
     """Measures, and writes the results, the picture and the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
-    if parser.parse_args().draw_only:
-        results = read_results("sizes")
-    else:
-        results = measure()
-        write_json(RESULTS / "sizes.json", results)
+    results = results_of("sizes", measure, __doc__)
     frontier, kept = frontier_of(results), kept_of(results)
     write_text(DOCS / "sizes.svg", frontier.picture())
     commands = (
