@@ -12,19 +12,17 @@ its table in ``docs/deployment.md``.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import socket
 import statistics
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import DOCS, DRAW_ONLY, RESULTS, fill, quiet_transformers, read_results
+from llama_cpp import LlamaCpp
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import krony
@@ -52,30 +50,15 @@ after some tokens.
 Run = tuple[list[int], float, float]  # the tokens, prompt tokens per second, new tokens per second
 
 
-class LlamaCpp:
-    """llama.cpp with one model, asked through its web interface."""
+def in_llama_cpp(file: Path) -> Callable[[torch.Tensor], Run]:
+    """Runs a GGUF file."""
+    engine = LlamaCpp(file, threads=THREADS, context=2 * (PROMPT + NEW))
 
-    def __init__(self, file: Path) -> None:
-        import xllamacpp
-
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        options = xllamacpp.CommonParams()
-        options.model.path, options.port, options.n_ctx = str(file), port, 2 * (PROMPT + NEW)
-        options.n_parallel, options.n_gpu_layers, options.verbosity, options.warmup = 1, 0, -1, False
-        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = THREADS
-        options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.server, self.address = xllamacpp.Server(options), f"http://127.0.0.1:{port}/completion"
-
-    def __call__(self, ids: torch.Tensor) -> Run:
-        question = {"prompt": ids[0].tolist(), "temperature": 0, "n_predict": NEW, "ignore_eos": True}
-        body = json.dumps(question | {"cache_prompt": False, "return_tokens": True}).encode()
-        request = urllib.request.Request(self.address, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as answer:
-            made = json.loads(answer.read())
+    def run(ids: torch.Tensor) -> Run:
+        made = engine.greedy(ids[0].tolist(), NEW)
         return made["tokens"], made["timings"]["prompt_per_second"], made["timings"]["predicted_per_second"]
+
+    return run
 
 
 class Loop:
@@ -108,7 +91,7 @@ def started(engine: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         return Loop(model, lambda: DynamicCache(config=model.config)), bytes_
     if form == "gguf":
         write_gguf(model, tokenizer, folder / "model.gguf", kind)
-        return LlamaCpp(folder / "model.gguf"), (folder / "model.gguf").stat().st_size
+        return in_llama_cpp(folder / "model.gguf"), (folder / "model.gguf").stat().st_size
     from transformers.exporters import ExportedModel
 
     write_graph(model, folder, form)

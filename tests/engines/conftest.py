@@ -1,11 +1,9 @@
 """llama.cpp, and models of the types that it runs, at random."""
 
-import json
-import socket
-import urllib.request
+import importlib.util
+from pathlib import Path
 
 import pytest
-import torch
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen2Config
 
 import krony
@@ -43,42 +41,11 @@ def of_type():
     return lambda name: at_random(TYPES[name]())
 
 
-class LlamaCpp:
-    """llama.cpp with one model, asked through its own web interface; float32 wherever it lets one choose."""
-
-    def __init__(self, file):
-        import xllamacpp
-
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        options = xllamacpp.CommonParams()
-        options.model.path = str(file)
-        options.port, options.n_ctx, options.n_parallel, options.n_gpu_layers = port, 256, 1, 0
-        options.cpuparams.n_threads, options.verbosity, options.warmup = 1, -1, False
-        options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.server, self.address = xllamacpp.Server(options), f"http://127.0.0.1:{port}"
-
-    def ask(self, path, **question):
-        body, kind = json.dumps(question).encode(), {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(f"{self.address}/{path}", body, kind)) as answer:
-            return json.loads(answer.read())
-
-    def tokens(self, text):
-        return self.ask("tokenize", content=text, add_special=True)["tokens"]
-
-    def greedy(self, ids, count=64):
-        how = {"temperature": 0, "n_predict": count, "ignore_eos": True, "cache_prompt": False}
-        return self.ask("completion", prompt=ids, return_tokens=True, **how)["tokens"]
-
-    def likely(self, ids, count=20):
-        """The ids of the likeliest next tokens, and the logarithms of their probabilities."""
-        answer = self.ask("completion", prompt=ids, n_predict=1, temperature=0, n_probs=count, ignore_eos=True)
-        found = answer["completion_probabilities"][0]["top_logprobs"]
-        return [one["id"] for one in found], torch.tensor([one["logprob"] for one in found])
-
-
 @pytest.fixture
 def llama_cpp():
-    return LlamaCpp
+    """Starts llama.cpp with a GGUF file, by the client that the benchmark uses too."""
+    place = Path(__file__).parents[2] / "benchmarks/llama_cpp.py"
+    spec = importlib.util.spec_from_file_location("llama_cpp", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda file: module.LlamaCpp(file, threads=1, context=256)

@@ -23,16 +23,23 @@ def probabilities(model, ids):
         return model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
 
 
+def likeliest(engine, ids, count=20):
+    """The ids of the engine's likeliest next tokens, and the logarithms of their probabilities."""
+    answer = engine.ask("completion", prompt=ids, n_predict=1, temperature=0, n_probs=count, ignore_eos=True)
+    found = answer["completion_probabilities"][0]["top_logprobs"]
+    return [one["id"] for one in found], torch.tensor([one["logprob"] for one in found])
+
+
 def check(model, tokenizer, engine, tolerance, tokens=64):
     """The engine has the model's tokens, probabilities and continuation."""
     ids = tokenizer(TEXT)["input_ids"]
     assert engine.tokens(TEXT) == ids
     expected = model.generate(torch.tensor([ids]), max_new_tokens=64, min_new_tokens=64, do_sample=False)
-    found = engine.greedy(ids)
+    found = engine.greedy(ids, 64)["tokens"]
     assert len(found) == 64 and found[:tokens] == expected[0, len(ids) :].tolist()[:tokens]
     for new in (0, 40):  # the longer text goes beyond Gemma's window
         seen = [*ids, *found[:new]]
-        likely, logarithms = engine.likely(seen)
+        likely, logarithms = likeliest(engine, seen)
         torch.testing.assert_close(logarithms.double(), probabilities(model, seen)[likely], rtol=0, atol=tolerance)
 
 
