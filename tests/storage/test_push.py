@@ -130,6 +130,14 @@ def test_a_refusal_is_one_sentence_without_the_token(push, hub, folder, path, co
     assert TOKEN not in done.stdout + done.stderr and hub.files == {}
 
 
+@pytest.mark.parametrize("content", [b"---\nlicense: [\n---\n", b"---\nlicense: \xff\n---\n", b"---\n- a\n---\n"])
+def test_a_card_that_can_not_be_read(push, hub, folder, content):
+    (folder / "README.md").write_bytes(content)
+    done = push(folder, "you/half")
+    assert done.returncode == 2 and "README.md: its metadata can't be read: " in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and not hub.asked
+
+
 def test_what_is_known_before_the_hub_is_asked(push, hub, folder, tmp_path):
     (tmp_path / "bare").mkdir()
     for arguments, environment, words in (

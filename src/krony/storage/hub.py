@@ -71,8 +71,12 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
 def _check_card(card: Path) -> None:
     """Raises KronyError for a card that the hub doesn't take, and what its client raises where it doesn't answer."""
     try:
-        ModelCard.load(card, ignore_metadata_errors=False).validate()
-    except ValueError as error:  # of yaml, or what the hub says
+        read = ModelCard.load(card)
+    except Exception as error:  # the hub's client raises whatever its parser of yaml does
+        raise KronyError(f"{card}: its metadata can't be read: {_plain(error)}") from None
+    try:
+        read.validate()
+    except ValueError as error:
         raise KronyError(f"{card}: the hub doesn't take this card: {_plain(error)}") from None
 
 
