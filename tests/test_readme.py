@@ -16,7 +16,7 @@ from transformers import GPT2Config
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "sizes", "options", "healing", "streaming",
-                                                        "deployment", "paper"))]  # fmt: skip
+                                                        "deployment", "recipes", "paper"))]  # fmt: skip
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^(krony .*?)(?:\s+#.*)?$", re.MULTILINE)
 # In place of the pages' numbers, for time.
@@ -25,7 +25,7 @@ SMALL = {"--tune": "4", "--reconstruct": "4", "--max-tokens": "8192", "--calibra
 BEFORE = {"docs/healing.md": ["krony compress gpt2 gpt2-half --scheme keep=0.5 --calibration python-docs"]}
 BEFORE["docs/deployment.md"] = BEFORE["docs/streaming.md"] = BEFORE["docs/healing.md"]
 BEFORE["README.md"] = BEFORE["docs/paper.md"] = []
-BEFORE["docs/quickstart.md"] = BEFORE["docs/options.md"] = BEFORE["docs/sizes.md"] = []
+BEFORE["docs/recipes.md"] = BEFORE["docs/quickstart.md"] = BEFORE["docs/options.md"] = BEFORE["docs/sizes.md"] = []
 
 
 def page(name: str) -> str:
@@ -85,6 +85,9 @@ def run(command: str, monkeypatch, capsys) -> None:
 def test_every_command_runs(name, workplace, monkeypatch, capsys):
     commands = COMMAND.findall("\n".join(fenced(name, "")))
     assert commands
+    for text in fenced(name, "yaml"):
+        small = text.replace("300000", "8192").replace("eval:\n", "eval:\n  data-dir: data\n")
+        Path("recipe.yaml").write_text(small)
     for command in [*BEFORE[name], *commands]:
         run(command, monkeypatch, capsys)
 
@@ -100,6 +103,13 @@ def test_the_python_runs(name, workplace, monkeypatch, capsys):
         if "torchao" in code and find_spec("torchao") is None:
             continue  # which only benchmarks install
         exec(compile(code.replace("300_000", "8_192"), name, "exec"), {})
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_recipe_is_one_that_runs(recipe, workplace, monkeypatch, capsys):
+    """Its options are checked; what it takes days to do is tested with small models in tests/cli/test_run_verb.py."""
+    run(f"krony run {recipe} --dry-run", monkeypatch, capsys)
+    assert "krony compress gpt2 " in capsys.readouterr().out
 
 
 def results(name: str) -> dict:

@@ -95,7 +95,7 @@ def test_a_folder_without_a_model(refused, tmp_path):
 
 
 def test_a_hub_name_without_network(refused, tmp_path):
-    for verb in (("eval",), ("compress", tmp_path / "out", "--scheme", "keep=0.5")):
+    for verb in (("eval",), ("compress", tmp_path / "out", "--scheme", "keep=0.5", "--init", "van-loan")):
         assert "the hub can't be reached" in refused(verb[0], "someone/model", *verb[1:])
     assert list(tmp_path.iterdir()) == []
 

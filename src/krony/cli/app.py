@@ -23,6 +23,7 @@ from krony.cli import (
     inspect,
     push,
     reproduce,
+    run,
     schemes,
 )
 from krony.cli.output import complain
@@ -57,6 +58,7 @@ app.command("bench")(bench.run)
 app.command("inspect")(inspect.run)
 app.command("generate")(generate.run)
 app.command("export")(export.run)
+app.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run.run)
 app.command("push")(push.run)
 app.command("import")(import_.run)
 app.command("reproduce")(reproduce.run)

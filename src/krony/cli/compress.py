@@ -67,13 +67,7 @@ def run(
 ) -> None:
     """Replace the MLP matrices of MODEL by sums of Kronecker products and write the model to OUT."""
     to = Output(json_to, out)
-    defaults = {} if promise.within is None else GLOBAL_ALLOCATION
-    config = given.over(**defaults | ({} if effort is None else options_of(effort)))
-    _check_size(config, params, promise)
-    if "rescale" in given.named:
-        _check_rescale(config)
-    if promise.within is not None:
-        _check_promise(config, text, stream=stream, dry_run=dry_run)
+    config = check(given, text, promise, params=params, effort=effort, stream=stream, dry_run=dry_run)
     from krony.cli.compress_job import Job
     from krony.compression.plan import plan, within
     from krony.kronecker.schemes import parse_parameters
@@ -96,8 +90,30 @@ def run(
     if dry_run:
         preview(to, source, settled, way, tokens=text.calibration_tokens if reads else 0, dtype=dtype)
         return
-    _check_text(config, text)
     replace(job, config=config).one_size(way)
+
+
+def check(
+    given: Given[KronyConfig],
+    text: TextOptions,
+    promise: PromiseOptions,
+    *,
+    params: str | None,
+    effort: str | None,
+    stream: bool | None,
+    dry_run: bool,
+) -> KronyConfig:
+    """The configuration that the options make. Raises KronyError for options that don't fit together."""
+    defaults = {} if promise.within is None else GLOBAL_ALLOCATION
+    config = given.over(**defaults | ({} if effort is None else options_of(effort)))
+    _check_size(config, params, promise)
+    if "rescale" in given.named:
+        _check_rescale(config)
+    if promise.within is not None:
+        _check_promise(config, text, stream=stream, dry_run=dry_run)
+    elif not dry_run:
+        _check_text(config, text)
+    return config
 
 
 def _check_size(config: KronyConfig, params: str | None, promise: PromiseOptions) -> None:

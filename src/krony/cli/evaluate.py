@@ -61,13 +61,17 @@ def run(
     Under torchrun the processes share the work; the figures are those of one process.
     """
     to = Output(json_to)
-    names = _check(tasks, limit, count, report, device)
+    check(tasks, limit, count, device)
+    names = _names(tasks)
+    from krony.storage.files import check_file, write_text
+
+    if report is not None:
+        check_file(report, ".html")
     from krony.evaluation.harness import run_tasks
     from krony.evaluation.perplexity import evaluate
     from krony.models.source import ModelSource
     from krony.models.surgery import count_parameters, count_untied
     from krony.runtime import distributed
-    from krony.storage.files import write_text
 
     quiet_libraries()
     source = ModelSource.find(model)
@@ -97,22 +101,20 @@ def run(
     to.json(figures)
 
 
-def _check(tasks: str | None, limit: int | None, count: str, report: Path | None, device: str) -> list[str]:
-    """The names of the tasks. Raises KronyError for options that don't fit together."""
-    from krony.storage.files import check_file
-
-    if report is not None:
-        check_file(report, ".html")
+def check(tasks: str | None, limit: int | None, count: str, device: str) -> None:
+    """Raises KronyError for options that don't fit together."""
     if count not in ("tied", "untied"):
         raise KronyError(f"--count {count}: it is tied or untied")
     if limit is not None and tasks is None:
         raise KronyError("--limit works with --tasks, and there are none: for text use --max-tokens")
     if device == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise KronyError("--device auto spreads a model over devices, and here each process has its own: use cuda")
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if tasks is not None and not names:
+    if tasks is not None and not _names(tasks):
         raise KronyError("--tasks names no task: it takes names such as lambada_openai,piqa")
-    return names
+
+
+def _names(tasks: str | None) -> list[str]:
+    return [name.strip() for name in (tasks or "").split(",") if name.strip()]
 
 
 def _tables(results: Sequence[Result], tasks: Sequence[TaskResult]) -> list[tuple[str, Table]]:

@@ -53,7 +53,7 @@ class Fields:
 
 
 def expand(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """Typer sees the options; the verb gets the dataclasses.
+    """Typer sees the options; the verb gets the dataclasses. ``verb.made(context, values)`` makes them and no more.
 
     Raises what the dataclass raises for values that it refuses.
     """
@@ -72,9 +72,9 @@ def expand(verb: Callable[..., Any]) -> Callable[..., Any]:
         types_of = get_type_hints(kind)
         plain += [_option(name, field, types_of[field.name], gets is Changes) for name, field in options.items()]
 
-    @functools.wraps(verb)
-    def run(**values: Any) -> Any:
-        context = values.pop(CONTEXT)
+    def made(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+        """What the verb is called with, from the values of the options."""
+        values = dict(values)
         for parameter, (kind, gets, options) in groups.items():
             taken = {field: values.pop(name) for name, field in options.items()}
             if gets is Changes:
@@ -84,7 +84,11 @@ def expand(verb: Callable[..., Any]) -> Callable[..., Any]:
                 values[parameter] = Given(kind, taken, named)
             else:
                 values[parameter] = kind(**taken)
-        return verb(**values)
+        return values
+
+    @functools.wraps(verb)
+    def run(**values: Any) -> Any:
+        return verb(**made(values.pop(CONTEXT), values))
 
     # arguments first: they have no default
     plain.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)
@@ -92,6 +96,7 @@ def expand(verb: Callable[..., Any]) -> Callable[..., Any]:
     keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in plain]
     run.__signature__ = signature.replace(parameters=keywords)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in keywords}
+    run.made = made  # type: ignore[attr-defined]
     return run
 
 

@@ -44,11 +44,7 @@ def run(
     MODEL may also be a plain model.
     """
     words = Output(json_to, out)
-    if to not in FORMS:
-        raise KronyError(f"export to {to!r} is unknown: it is one of {', '.join(FORMS)}")
-    for name, value, owner in (("--multiple-of", multiple_of, "slim"), ("--type", kind, "gguf")):
-        if value is not None and to != owner:
-            raise KronyError(f"{name} works with --to {owner}, and this is --to {to}: leave out {name}")
+    check(to, multiple_of, kind)
     if to == "reference":
         _reference(words, model, out)
         return
@@ -63,6 +59,23 @@ def run(
         _engine(words, source, out, to, kind or "f16")
     else:
         _plain(words, source, out, to, multiple_of)
+
+
+def check(to: str, multiple_of: int | None, kind: str | None) -> None:
+    """Raises KronyError for options that don't fit together, or if an engine's package is missing."""
+    if to not in FORMS:
+        raise KronyError(f"export to {to!r} is unknown: it is one of {', '.join(FORMS)}")
+    for name, value, owner in (("--multiple-of", multiple_of, "slim"), ("--type", kind, "gguf")):
+        if value is not None and to != owner:
+            raise KronyError(f"{name} works with --to {owner}, and this is --to {to}: leave out {name}")
+    if to == "gguf":
+        from krony.engines.gguf import check_kind
+
+        check_kind(kind or "f16")
+    elif to in ENGINES:
+        from krony.engines.graphs import check_packages
+
+        check_packages(to)
 
 
 def _plain(words: Output, source: ModelSource, out: Path, to: str, multiple_of: int | None) -> None:
@@ -93,18 +106,14 @@ def _plain(words: Output, source: ModelSource, out: Path, to: str, multiple_of: 
 
 def _engine(words: Output, source: ModelSource, out: Path, to: str, kind: str) -> None:
     """Writes a folder that an engine reads."""
-    from krony.engines.gguf import check_kind, takes_widths, write_gguf
-    from krony.engines.graphs import check_packages, write_graph
+    from krony.engines.gguf import takes_widths, write_gguf
+    from krony.engines.graphs import write_graph
     from krony.engines.plain import plain
     from krony.models.surgery import count_parameters
     from krony.storage.files import fresh_folder
 
-    padded = True
-    if to == "gguf":
-        check_kind(kind)
-        padded = not takes_widths(source.skeleton)  # refuses a type that llama.cpp doesn't have, before the work
-    else:
-        check_packages(to)
+    # takes_widths refuses a type that llama.cpp doesn't have, before the work
+    padded = to != "gguf" or not takes_widths(source.skeleton)
     tokenizer, loaded = source.tokenizer, source.load()
     figures: dict[str, Any] = {"model": source.name, "out": str(out), "to": to}
     figures["params_before"] = count_parameters(loaded)

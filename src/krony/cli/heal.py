@@ -72,7 +72,7 @@ def run(
     could not be trained.
     """
     to = Output(json_to, out)
-    plain = _changed_recipe(recipe, changes, teacher)
+    plain = check(recipe, changes, teacher)
     if options.freeze is None:
         options = replace(options, freeze=default_freeze(recipe))
     job = _Job(
@@ -246,12 +246,12 @@ class _Job:
         return f"{last} is the last checkpoint: the same command with --resume continues from there"
 
 
-def _changed_recipe(name: str, changes: dict[str, Any], teacher: str | None) -> Recipe:
+def check(recipe: str, changes: dict[str, Any], teacher: str | None) -> Recipe:
     """The named recipe with the changes of the command line. Raises KronyError."""
     taught = [f"--{key}" for key in ("temperature", "text", "hidden") if key in changes]
     if teacher is None and taught:
         raise KronyError(f"{', '.join(taught)} works with a teacher: name it with --teacher")
-    return find_recipe(name).changed(**changes)
+    return find_recipe(recipe).changed(**changes)
 
 
 def _fitted(recipe: Recipe, model: PreTrainedModel, changes: dict[str, Any]) -> Recipe:
