@@ -7,6 +7,9 @@ import krony
 from krony import KronyError
 from krony.data import hub
 from krony.data.calibration_set import HUB_CHARACTERS, documents_in
+from krony.data.rows import load_rows
+from krony.data.sets import LONGEST_TOKEN, load_texts
+from small_models import gpt2
 
 
 @pytest.fixture
@@ -16,10 +19,10 @@ def known(monkeypatch):
 
     read = []
 
-    def endless(name, *, split, streaming):
-        assert split == "train" and streaming
+    def endless(*name, split, streaming):
+        assert streaming
         while True:
-            read.append(name)
+            read.append("/".join((*name, split)))
             yield {"text": f"document {len(read)} of some words"}
 
     monkeypatch.setattr(hub, "ask", lambda *_: "known")
@@ -29,9 +32,53 @@ def known(monkeypatch):
 
 def test_a_set_by_name_calibrates(known, tokenizer):
     ids = krony.calibration_set("openwebtext", tokenizer, tokens=512, length=32)
-    assert ids.shape == (16, 32) and set(known) == {"Skylion007/openwebtext"}
+    assert ids.shape == (16, 32) and set(known) == {"Skylion007/openwebtext/train"}
     texts = documents_in("some/set", tokens=64)
     assert sum(map(len, texts[:-1])) <= HUB_CHARACTERS * 64 < sum(map(len, texts))
+
+
+@pytest.mark.parametrize(
+    ("data", "read"), [("a/b:c@d", "a/b/c/d"), ("a/b@d", "a/b/d"), ("a/b:c", "a/b/c/train"), ("openwebtext", None)]
+)
+def test_configuration_and_split(known, tokenizer, data, read):
+    """Every verb that reads text takes them: compress, heal, data prepare and eval."""
+    read = read or "Skylion007/openwebtext/train"
+    krony.calibration_set(data, tokenizer, tokens=64, length=32)
+    load_rows(data, tokenizer, length=32, vocabulary=257, max_tokens=64)
+    next(iter(hub.hub_set(data, streaming=True)))
+    if data != "openwebtext":
+        load_texts(data, tokens=16)
+        assert known.pop() == read.replace("/train", "/test")
+        known[:] = [name for name in known if not name.endswith("/test")]
+    assert set(known) == {read}
+
+
+def test_eval_reads_as_much_as_it_measures(known, tokenizer):
+    result = krony.evaluate(gpt2(), tokenizer, "some/set", max_tokens=64, window=32)
+    assert result.tokens == 62 and len(known) < 64 * LONGEST_TOKEN
+    assert set(known) == {"some/set/test"}
+
+
+@pytest.mark.parametrize("data", ["a/b:c:d", "a/b@c@d", "a/b:", ":c", "@d"])
+def test_a_name_of_another_form(data, tokenizer):
+    with pytest.raises(KronyError, match=r"on the hub it is name\[:configuration\]\[@split\]"):
+        krony.calibration_set(data, tokenizer)
+
+
+def test_the_test_split_is_for_eval_alone(known, tokenizer):
+    for read in (
+        lambda: krony.calibration_set("some/set@test", tokenizer),
+        lambda: load_rows("some/set@test[:10%]", tokenizer, length=8, vocabulary=257, max_tokens=64),
+        lambda: krony.heal(gpt2(), "some/set", val="some/set@test", tokenizer=tokenizer, max_tokens=2048),
+    ):
+        with pytest.raises(KronyError, match="is a test set, to measure on"):
+            read()
+
+
+def test_a_misspelt_test_set_is_not_looked_for_on_the_hub(monkeypatch, tokenizer):
+    monkeypatch.setattr(hub, "load_split", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(KronyError, match="nor a data set of this name"):
+        load_texts("wikitext-3")
 
 
 def test_a_name_that_the_hub_does_not_know(monkeypatch, tokenizer):

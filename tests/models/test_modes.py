@@ -2,8 +2,9 @@
 
 import pytest
 from torch import nn
+from transformers.utils import logging
 
-from krony.models.modes import evaluating
+from krony.models.modes import evaluating, quiet
 
 
 def network() -> nn.Module:
@@ -33,3 +34,17 @@ def test_after_an_error_too():
     with pytest.raises(ZeroDivisionError), evaluating(model):
         raise ZeroDivisionError
     assert state(model) == before
+
+
+def test_transformers_is_quiet_inside_and_as_before_afterwards():
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    with evaluating(nn.Linear(1, 1)), quiet():
+        assert logging.get_verbosity() == logging.ERROR and not logging.is_progress_bar_enabled()
+    assert logging.get_verbosity() == logging.INFO and logging.is_progress_bar_enabled()
+    logging.set_verbosity_warning()
+    logging.disable_progress_bar()
+    with pytest.raises(KeyError), quiet():
+        raise KeyError
+    assert logging.get_verbosity() == logging.WARNING and not logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()

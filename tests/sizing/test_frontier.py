@@ -23,6 +23,8 @@ def test_the_frontier_of_the_shipped_model(tmp_path):
     assert set(found.to_json()) >= {"model", "params", "points"}
     assert set(found.to_json()["points"][0]) >= {"scheme", "params", "bytes", "predicted", "measured"}
     assert "<svg" in found.picture() and "keep=0.25" in str(found)
+    assert found.model == "demo" and str(krony.__path__[0]) not in found.picture()
+    assert all(part in found._repr_html_() for part in ("<table", "<svg", found.summary()))
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME|FILE",
-        help="wikitext-2, wikitext-103, lambada, python-docs, or a text or jsonl file; can be repeated.",
+        metavar="TEXT",
+        help="wikitext-2, wikitext-103, lambada, python-docs, a text or jsonl file, or a set on the hub as "
+        "name[:config][@split], by default its test split; can be repeated.",
         show_default="wikitext-2",
     ),
 ]

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
-from krony.data.hub import stream_texts
-from krony.data.sets import PYTHON_DOCS, TEST_SETS, join_documents, read_file
+from krony.data.hub import first_texts, refuse_test_split
+from krony.data.sets import LONGEST_TOKEN, PYTHON_DOCS, TEST_SETS, join_documents, read_file
+from krony.data.text_files import names_file
 from krony.errors import KronyError
 
 TOKENS, LENGTH = 49_152, 512
 DOCUMENTS = "krony_documents"  # the attribute of a tensor of ids that says what was read
-LONGEST_TOKEN = 64  # characters; an average token of text has four
 HUB_CHARACTERS = 8  # per token, of a set on the hub: enough for a tenth that is held back, and for long tokens
 
 
@@ -27,7 +27,7 @@ def calibration_set(
 
     Args:
         data: a text file, a file of JSON lines, ``python-docs``, of which the calibration part is read, or a data set
-            on the hub, whose first documents are read.
+            on the hub (``name[:configuration][@split]``), whose first documents are read.
         tokenizer: the model's.
         tokens: at most this many; a shorter text gives fewer.
         length: tokens per sequence.
@@ -38,6 +38,7 @@ def calibration_set(
     """
     if data in TEST_SETS:
         raise KronyError(f"{data} is a test set: calibrate on other text, such as a train file or python-docs")
+    refuse_test_split(data)
     return pack(documents_in(data, tokens), tokenizer, tokens=tokens, length=length, seed=seed)
 
 
@@ -48,17 +49,9 @@ def documents_in(data: str, tokens: int, part: str = "calibration") -> list[str]
     """
     if data == PYTHON_DOCS:
         return python_docs.topics(part)
-    path = Path(data)
-    if path.suffix or path.exists():
-        return read_file(path)
-    found: list[str] = []
-    characters = 0
-    for text in stream_texts(data):
-        found.append(text)
-        characters += min(len(text), LONGEST_TOKEN * tokens)
-        if characters > HUB_CHARACTERS * tokens:
-            break
-    return found
+    if names_file(data):
+        return read_file(Path(data))
+    return first_texts(data, HUB_CHARACTERS * tokens, longest=LONGEST_TOKEN * tokens)
 
 
 def pack(

@@ -1,24 +1,69 @@
-"""Text of data sets on the Hugging Face hub: the column ``text`` of their ``train`` split."""
+"""Text of data sets on the Hugging Face hub: the column ``text`` of one split."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from krony.errors import KronyError
 from krony.storage.hub import ask
 
+NAME = re.compile(r"([^:@]+)(?::([^:@]+))?(?:@([^:@]+))?")
 HUB_NAMES = {"openwebtext": "Skylion007/openwebtext"}  # the name in nanoGPT and the paper, and the repository
 
 
-def hub_set(data: str, *, streaming: bool = False) -> Any:
-    """The ``train`` split of a data set on the hub, streamed or fetched to the cache of datasets.
+@dataclass(frozen=True)
+class HubSet:
+    """A data set on the hub as the user names it: ``name[:configuration][@split]``.
+
+    Examples:
+        >>> HubSet.parse("Salesforce/wikitext:wikitext-2-v1@validation")
+        HubSet(repository='Salesforce/wikitext', configuration=('wikitext-2-v1',), split='validation')
+        >>> HubSet.parse("openwebtext")
+        HubSet(repository='Skylion007/openwebtext', configuration=(), split='train')
+    """
+
+    repository: str
+    configuration: tuple[str, ...]
+    split: str
+
+    @classmethod
+    def parse(cls, data: str, split: str = "train") -> HubSet:
+        """Raises KronyError for a name that has another form. ``split`` is read where the name has none."""
+        found = NAME.fullmatch(data)
+        if found is None:
+            raise KronyError(f"{data!r} names no data set: on the hub it is name[:configuration][@split]")
+        name, configuration, own = found.groups()
+        return cls(HUB_NAMES.get(name, name), (configuration,) if configuration else (), own or split)
+
+
+def refuse_test_split(data: str) -> None:
+    """Raises KronyError if a name asks for the split that models are measured on.
+
+    Examples:
+        >>> refuse_test_split("some/set@test")
+        Traceback (most recent call last):
+        krony.errors.KronyError: some/set@test is a test set, to measure on: name another split, such as @train
+    """
+    if re.search(r"@test\b", data):
+        raise KronyError(f"{data} is a test set, to measure on: name another split, such as @train")
+
+
+def hub_set(data: str, *, split: str = "train", streaming: bool = False) -> Any:
+    """A split of a data set on the hub, streamed or fetched to the cache of datasets.
+
+    Args:
+        data: ``name[:configuration][@split]``.
+        split: what is read where ``data`` names none.
 
     Raises KronyError if there is no such set, or if it has no column ``text``.
     """
+    named = HubSet.parse(data, split)
     with _in_a_sentence(data):
-        found = load_split(HUB_NAMES.get(data, data), split="train", streaming=streaming)
+        found = load_split(named.repository, *named.configuration, split=named.split, streaming=streaming)
     columns = getattr(found, "column_names", None)
     if columns and "text" not in columns:
         raise KronyError(f"{data} has no column text: it has {', '.join(columns)}")
@@ -41,11 +86,26 @@ def load_split(repository: str, *configuration: str, split: str, streaming: bool
         return load_dataset(repository, *configuration, split=split, streaming=streaming)
 
 
-def stream_texts(data: str) -> Iterator[str]:
+def stream_texts(data: str, split: str = "train") -> Iterator[str]:
     """The documents of a data set on the hub, in its order, as they are needed. Raises KronyError."""
     with _in_a_sentence(data):
-        for row in hub_set(data, streaming=True):
+        for row in hub_set(data, split=split, streaming=True):
             yield row["text"]
+
+
+def first_texts(data: str, characters: int | None, *, split: str = "train", longest: int | None = None) -> list[str]:
+    """The first documents of a data set on the hub: so many that they have more than ``characters``, or all.
+
+    ``longest``: what counts of one document at most. Raises KronyError.
+    """
+    found: list[str] = []
+    have = 0
+    for text in stream_texts(data, split):
+        found.append(text)
+        have += len(text) if longest is None else min(len(text), longest)
+        if characters is not None and have > characters:
+            break
+    return found
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
-from krony.data.hub import stream_texts
+from krony.data.hub import refuse_test_split, stream_texts
 from krony.data.sets import PYTHON_DOCS, TEST_SETS, join_documents, read_file
+from krony.data.text_files import names_file
 from krony.errors import KronyError
 from krony.storage.paths import check_regular
 
@@ -51,8 +52,8 @@ def load_rows(
 
     Args:
         data: a text file, a file of JSON lines, ``python-docs`` (its calibration part), a ``.bin`` file of nanoGPT's,
-            or a data set on the hub, of which the column ``text`` of the ``train`` split is streamed; this needs
-            ``max_tokens``.
+            or a data set on the hub (``name[:configuration][@split]``), of which the column ``text`` is streamed; this
+            needs ``max_tokens``.
         tokenizer: the model's.
         length: tokens per row.
         vocabulary: entries of the model's embedding.
@@ -85,7 +86,7 @@ def _tokens(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | Non
     path = Path(data)
     if path.suffix.lower() == ".bin":
         return read_bin(path)
-    if path.suffix or path.exists():
+    if names_file(data):
         return join_documents(read_file(path), tokenizer).numpy()
     return _stream(data, tokenizer, max_tokens)
 
@@ -100,6 +101,8 @@ def refuse_test_set(data: str) -> None:
     """
     if data in TEST_SETS:
         raise KronyError(f"{data} is a test set: train on other text, such as a train file or python-docs")
+    if not names_file(data):
+        refuse_test_split(data)
 
 
 def read_bin(path: Path) -> np.ndarray:

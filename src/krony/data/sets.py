@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
-from krony.data.hub import load_split
-from krony.data.text_files import read_documents, read_text
+from krony.data.hub import first_texts, load_split
+from krony.data.text_files import names_file, read_documents, read_text
 from krony.errors import KronyError
 
 
@@ -31,6 +31,8 @@ TEST_SETS = {
     "lambada": TestSet("lambada/lambada_test_plain_text.txt", ("cimec/lambada", None), last_word=True),
 }
 PYTHON_DOCS = "python-docs"
+ON_HUB = frozenset("/:@")  # one of them is in every name on the hub, so that "wikitext-3" is a misspelt name
+LONGEST_TOKEN = 64  # characters; an average token of text has four
 PIECE = 8_000_000  # characters tokenised at once, because a tokenizer needs some hundred bytes for each
 
 
@@ -44,8 +46,11 @@ def names() -> list[str]:
     return [*TEST_SETS, PYTHON_DOCS]
 
 
-def load_texts(data: str, data_dir: Path | None = None) -> list[str]:
+def load_texts(data: str, data_dir: Path | None = None, *, tokens: int | None = None) -> list[str]:
     """The rows of a test set: those of the data set on the hub for a named one, the documents for a file.
+
+    Any other data set on the hub is ``name[:configuration][@split]``, by default its ``test`` split; of it as many
+    documents are read as ``tokens`` take, or all.
 
     WikiText has the layout of ``wikitext-*-v1``: a line with its line break is a row, and a blank line is an empty row.
     ``python-docs`` is the held-out part of Python's own documentation.
@@ -55,7 +60,9 @@ def load_texts(data: str, data_dir: Path | None = None) -> list[str]:
     if data == PYTHON_DOCS:
         return python_docs.topics("held-out")
     if data not in TEST_SETS:
-        return read_file(Path(data))
+        if names_file(data) or not ON_HUB & set(data):
+            return read_file(Path(data))
+        return first_texts(data, None if tokens is None else LONGEST_TOKEN * tokens, split="test")
     known = TEST_SETS[data]
     if data_dir is None:
         return _from_hub(data, *known.hub)

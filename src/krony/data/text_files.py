@@ -65,6 +65,17 @@ def read_documents(path: Path) -> list[str]:
     return [text]
 
 
+def names_file(data: str) -> bool:
+    """Whether ``data`` is a file's name, and not that of a data set on the hub.
+
+    Examples:
+        >>> [names_file(data) for data in ("train.txt", "openwebtext", "some/set.v2@train")]
+        [True, False, False]
+    """
+    path = Path(data)
+    return path.exists() or (bool(path.suffix) and not {"@", ":"} & set(data))
+
+
 def read_text(path: Path) -> str:
     """The text of a file: unpacked, without a byte order mark, line breaks as ``\\n``. Raises KronyError."""
     raw = _unpacked(path)

@@ -83,7 +83,8 @@ def evaluate(
     Args:
         model: a causal LM, dense or compressed; its modes are the same afterwards.
         tokenizer: the model's.
-        data: ``wikitext-2``, ``wikitext-103``, ``lambada``, ``python-docs``, or a text or jsonl file.
+        data: ``wikitext-2``, ``wikitext-103``, ``lambada``, ``python-docs``, a text or jsonl file, or another set on
+            the hub, ``name[:configuration][@split]``, of which the ``test`` split is read if none is named.
         data_dir: folder that holds the named sets; None reads them from the hub.
         protocol: ``paper`` is the mean over windows, ``token`` the mean over tokens.
         window: tokens per window, from 2 to the model's context; None for the context, at most 1024.
@@ -103,7 +104,7 @@ def evaluate(
     folder = None if data_dir is None else Path(data_dir)
     options = EvaluationOptions(data_dir=folder, protocol=protocol, window=window, stride=stride, max_tokens=max_tokens)
     window, stride = _window_and_stride(model, options)
-    rows = load_texts(data, folder)
+    rows = load_texts(data, folder, tokens=max_tokens)
     ids = (join_rows if protocol == "paper" else join_documents)(rows, tokenizer, max_tokens)
     _check_ids(data, ids, model)
     accuracy = None

@@ -20,6 +20,7 @@ from krony.data import python_docs
 from krony.data.calibration_set import digest
 from krony.data.rows import BIN, Rows, load_rows, refuse_test_set, rows_of
 from krony.data.sets import PYTHON_DOCS, join_documents, read_file
+from krony.data.text_files import names_file
 from krony.errors import KronyError, KronyWarning
 from krony.runtime import distributed
 
@@ -253,7 +254,7 @@ def _documents(data: str | Path | Rows, part: str) -> list[str] | None:
     if str(data) == PYTHON_DOCS:
         return python_docs.topics(part)
     path = Path(data)
-    if path.suffix.lower() == ".bin" or not (path.suffix or path.exists()):
+    if path.suffix.lower() == ".bin" or not names_file(str(data)):
         return None
     return read_file(path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from krony.errors import KronyError
 from krony.healing.recipes import Recipe
+from krony.models.modes import quiet
 from krony.models.surgery import kronecker_layers
 
 
@@ -33,8 +33,6 @@ def trainable(model: PreTrainedModel, frozen: Collection[str], *, checkpointing:
     fixed = _frozen_parameters(model, frozen)
     before = [(p, p.requires_grad) for p in model.parameters()]
     rates = list(_dropout(model))
-    logger = logging.getLogger("transformers.trainer")
-    level = logger.level
     try:
         for parameter, _ in before:
             parameter.requires_grad_(id(parameter) not in fixed)
@@ -42,10 +40,9 @@ def trainable(model: PreTrainedModel, frozen: Collection[str], *, checkpointing:
             setattr(module, name, 0.0)
         if checkpointing:
             _checkpointing(model, on=True)
-        logger.setLevel(logging.ERROR)
-        yield
+        with quiet():
+            yield
     finally:
-        logger.setLevel(level)
         if checkpointing:
             _checkpointing(model, on=False)
         for parameter, required in before:

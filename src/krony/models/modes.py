@@ -6,6 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from transformers.utils import logging
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No advice and no progress bars of transformers while the block runs.
+
+    Its advice is on calls that krony makes: no row that is measured or trained on has padding, so that none needs an
+    attention mask.
+    """
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextmanager
@@ -27,7 +46,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval().requires_grad_(False)
     try:
-        yield
+        with quiet():
+            yield
     finally:
         for module, training in modes:
             module.training = training

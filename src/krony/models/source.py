@@ -25,6 +25,7 @@ from transformers import (
 from krony.errors import KronyError
 from krony.models import quantizer
 from krony.models.folder_checks import bounded, check_finite, check_folder, check_weights
+from krony.models.modes import quiet
 from krony.models.tokenizer_checks import check_tokenizer, no_panic, try_out
 from krony.runtime.hardware import check_device, is_out_of_memory
 from krony.storage.hub import ask
@@ -215,7 +216,7 @@ def _hub_options(where: str | Path) -> dict[str, Any]:
 @torch.inference_mode()
 def check_runs(model: PreTrainedModel, name: str) -> None:
     """Two tokens go through the model: a config can fit its weights and still not run. Raises KronyError."""
-    with LoadingErrors(name, "by its config.json it can't run"):
+    with quiet(), LoadingErrors(name, "by its config.json it can't run"):
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=True)  # generation does
 
 

@@ -72,12 +72,18 @@ def frontier(
             )
     params = count_parameters(model)
     return Frontier(
-        model=model.name_or_path or type(model).__name__,
+        model=_name(model),
         params=params,
         bytes=params * model.dtype.itemsize,
         tokens=held.numel(),
         points=points,
     )
+
+
+def _name(model: PreTrainedModel) -> str:
+    """What the model was loaded from: a name on the hub, or the last part of a folder's path."""
+    name = str(model.name_or_path)
+    return (Path(name).name if Path(name).is_dir() else name) or type(model).__name__
 
 
 @contextmanager

@@ -54,6 +54,10 @@ class Frontier:
     def __str__(self) -> str:
         return f"{self.table().markdown()}\n\n{self.summary()}"
 
+    def _repr_html_(self) -> str:
+        """The table, the picture and the summary, for a notebook."""
+        return f"{self.table().html()}{self.picture()}<p>{self.summary()}</p>"
+
     def table(self) -> Table:
         """A row per size."""
         columns = ["size", "parameters", "of original", "MB", "predicted", "measured", "95 % interval"]
