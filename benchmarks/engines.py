@@ -29,6 +29,7 @@ import krony
 from krony.engines.gguf import write_gguf
 from krony.engines.graphs import past, write_graph
 from krony.engines.plain import plain
+from krony.evaluation.spread import spread
 from krony.models.surgery import count_parameters
 from krony.pages import Table
 from krony.runtime.hardware import machine
@@ -43,9 +44,9 @@ ENGINES = {  # name -> form and type of the file
     "ONNX Runtime": ("onnx", "float32"),
     "OpenVINO": ("openvino", "float32"),
 }
-NOTE = """The spread is the distance of the slowest from the fastest of five runs, relative to the median.
-A gain within it may be chance, as most of those of the small model are. 8-bit weights leave the continuation of float32
-after some tokens.
+NOTE = """The spread is that of [`krony bench`](options.md#speed): of five runs, the distance of the slowest from the
+fastest, relative to the median. A gain within it may be chance, as most of those of the small model are. 8-bit weights
+leave the continuation of float32 after some tokens.
 """
 Run = tuple[list[int], float, float]  # the tokens, prompt tokens per second, new tokens per second
 
@@ -161,12 +162,6 @@ def agreement(row: dict[str, Any], results: dict[str, Any], which: str) -> int:
     return next((n for n, pair in enumerate(zip(row[which]["tokens"], wanted, strict=True)) if len(set(pair)) > 1), NEW)
 
 
-def spread(row: dict[str, Any], which: str, phase: str) -> float:
-    """The distance of the fastest from the slowest run, relative to the median."""
-    runs = [run[phase] for run in row[which]["runs"]]
-    return (max(runs) - min(runs)) / statistics.median(runs)
-
-
 def table(results: dict[str, Any]) -> Table:
     """A row per engine."""
     rows = []
@@ -176,7 +171,8 @@ def table(results: dict[str, Any]) -> Table:
         for phase in ("prefill", "decode"):
             before, after = (speed(row, which, phase) for which in ("original", "slim"))
             cells += [f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.2f}"]
-        cells.append(f"{max(spread(row, which, 'decode') for which in ('original', 'slim')):.0%}")
+        spreads = [spread([run["decode"] for run in row[which]["runs"]]) for which in ("original", "slim")]
+        cells.append("" if None in spreads else f"{max(spreads):.0%}")
         cells.append(f"{agreement(row, results, 'original')} / {agreement(row, results, 'slim')}")
         rows.append(cells)
     columns = ["engine", "original", "slim", "prefill, tokens/s", "slim", "gain", "decode, tokens/s", "slim", "gain"]

@@ -61,7 +61,8 @@ def run(
     """Measure models side by side: tokens per second, memory, size, and ratios to the first model.
 
     The models are in one process and take turns. Prefill fills the cache and computes the last token's logits; decode
-    adds one token at a time; a training step is forward, backward and AdamW.
+    adds one token at a time; a training step is forward, backward and AdamW. A verdict is given where the difference to
+    the first model is larger than the spread, the width of the 90% interval of the median.
     """
     to = Output(json_to)
     _check_files(plot, report)
@@ -75,7 +76,7 @@ def run(
     import torch
 
     from krony.evaluation.speed import bench, to_json
-    from krony.evaluation.speed_tables import bench_page, caption, ratio_picture, table
+    from krony.evaluation.speed_tables import bench_page, caption, ratio_picture, sweep_table, table, verdicts
     from krony.kronecker.forward_path import check_path
     from krony.storage.files import write_text
 
@@ -88,10 +89,14 @@ def run(
     with to.progress() as progress:
         subjects = _subjects(asked, device, dtype, progress)
         rows = bench(subjects, settings, progress=progress)
-    figures = to_json(rows, settings, dtype=f"{subjects[0].model.dtype}".removeprefix("torch."), path=path)
-    shown = table(rows)
+    kind, sentences = f"{subjects[0].model.dtype}".removeprefix("torch."), verdicts(rows)
+    figures = to_json(rows, settings, dtype=kind, device=device, path=path, verdicts=sentences)
     to.say(caption(figures))
-    to.table(shown.columns, shown.rows)
+    for shown in (table(rows), sweep_table(rows)):
+        if shown.rows:
+            to.table(shown.columns, shown.rows)
+    for sentence in sentences:
+        to.say(sentence)
     if plot is not None:
         write_text(plot, ratio_picture(rows))
     if report is not None:
@@ -122,28 +127,47 @@ def _subjects(asked: _Asked, device: str, dtype: str, progress: Progress) -> lis
     from krony.models.loading import load_model
     from krony.models.surgery import kronecker_layers
 
-    made: list[tuple[str, PreTrainedModel, Path | None]] = []
+    made: list[tuple[PreTrainedModel, Path | None]] = []
     total = len(asked.models) + len(asked.schemes)
     for index, name in enumerate(asked.models):
         progress(len(made), total, f"loading {name}")
         if index == 0 and asked.random:
-            made.append((name, random_model(name, dtype=dtype, device=device, seed=asked.seed), None))
+            made.append((random_model(name, dtype=dtype, device=device, seed=asked.seed), None))
         else:
             folder = Path(name) if Path(name).is_dir() else None
-            made.append((name, load_model(name, dtype=dtype, device=device), folder))
-    first_name, first, _ = made[0]
+            made.append((load_model(name, dtype=dtype, device=device), folder))
+    first, _ = made[0]
     for scheme in asked.schemes:
         progress(len(made), total, f"compressing to {scheme}")
         model = copy.deepcopy(first)
         compress(model, KronyConfig(scheme, init="van-loan", seed=asked.seed))
-        made.append((f"{first_name} {scheme}", model, None))
-    subjects = [make_subject(*each, device=device) for each in made]
+        made.append((model, None))
+    labels = _labels(asked.models, asked.schemes)
+    subjects = [make_subject(label, *each, device=device) for label, each in zip(labels, made, strict=True)]
     for subject in subjects:
         for layer in kronecker_layers(subject.model).values():
             layer.path = asked.path  # type: ignore[assignment]
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
     return subjects
+
+
+def _labels(models: list[str], schemes: list[str]) -> list[str]:
+    """A name for every model: a folder's last name, and a number behind it where another model has the same."""
+    short = [_last_name(Path(name)) if Path(name).is_dir() else name for name in models]
+    made: list[str] = []
+    for label in (*short, *(f"{short[0]} {scheme}" for scheme in schemes)):
+        unique, number = label, 1
+        while unique in made:
+            number += 1
+            unique = f"{label} ({number})"
+        made.append(unique)
+    return made
+
+
+def _last_name(folder: Path) -> str:
+    """Of a link its own name, not that of the folder it leads to; ``.`` and ``..`` have none."""
+    return folder.name if folder.name not in ("", "..") else folder.resolve().name or str(folder)
 
 
 def _check_files(plot: Path | None, report: Path | None) -> None:
@@ -155,7 +179,9 @@ def _check_files(plot: Path | None, report: Path | None) -> None:
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
     try:
-        return tuple(int(part) for part in text.split(",")) if text else ()
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise KronyError(f"{option} {text}: it takes numbers such as 1,4,16") from None

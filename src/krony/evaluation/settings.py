@@ -78,7 +78,9 @@ class SpeedSettings:
     length: int = option(512, "Tokens per sequence in prefill and training.", metavar="N")
     context: int = option(64, "Tokens before those that are decoded.", metavar="N")
     new_tokens: int = option(64, "Tokens that are decoded one at a time.", metavar="N")
-    rounds: int = option(9, "Turns of each model; the figures are medians.", metavar="N")
+    rounds: int = option(
+        9, "Turns of each model; the figures are medians, and more turns narrow the spread.", metavar="N"
+    )
     train: bool = option(True, "Measure a training step too.")
     compiled: bool = option(False, "Run the models through torch.compile.", flag="compile")
     seed: int = option(0, "Seed of everything random.", metavar="N")

@@ -1,6 +1,7 @@
 """Models side by side: speed of prefill, decode and training steps, time to load, memory and size.
 
-All models are in one process and take turns. Figures are medians; ratios are ratios of medians to the first model's.
+All models are in one process and take turns. Speeds are medians; a ratio to the first model is the median of the turns'
+ratios, and ``spread`` says how sure both are.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from krony.errors import KronyError
 from krony.evaluation.memory import model_bytes, peak_bytes
 from krony.evaluation.settings import SpeedSettings
+from krony.evaluation.spread import Comparison, compare, spread
 from krony.evaluation.workloads import TrainingStep, alternate, decode, prefill, random_ids
 from krony.models.loading import context_length, load_model
 from krony.models.source import LoadingErrors, ModelSource, check_runs, empty_model, parse_dtype
@@ -58,10 +60,11 @@ class ModelSpeed:
         load_seconds: the median time that loading takes.
         peak_bytes: the most memory that tensors take during a prefill, weights included.
         tokens_per_s: median speed of each workload.
-        spread: lower and upper quartile of that speed.
-        ratio: each workload's speed relative to the first model's, where more is better; and ``peak``, memory relative
-            to the first model's.
-        sweep: speed of prefill at other batch sizes and lengths.
+        seconds: what every turn of each workload took.
+        ratio: each workload's speed relative to the first model's, where more is better, the median of the turns'
+            ratios; and ``peak``, memory relative to the first model's.
+        ratio_spread: the spread of each workload's ratio; None with too few turns.
+        sweep: for each of the other batch sizes and lengths, the speed of prefill and the same figures.
     """
 
     name: str
@@ -70,9 +73,20 @@ class ModelSpeed:
     load_seconds: float | None
     peak_bytes: int
     tokens_per_s: dict[str, float] = field(default_factory=dict)
-    spread: dict[str, tuple[float, float]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
     ratio: dict[str, float] = field(default_factory=dict)
-    sweep: list[dict[str, float]] = field(default_factory=list)
+    ratio_spread: dict[str, float | None] = field(default_factory=dict)
+    sweep: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def spread(self) -> dict[str, float | None]:
+        """The spread of each workload's turns."""
+        return {workload: spread(seconds) for workload, seconds in self.seconds.items()}
+
+    @property
+    def against_first(self) -> dict[str, Comparison]:
+        """Each workload's ratio with its spread; nothing for figures that were measured without one."""
+        return {workload: Comparison(self.ratio[workload], value) for workload, value in self.ratio_spread.items()}
 
     def to_json(self) -> dict[str, Any]:
         """The figures for ``--json``."""
@@ -81,7 +95,9 @@ class ModelSpeed:
             "name": self.name, "params": self.params, "bytes": self.bytes, **speeds,
             "peak_bytes": self.peak_bytes,
             "ratio": {workload: self.ratio.get(workload) for workload in (*WORKLOADS, "peak")},
-            "load_seconds": self.load_seconds, "spread": self.spread, "sweep": self.sweep,
+            "ratio_spread": self.ratio_spread,
+            "verdict": {workload: found.verdict for workload, found in self.against_first.items()},
+            "load_seconds": self.load_seconds, "seconds": self.seconds, "spread": self.spread, "sweep": self.sweep,
         }  # fmt: skip
 
     @classmethod
@@ -91,8 +107,9 @@ class ModelSpeed:
         return cls(
             **{key: figures[key] for key in ("name", "params", "bytes", "load_seconds", "peak_bytes", "sweep")},
             tokens_per_s={key: value for key, value in speeds.items() if value is not None},
-            spread={key: (low, high) for key, (low, high) in figures["spread"].items()},
+            seconds=figures.get("seconds", {}),  # results of earlier versions have no turns
             ratio={key: value for key, value in figures["ratio"].items() if value is not None},
+            ratio_spread=figures.get("ratio_spread", {}),
         )
 
 
@@ -107,11 +124,15 @@ def bench(
         progress: called with the workloads done, all workloads, and the name of the current one.
 
     Raises:
-        KronyError: a model whose context is too short for what is to be measured, or a device other than cpu and cuda.
+        KronyError: a model whose context is too short for what is to be measured, a device other than cpu and cuda, or
+            two models of one name.
     """
     settings = settings or SpeedSettings()
     for subject in subjects:
         _check(subject, settings)
+    names = [subject.name for subject in subjects]
+    if alike := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise KronyError(f"several models are called {alike[0]}: tables and pictures tell them apart by their names")
     if not settings.compiled:
         return _measure(subjects, settings, progress)
     # models of one class share a limit of 8 compilations, beyond which they would run uncompiled
@@ -141,32 +162,38 @@ def _measure(subjects: Sequence[Subject], settings: SpeedSettings, progress: Pro
     for done, (batch, length) in enumerate(settings.sweep, start=2):
         progress(done, steps, f"prefill of {batch}x{length}")
         times = alternate(runs, prefill(settings, batch, length), settings.rounds)
-        for row, seconds in zip(rows, times, strict=True):
-            speed = batch * length / statistics.median(seconds)
-            row.sweep.append({"batch": batch, "length": length, "tokens_per_s": speed})
+        _record_point(rows, times, batch, length)
     if settings.train:
         progress(steps - 1, steps, "training steps")
         _record(rows, "train", alternate(runs, TrainingStep(settings, models, runs), settings.rounds), tokens)
-    first = rows[0]
     for row in rows:
-        row.ratio = {work: speed / first.tokens_per_s[work] for work, speed in row.tokens_per_s.items()}
-        row.ratio["peak"] = row.peak_bytes / first.peak_bytes
+        row.ratio["peak"] = row.peak_bytes / rows[0].peak_bytes
     progress(steps, steps, "done")
     return rows
 
 
-def _record(rows: Sequence[ModelSpeed], workload: str, times: Sequence[Sequence[float]], tokens: int) -> None:
-    """Writes the median speed and its quartiles into the rows."""
+def _record(rows: Sequence[ModelSpeed], workload: str, times: Sequence[list[float]], tokens: int) -> None:
+    """Writes a workload's turns, its median speed, and the ratio to the first model into the rows."""
     for row, seconds in zip(rows, times, strict=True):
+        row.seconds[workload] = seconds
         row.tokens_per_s[workload] = tokens / statistics.median(seconds)
-        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else (seconds[0],) * 3
-        row.spread[workload] = tokens / high, tokens / low
+        row.ratio[workload], row.ratio_spread[workload] = compare(times[0], seconds)
+
+
+def _record_point(rows: Sequence[ModelSpeed], times: Sequence[list[float]], batch: int, length: int) -> None:
+    """The same for a prefill of the sweep."""
+    for row, seconds in zip(rows, times, strict=True):
+        found, speed = compare(times[0], seconds), batch * length / statistics.median(seconds)
+        point = {"batch": batch, "length": length, "tokens_per_s": speed, "seconds": seconds, "spread": spread(seconds)}
+        row.sweep.append(point | {"ratio": found.ratio, "ratio_spread": found.spread, "verdict": found.verdict})
 
 
 def to_json(rows: Sequence[ModelSpeed], settings: SpeedSettings, **more: Any) -> dict[str, Any]:
-    """The figures for ``krony bench --json``."""
+    """The figures for ``krony bench --json``; ``spread`` is the largest one of all turns of a model."""
+    measured = [value for row in rows for value in (*row.spread.values(), *(point["spread"] for point in row.sweep))]
+    known = [value for value in measured if value is not None]
     return {
-        "machine": machine(), "models": [row.to_json() for row in rows],
+        "machine": machine(), "spread": max(known, default=None), "models": [row.to_json() for row in rows],
         "settings": {name: getattr(settings, name) for name in settings.__dataclass_fields__}, **more,
     }  # fmt: skip
 
