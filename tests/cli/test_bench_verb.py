@@ -12,7 +12,12 @@ def test_bench_beside_one_another(krony, gpt2_folder, compressed, tmp_path):
     done = krony("bench", gpt2_folder, compressed, "--scheme", "48x48", *FAST[:-1], *options, "--json", "-")
     assert done.code == 0, done.err
     names = [model["name"] for model in done.json["models"]]
-    assert names == [str(gpt2_folder), str(compressed), f"{gpt2_folder} 48x48"]
+    assert names == [gpt2_folder.name, compressed.name, f"{gpt2_folder.name} 48x48"]
+    assert str(gpt2_folder) not in done.err and done.json["device"] == "cpu"
+    assert f"no verdict on {compressed.name}" in done.err and len(done.json["verdicts"]) == 6
+    assert all(sentence in done.err for sentence in done.json["verdicts"])
+    rows = [line.split()[:3] for line in done.err.splitlines()]
+    assert ["1", "x", "4"] in rows and ["1", "x", "8"] in rows
     size = (compressed / "model.safetensors").stat().st_size
     assert done.json["models"][1]["bytes"] == size
     assert done.json["models"][0]["ratio"]["train"] == 1.0 and len(done.json["models"][2]["sweep"]) == 2
@@ -37,6 +42,8 @@ def test_random_and_a_forced_path(krony, gpt2_folder, tmp_path):
         (("--path", "fast"), "path 'fast' is unknown: it is one of left, right, dense"),
         (("--rounds", 0), "rounds is 0"),
         (("--sweep-lengths", "1,x"), "--sweep-lengths 1,x: it takes numbers such as"),
+        (("--sweep-batches", ""), "--sweep-batches : it takes numbers such as"),
+        (("--sweep-batches", "1,0"), "of the sweep take numbers from 1"),
         (("--length", 100, "--context", 4), "takes at most 64 tokens"),
         (("--scheme", "100x7"), "does not divide"),
         (("--plot", "p.png"), "ends in .svg"),
@@ -54,3 +61,23 @@ def test_mistakes(refused, gpt2_folder, options, words):
 def test_random_of_a_compressed_model_and_a_scheme_of_one(refused, compressed):
     assert "is a compressed model: --random builds the original" in refused("bench", compressed, "--random", *FAST)
     assert "compressed already" in refused("bench", compressed, "--scheme", "keep=0.5", *FAST)
+
+
+def test_models_of_one_name_are_told_apart(krony, gpt2_folder, tmp_path, monkeypatch):
+    (tmp_path / "a").symlink_to(gpt2_folder)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/a").symlink_to(gpt2_folder)
+    monkeypatch.chdir(gpt2_folder)
+    models = (tmp_path / "a", f"{tmp_path}/b/a/", ".")
+    done = krony("bench", *models, "--scheme", "48x48", "--scheme", "48x48", *FAST, "--json", "-")
+    assert done.code == 0, done.err
+    names = [model["name"] for model in done.json["models"]]
+    assert names == ["a", "a (2)", gpt2_folder.name, "a 48x48", "a 48x48 (2)"]
+
+
+def test_five_rounds_have_a_spread(krony, gpt2_folder):
+    done = krony("bench", gpt2_folder, gpt2_folder, "--rounds", 5, *FAST[2:], "--json", "-")
+    assert done.code == 0, done.err
+    spread = done.json["spread"]
+    assert spread > 0 and f"medians of 5 turns (spread up to {spread:.1%})" in done.err
+    assert done.json["verdicts"][0].startswith("prefill: ") and done.json["models"][1]["ratio_spread"]["decode"] > 0

@@ -1,6 +1,7 @@
 """What is measured, how turns are taken, and what memory is counted."""
 
 import copy
+import statistics
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from krony import KronyConfig, KronyError, compress
 from krony.evaluation.memory import peak_bytes, peak_of
 from krony.evaluation.settings import SpeedSettings
 from krony.evaluation.speed import ModelSpeed, Subject, bench, make_subject, random_model, to_json
-from krony.evaluation.speed_tables import ratio_picture, table
+from krony.evaluation.speed_tables import bench_page, caption, ratio_picture, sweep_table, table, verdicts
 from krony.evaluation.workloads import alternate
 from small_models import gpt2
 
@@ -28,16 +29,18 @@ def test_every_figure_and_its_ratio(subjects):
     before = {name: value.clone() for name, value in subjects[1].model.state_dict().items()}
     rows = bench(subjects, settings)
     figures = to_json(rows, settings)
-    assert set(figures) == {"machine", "models", "settings"}
+    assert set(figures) == {"machine", "models", "settings", "spread"} and figures["spread"] is None  # of two turns
     first, second = figures["models"]
     promised = {"name", "params", "bytes", "prefill_tokens_per_s", "decode_tokens_per_s", "train_tokens_per_s"}
     assert promised | {"peak_bytes", "ratio"} <= set(first)
     assert first["ratio"] == {"prefill": 1.0, "decode": 1.0, "train": 1.0, "peak": 1.0}
     for work in ("prefill", "decode", "train"):
         speeds = [model[f"{work}_tokens_per_s"] for model in (first, second)]
-        assert second["ratio"][work] == pytest.approx(speeds[1] / speeds[0])
-        low, high = second["spread"][work]
-        assert low <= speeds[1] <= high
+        turns = [model["seconds"][work] for model in (first, second)]
+        assert second["ratio"][work] == statistics.mean(
+            a / b for a, b in zip(*turns, strict=True)
+        )  # of two: the median
+        assert speeds[1] == pytest.approx({"prefill": 16, "decode": 3, "train": 16}[work] / statistics.mean(turns[1]))
     assert second["ratio"]["peak"] == second["peak_bytes"] / first["peak_bytes"] < 1
     assert [(point["batch"], point["length"]) for point in second["sweep"]] == [(1, 4), (2, 4)]
     assert second["params"] == sum(p.numel() for p in subjects[1].model.parameters())
@@ -113,6 +116,8 @@ def test_too_long_for_the_model_and_other_mistakes(subjects):
         SpeedSettings(rounds=0)
     with pytest.raises(KronyError, match="from 1"):
         SpeedSettings(lengths=(4, 0))
+    with pytest.raises(KronyError, match="several models are called dense: tables and pictures tell them apart"):
+        bench([*subjects, subjects[0]], QUICK)
     elsewhere = Subject(name="meta", model=gpt2().to("meta"), bytes=0, load_seconds=0.0)
     with pytest.raises(KronyError, match="measures on cpu and cuda, and meta is on meta"):
         bench([elsewhere], QUICK)
@@ -124,8 +129,8 @@ def test_figures_come_back_from_json_and_the_picture_says_what_is_faster(subject
     again = [ModelSpeed.from_json(figures) for figures in to_json(rows, settings)["models"]]
     assert again == rows and table(again) == table(rows)
     svg = ratio_picture(rows)
-    title = f"small keep=0.5 runs at {rows[1].ratio['prefill']:.2f} in prefill, {rows[1].ratio['decode']:.2f} in decode"
-    assert title in svg and "training" not in svg
+    prefill, decode = (f"{rows[1].ratio[work]:.2f} in {work} (no verdict)" for work in ("prefill", "decode"))
+    assert f"small keep=0.5 runs at {prefill}, {decode}, relative" in svg and "training" not in svg
     assert "the others would be compared with" in ratio_picture(rows[:1])
 
 
@@ -133,3 +138,99 @@ def test_random_weights_that_do_not_fit_into_memory_are_refused(gpt2_folder, mon
     monkeypatch.setattr("krony.evaluation.speed.memory", lambda: 1000)
     with pytest.raises(KronyError, match=r"its weights would take .* GB, and the memory has"):
         random_model(str(gpt2_folder))
+
+
+BASE = [2.0, 2.0, 2.0, 2.0, 2.0]  # seconds
+TURNS = {  # of three models, the first one's the same in every workload
+    "prefill": [BASE, [1.6, 1.6, 1.6, 1.6, 1.5625], [2.5, 2.5, 2.5, 2.5, 2.5]],  # 1.25, of which 1.28 once; and 0.8
+    "decode": [BASE, [1.6, 1.6, 1.6, 1.25, 2.0], [2.0, 2.0, 2.0, 2.0, 2.0]],  # 1 to 1.6
+    "sweep": [BASE, [1.0, 1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0, 4.0]],
+}
+
+
+@pytest.fixture
+def measured(subjects, monkeypatch):
+    """Measures three models without a clock: every workload takes the seconds of ``TURNS``."""
+    third = Subject(name="third", model=subjects[1].model, bytes=1, load_seconds=None)
+
+    def rows(*, models=3, turns=5, **settings):
+        settings = SpeedSettings(length=8, context=4, new_tokens=2, rounds=turns, train=False, **settings)
+        order = iter(["prefill", "decode", *["sweep"] * len(settings.sweep)])
+
+        def made(*_):
+            return [seconds[:turns] for seconds in TURNS[next(order)][:models]]
+
+        monkeypatch.setattr("krony.evaluation.speed.alternate", made)
+        found = bench([*subjects, third][:models], settings)
+        return found, to_json(found, settings, dtype="float32")
+
+    return rows
+
+
+def test_a_verdict_per_workload_and_model(measured):
+    rows, figures = measured()
+    assert verdicts(rows) == [
+        "prefill: small keep=0.5 is 1.25 times as fast as dense (spread 2.4%)",
+        "prefill: third is 0.80 times as fast as dense (spread 0.0%)",
+        "decode: no verdict on small keep=0.5: 1.25 times as fast as dense, and the spread is 48.0%: measure with more "
+        "--rounds on a quiet machine",
+        "decode: no verdict on third: 1.00 times as fast as dense, and the spread is 0.0%: measure with more --rounds "
+        "on a quiet machine",
+    ]
+    assert [model["verdict"] for model in figures["models"]] == [
+        {"prefill": None, "decode": None},
+        {"prefill": "faster", "decode": None},
+        {"prefill": "slower", "decode": None},
+    ]
+    assert figures["models"][1]["ratio_spread"]["decode"] == pytest.approx(0.6 / 1.25)
+    assert figures["models"][1]["seconds"]["decode"] == TURNS["decode"][1]
+    assert figures["spread"] == figures["models"][1]["spread"]["decode"] == 0.75 / 1.6  # the largest of all
+    assert "1.25 in prefill, 1.25 in decode (no verdict), relative" in ratio_picture(rows)
+
+
+def test_a_single_model_and_few_turns_have_no_verdict(measured):
+    assert verdicts(measured(models=1)[0]) == []
+    rows, figures = measured(turns=4)
+    assert all("no verdict" in sentence and "ask for --rounds 5" in sentence for sentence in verdicts(rows))
+    assert figures["spread"] is None and caption(figures).endswith("medians of 4 turns, too few for a spread")
+
+
+def test_the_sweep_is_a_table(measured):
+    shown = sweep_table(measured(batches=(4, 1), lengths=(8, 16))[0])
+    assert shown.columns[:5] == ["prefill of", "dense, tok/s", "small keep=0.5, tok/s", "of first", "spread"]
+    assert shown.rows[0] == ["4 x 8", "16.0", "32.0", "2.00x", "0.0%", "16.0", "1.00x", "50.0%"]
+    assert [row[0] for row in shown.rows] == ["4 x 8", "4 x 16", "1 x 8", "1 x 16"]
+    assert sweep_table(measured(turns=1, batches=(1,))[0]).rows == [
+        ["1 x 8", "4.0", "8.0", "2.00x", "", "4.0", "1.00x", ""]
+    ]
+    assert sweep_table(measured()[0]).rows == []
+
+
+def test_the_page_has_the_verdicts_and_a_picture_along_what_was_swept(measured):
+    page = bench_page(*measured(batches=(4, 1)))
+    assert "third is 0.80 times as fast as dense" in page and "<td>4 x 8</td>" in page
+    assert page.count("<svg") == 3 and "Prefill of 8 tokens per sequence" in page
+    assert "small keep=0.5 is fastest at 4 sequences: 2.00 times dense" in page
+    page = bench_page(*measured(batches=(1, 4), lengths=(8, 16)))
+    assert page.count("<svg") == 4 and "Prefill with a batch of 4" in page and "fastest at 16 tokens" in page
+    assert "speed (no verdict)" in bench_page(*measured(turns=4, lengths=(8,)))
+    alone = bench_page(*measured(models=1, lengths=(8,)))
+    assert "dense reads 4 tokens per second at 8 tokens" in alone and "MB for a prefill" in alone
+
+
+def test_no_model_is_faster_than_the_first(measured, monkeypatch):
+    monkeypatch.setitem(TURNS, "sweep", [BASE, [3.0] * 5, [4.0] * 5])
+    assert "No model is faster than dense at 8 tokens" in bench_page(*measured(lengths=(8,)))
+
+
+def test_the_caption_names_what_measured(measured):
+    figures = measured()[1]
+    figures["machine"] = {"processor": "a CPU", "accelerator": "a GPU", "threads": 1}
+    assert caption(figures) == (
+        "a CPU, 1 thread, float32, eager; prefill of 1 x 8 tokens, decode of 2 after 4, medians of 5 turns "
+        "(spread up to 46.9%)"
+    )
+    assert caption(figures | {"device": "cpu"}).startswith("a CPU, 1 thread")  # the machine has a GPU, too
+    assert caption(figures | {"device": "cuda:0"}).startswith("a GPU, 1 thread")
+    del figures["spread"]  # of an earlier version
+    assert caption(figures).endswith("medians of 5 turns")
