@@ -41,9 +41,9 @@ def test_random_and_a_forced_path(krony, gpt2_folder, tmp_path):
     [
         (("--path", "fast"), "path 'fast' is unknown: it is one of left, right, dense"),
         (("--rounds", 0), "rounds is 0"),
-        (("--sweep-lengths", "1,x"), "--sweep-lengths 1,x: it takes numbers such as"),
-        (("--sweep-batches", ""), "--sweep-batches : it takes numbers such as"),
-        (("--sweep-batches", "1,0"), "of the sweep take numbers from 1"),
+        (("--sweep-lengths", "1,x"), "--sweep-lengths '1,x': it takes numbers from 1, such as 1,4,16"),
+        (("--sweep-batches", ""), "--sweep-batches '': it takes numbers from 1"),
+        (("--sweep-batches", "1,0"), "--sweep-batches '1,0': it takes numbers from 1"),
         (("--length", 100, "--context", 4), "takes at most 64 tokens"),
         (("--scheme", "100x7"), "does not divide"),
         (("--plot", "p.png"), "ends in .svg"),
@@ -81,3 +81,15 @@ def test_five_rounds_have_a_spread(krony, gpt2_folder):
     spread = done.json["spread"]
     assert spread > 0 and f"medians of 5 turns (spread up to {spread:.1%})" in done.err
     assert done.json["verdicts"][0].startswith("prefill: ") and done.json["models"][1]["ratio_spread"]["decode"] > 0
+
+
+def test_a_draft(krony, refused, gpt2_folder, compressed, tmp_path):
+    options = ("--rounds", 1, "--length", 8, "--context", 8, "--new-tokens", 4, "--no-train")
+    done = krony("bench", gpt2_folder, "--draft", compressed, "--draft-tokens", "1,2", *options, "--json", "-")
+    assert done.code == 0, done.err
+    assert [each["drafted"] for each in done.json["drafts"]] == [1, 2]
+    assert "drafted at a time" in done.err and done.json["verdicts"][-1].startswith("drafts: no verdict")
+    for words in ("0", "two", "1,-4", ""):
+        assert "--draft-tokens" in refused("bench", gpt2_folder, "--draft", compressed, "--draft-tokens", words)
+    assert "has another tokenizer" in refused("bench", gpt2_folder, "--draft", "demo", *options)
+    assert "no such folder" in refused("bench", gpt2_folder, "--draft", tmp_path / "none", *options)

@@ -184,8 +184,16 @@ def test_a_verdict_per_workload_and_model(measured):
     ]
     assert figures["models"][1]["ratio_spread"]["decode"] == pytest.approx(0.6 / 1.25)
     assert figures["models"][1]["seconds"]["decode"] == TURNS["decode"][1]
-    assert figures["spread"] == figures["models"][1]["spread"]["decode"] == 0.75 / 1.6  # the largest of all
+    assert figures["models"][1]["spread"]["decode"] == 0.75 / 1.6
+    assert figures["spread"] == figures["models"][1]["ratio_spread"]["decode"]  # the largest of all
     assert "1.25 in prefill, 1.25 in decode (no verdict), relative" in ratio_picture(rows)
+
+
+def test_the_largest_spread_may_be_that_of_a_model_or_of_the_sweep(measured, monkeypatch):
+    monkeypatch.setitem(TURNS, "decode", [[1.0, 1.0, 1.0, 1.0, 1.75]] * 3)  # all are slow in the same turn
+    rows, figures = measured()
+    assert rows[1].ratio_spread["decode"] == 0.0 and figures["spread"] == rows[0].spread["decode"] == 0.75
+    assert measured(lengths=(8,))[1]["spread"] == 1.0  # of the third model's turns
 
 
 def test_a_single_model_and_few_turns_have_no_verdict(measured):
@@ -197,7 +205,13 @@ def test_a_single_model_and_few_turns_have_no_verdict(measured):
 
 def test_the_sweep_is_a_table(measured):
     shown = sweep_table(measured(batches=(4, 1), lengths=(8, 16))[0])
-    assert shown.columns[:5] == ["prefill of", "dense, tok/s", "small keep=0.5, tok/s", "of first", "spread"]
+    assert shown.columns[:5] == [
+        "prefill, batch x tokens",
+        "dense, tok/s",
+        "small keep=0.5, tok/s",
+        "of first",
+        "spread",
+    ]
     assert shown.rows[0] == ["4 x 8", "16.0", "32.0", "2.00x", "0.0%", "16.0", "1.00x", "50.0%"]
     assert [row[0] for row in shown.rows] == ["4 x 8", "4 x 16", "1 x 8", "1 x 16"]
     assert sweep_table(measured(turns=1, batches=(1,))[0]).rows == [
@@ -228,7 +242,7 @@ def test_the_caption_names_what_measured(measured):
     figures["machine"] = {"processor": "a CPU", "accelerator": "a GPU", "threads": 1}
     assert caption(figures) == (
         "a CPU, 1 thread, float32, eager; prefill of 1 x 8 tokens, decode of 2 after 4, medians of 5 turns "
-        "(spread up to 46.9%)"
+        "(spread up to 48.0%)"
     )
     assert caption(figures | {"device": "cpu"}).startswith("a CPU, 1 thread")  # the machine has a GPU, too
     assert caption(figures | {"device": "cuda:0"}).startswith("a GPU, 1 thread")

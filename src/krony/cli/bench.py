@@ -12,11 +12,12 @@ from krony.cli.expand import Fields, expand
 from krony.cli.options import Device, Dtype, Json
 from krony.cli.output import Output, quiet_libraries
 from krony.errors import KronyError
-from krony.evaluation.settings import SpeedSettings
+from krony.evaluation.settings import DraftOptions, SpeedSettings, numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from krony.evaluation.drafting import Drafting
     from krony.evaluation.speed import Subject
     from krony.runtime.progress import Progress
 
@@ -51,6 +52,7 @@ def run(
     settings: Settings,
     sweep_batches: Batches = None,
     sweep_lengths: Lengths = None,
+    drafts: DraftOptions,
     threads: Threads = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -70,11 +72,12 @@ def run(
         raise KronyError("--device auto spreads a model over devices, and bench measures on one: name it, such as cuda")
     settings = replace(
         settings,
-        batches=_numbers("--sweep-batches", sweep_batches),
-        lengths=_numbers("--sweep-lengths", sweep_lengths),
+        batches=numbers("--sweep-batches", sweep_batches),
+        lengths=numbers("--sweep-lengths", sweep_lengths),
     )
     import torch
 
+    from krony.evaluation.drafting import drafting_table
     from krony.evaluation.speed import bench, to_json
     from krony.evaluation.speed_tables import bench_page, caption, ratio_picture, sweep_table, table, verdicts
     from krony.kronecker.forward_path import check_path
@@ -89,10 +92,13 @@ def run(
     with to.progress() as progress:
         subjects = _subjects(asked, device, dtype, progress)
         rows = bench(subjects, settings, progress=progress)
+        drafted = _drafts(models[0], subjects[0].model, drafts, settings, dtype, progress)
     kind, sentences = f"{subjects[0].model.dtype}".removeprefix("torch."), verdicts(rows)
+    sentences += [f"drafts: {each.sentence(str(drafts.draft))}" for each in drafted]
     figures = to_json(rows, settings, dtype=kind, device=device, path=path, verdicts=sentences)
+    figures["drafts"] = [each.to_json() for each in drafted]
     to.say(caption(figures))
-    for shown in (table(rows), sweep_table(rows)):
+    for shown in (table(rows), sweep_table(rows), drafting_table(drafted)):
         if shown.rows:
             to.table(shown.columns, shown.rows)
     for sentence in sentences:
@@ -152,6 +158,31 @@ def _subjects(asked: _Asked, device: str, dtype: str, progress: Progress) -> lis
     return subjects
 
 
+def _drafts(
+    name: str, model: PreTrainedModel, options: DraftOptions, settings: SpeedSettings, dtype: str, progress: Progress
+) -> list[Drafting]:
+    """The figures of ``--draft``; none without it. Raises KronyError for a draft of another tokenizer."""
+    if options.draft is None:
+        return []
+    from krony.data.calibration_set import documents_in, pack
+    from krony.evaluation.drafting import PROMPTS, measure_drafts
+    from krony.models.source import ModelSource
+
+    source, tokenizer = ModelSource.find(options.draft), ModelSource.find(name).tokenizer
+    if source.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise KronyError(f"{options.draft} has another tokenizer than {name}: a draft writes the same tokens")
+    draft = source.load(dtype=dtype, device=str(model.device))
+    size = PROMPTS * settings.context
+    documents = documents_in(options.draft_text, size, "held-out")
+    prompts = pack(
+        documents, tokenizer, tokens=size, length=settings.context, least=PROMPTS, what=f"text {options.draft_text}"
+    )
+    return measure_drafts(
+        model, draft, prompts, lengths=options.lengths, new_tokens=settings.new_tokens, rounds=settings.rounds,
+        progress=progress,
+    )  # fmt: skip
+
+
 def _labels(models: list[str], schemes: list[str]) -> list[str]:
     """A name for every model: a folder's last name, and a number behind it where another model has the same."""
     short = [_last_name(Path(name)) if Path(name).is_dir() else name for name in models]
@@ -176,12 +207,3 @@ def _check_files(plot: Path | None, report: Path | None) -> None:
     for file, end in ((plot, ".svg"), (report, ".html")):
         if file is not None:
             check_file(file, end)
-
-
-def _numbers(option: str, text: str | None) -> tuple[int, ...]:
-    if text is None:
-        return ()
-    try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise KronyError(f"{option} {text}: it takes numbers such as 1,4,16") from None

@@ -106,3 +106,49 @@ class SpeedSettings:
             return []
         batches, lengths = self.batches or (self.batch,), self.lengths or (self.length,)
         return [(batch, length) for batch in batches for length in lengths]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftOptions:
+    """Speculative decoding, as ``krony bench`` measures it.
+
+    Attributes:
+        draft: the model that drafts tokens; None measures nothing.
+        draft_tokens: how many are drafted at a time, as numbers with commas between them.
+        draft_text: text whose beginnings are continued; of ``python-docs`` the held-out part.
+
+    Raises:
+        KronyError: ``draft_tokens`` are no numbers from 1.
+    """
+
+    draft: str | None = option(
+        None, "Also measure how the first model decodes with tokens that this one drafts.", metavar="MODEL"
+    )
+    draft_tokens: str = option("1,2,4", "With --draft: tokens drafted at a time.", metavar="N,N,…")
+    draft_text: str = option("python-docs", "With --draft: text whose beginnings are continued.", metavar="TEXT")
+
+    def __post_init__(self) -> None:
+        numbers("--draft-tokens", self.draft_tokens)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The numbers of ``draft_tokens``."""
+        return numbers("--draft-tokens", self.draft_tokens)
+
+
+def numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """The numbers in the text of an option, each once. Raises KronyError for what is no number from 1.
+
+    Examples:
+        >>> numbers("--sweep-batches", "1,4,4")
+        (1, 4)
+    """
+    if text is None:
+        return ()
+    try:
+        found = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        found = (0,)
+    if min(found) < 1:
+        raise KronyError(f"{option} {text!r}: it takes numbers from 1, such as 1,4,16")
+    return found

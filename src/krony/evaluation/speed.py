@@ -189,8 +189,9 @@ def _record_point(rows: Sequence[ModelSpeed], times: Sequence[list[float]], batc
 
 
 def to_json(rows: Sequence[ModelSpeed], settings: SpeedSettings, **more: Any) -> dict[str, Any]:
-    """The figures for ``krony bench --json``; ``spread`` is the largest one of all turns of a model."""
-    measured = [value for row in rows for value in (*row.spread.values(), *(point["spread"] for point in row.sweep))]
+    """The figures for ``krony bench --json``; ``spread`` is the largest of the models' turns and of the ratios."""
+    measured = [value for row in rows for value in (*row.spread.values(), *row.ratio_spread.values())]
+    measured += [point[key] for row in rows for point in row.sweep for key in ("spread", "ratio_spread")]
     known = [value for value in measured if value is not None]
     return {
         "machine": machine(), "spread": max(known, default=None), "models": [row.to_json() for row in rows],

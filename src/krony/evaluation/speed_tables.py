@@ -61,7 +61,7 @@ def table(rows: Sequence[ModelSpeed]) -> Table:
 def sweep_table(rows: Sequence[ModelSpeed]) -> Table:
     """One row per batch size and length: the speed of prefill of every model, its ratio to the first and its spread."""
     first, *others = rows
-    columns = ["prefill of", f"{first.name}, tok/s"]
+    columns = ["prefill, batch x tokens", f"{first.name}, tok/s"]
     for row in others:
         columns += [f"{row.name}, tok/s", "of first", "spread"]
     shown = []

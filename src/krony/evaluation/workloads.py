@@ -53,7 +53,7 @@ def prefill(settings: SpeedSettings, batch: int | None = None, length: int | Non
     @torch.inference_mode()
     def workload(model: Any) -> float:
         ids = random_ids(model, settings, batch, length)
-        return _timed(model, lambda: model(input_ids=ids, logits_to_keep=1, use_cache=True, **empty_cache(model)))
+        return timed(model, lambda: model(input_ids=ids, logits_to_keep=1, use_cache=True, **empty_cache(model)))
 
     return workload
 
@@ -71,7 +71,7 @@ def decode(settings: SpeedSettings) -> Workload:
             for _ in range(settings.new_tokens):  # greedy, without generate's own bookkeeping
                 output = model(input_ids=output.logits[:, -1:].argmax(-1), use_cache=True, **options)
 
-        return _timed(model, call)
+        return timed(model, call)
 
     return workload
 
@@ -105,12 +105,12 @@ class TrainingStep:
 
         model.train()
         try:
-            return _timed(model, step)
+            return timed(model, step)
         finally:
             model.eval()
 
 
-def _timed(model: Any, call: Callable[[], Any]) -> float:
+def timed(model: Any, call: Callable[[], Any]) -> float:
     """Seconds that ``call`` takes, including its work on the GPU."""
     wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     wait()
