@@ -3,6 +3,7 @@
 Commands and code run with a small model in GPT-2's place.
 """
 
+import copy
 import json
 import re
 import shlex
@@ -50,9 +51,11 @@ def workplace(tmp_path, monkeypatch, tokenizer):
         n_layer=2, n_embd=48, n_head=4, n_positions=512, vocab_size=257, bos_token_id=256, eos_token_id=256
     )
     torch.manual_seed(0)
+    own = copy.deepcopy(tokenizer)
+    own.unk_token = own.eos_token  # as GPT-2's
     for name in ("gpt2", "smollm2"):
         GPT2LMHeadModel(config).save_pretrained(name)
-        tokenizer.save_pretrained(name)
+        own.save_pretrained(name)
     monkeypatch.setitem(schemes.PAPER_NAMES, "81M", "48x48")
     monkeypatch.setattr(schemes.ModelShape, "is_gpt2", property(lambda layout: layout.matrices == ((192, 48),) * 4))
     for name in [n for n in schemes.PAPER_NAMES if n != "81M"]:
