@@ -3,10 +3,13 @@ own verbs."""
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 import krony
 from data_folder import DATA, needs_data
@@ -70,7 +73,7 @@ def outcomes(options):
 
 
 def test_every_table_runs_and_shares_what_was_trained(outcomes, place):
-    trained = sorted(p.name for p in (place / "work").iterdir())
+    trained = sorted(p.name.rpartition("-")[0] for p in (place / "work").iterdir())
     assert trained == [
         "KronyPT-80M-2-factors",
         "KronyPT-81M",
@@ -110,7 +113,8 @@ def test_figures_are_those_of_the_verbs(outcomes, options):
     assert line.paper_ratio == pytest.approx(TABLE5_81M[1] / GPT2[1])
     assert line.difference == pytest.approx(line.ratio - line.paper_ratio)
     krony.compress(model, krony.KronyConfig("48x48", init="van-loan"))
-    held = json.loads((options.work / "KronyPT-81M/figures.json").read_text())["figures"]
+    (file,) = options.work.glob("KronyPT-81M-*/figures.json")
+    held = json.loads(file.read_text())["figures"]
     assert held["stages"]["start"][1] == pytest.approx(measured(), rel=1e-5)
     assert held["params"] == count_parameters(model)
     assert held["stages"]["full"][1] < held["stages"]["start"][1]  # training helped
@@ -124,15 +128,59 @@ def test_the_first_part_of_an_epoch_is_the_start_of_the_whole(outcomes, options)
         assert together[line.row, line.quantity] == pytest.approx(line.ours, rel=1e-5)
 
 
-def test_a_work_folder_of_something_else_is_refused(outcomes, options, place):
-    with pytest.raises(krony.KronyError, match="belongs to another model, text, budget or version"):
-        reproduce("figure1", replace(options, seed=1))
-    file = place / "work/KronyPT-92M/figures.json"
-    whole = file.read_text()
+@pytest.fixture
+def kept(outcomes, options, tmp_path):
+    """The options with a copy of the work folder after all tables."""
+    return replace(options, work=Path(shutil.copytree(options.work, tmp_path / "work")))
+
+
+def swap_words(folder, name):
+    """The same characters in another order: as many tokens, and another text."""
+    file = folder / name
+    file.write_text(file.read_text().replace("quick brown", "brown quick").replace("a last one", "one last a"))
+
+
+@pytest.mark.parametrize(
+    "name", ["openwebtext/train.jsonl", "openwebtext/val.jsonl", "wikitext-2/wiki.test.tokens", "lambada"]
+)
+def test_another_text_of_the_same_length_has_other_figures(outcomes, kept, tmp_path, name):
+    """With the work folder of the first text: nothing of it is taken for the second's."""
+    data = write_data(tmp_path / "data")
+    swap_words(data, "lambada/lambada_test_plain_text.txt" if name == "lambada" else name)
+    swapped = reproduce("figure1" if "val" in name else "table9", replace(kept, data_dir=data))
+    before = outcomes[swapped.target].lines
+    changed = {line.quantity for line, old in zip(swapped.lines, before, strict=True) if line.ours != old.ours}
+    if "openwebtext" not in name:
+        assert changed == {name.partition("/")[0]}
+    else:
+        assert changed
+
+
+def test_other_weights_or_another_seed_have_other_figures_and_another_name_of_the_same_has_not(
+    outcomes, kept, tmp_path
+):
+    model, tokenizer = krony.load_model(kept.model), krony.load_tokenizer(kept.model)
+
+    def figures(**changes):
+        model.save_pretrained(tmp_path / "copy")
+        tokenizer.save_pretrained(tmp_path / "copy")
+        lines = reproduce("figure1", replace(kept, model=str(tmp_path / "copy"), **changes)).lines
+        return [line.ours for line in lines]
+
+    before = [line.ours for line in outcomes["figure1"].lines]
+    folders = set(kept.work.iterdir())
+    assert figures() == before and set(kept.work.iterdir()) == folders  # nothing is trained again
+    assert figures(seed=1) != before
+    with torch.no_grad():
+        model.transformer.h[2].mlp.c_proj.weight[-1, -1] += 0.5
+    assert figures() != before
+
+
+def test_a_damaged_work_folder_is_refused(kept):
+    (file,) = kept.work.glob("KronyPT-92M-*/figures.json")
     file.write_text("{")
     with pytest.raises(krony.KronyError, match=r"figures.json is damaged: remove .*KronyPT-92M"):
-        reproduce("figure1", options)
-    file.write_text(whole)
+        reproduce("figure1", kept)
 
 
 def test_what_the_text_needs(options, tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 from krony.config import KronyConfig
 from krony.errors import KronyError
+from krony.reproduce.digests import key
 from krony.storage.files import write_json
 
 MARKS = (0.1, 0.2, 0.3, 0.4)  # of the first epoch, where Figure 1 shows the validation loss
@@ -51,31 +52,27 @@ def last_stage(stages: set[str]) -> str:
 
 
 @contextmanager
-def run_folder(work: Path | None, run: Run) -> Iterator[Path]:
-    """The folder of a run: in ``work``, or a temporary one where ``work`` is None."""
+def run_folder(work: Path | None, run: Run, made_with: dict[str, Any]) -> Iterator[Path]:
+    """The folder of a run: in ``work``, or a temporary one where ``work`` is None.
+
+    Its name holds a key of everything the figures depend on, so that another model, text, budget, seed or version has
+    another folder.
+    """
     name = "".join(c if c.isalnum() or c in "-." else "-" for c in run.name)
-    place = tempfile.TemporaryDirectory() if work is None else nullcontext(str(work / name))
+    place = tempfile.TemporaryDirectory() if work is None else nullcontext(str(work / f"{name}-{key(made_with)}"))
     with place as folder:
         yield Path(folder)
 
 
-def read_figures(folder: Path, made_with: dict[str, Any]) -> Trained:
-    """What a run measured before it stopped; nothing if it is new.
-
-    Raises:
-        KronyError: the file is damaged, or the folder belongs to another model, text, budget or version.
-    """
+def read_figures(folder: Path) -> Trained:
+    """What a run measured before it stopped; nothing if it is new. Raises KronyError if the file is damaged."""
     file = folder / "figures.json"
     if not file.exists():
         return Trained()
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-        before, figures = held["made"], Trained(**held["figures"])
+        return Trained(**json.loads(file.read_text(encoding="utf-8"))["figures"])
     except (ValueError, KeyError, TypeError, OSError):
         raise KronyError(f"{file} is damaged: remove {folder}, and the run starts again") from None
-    if before != made_with:
-        raise KronyError(f"{folder} belongs to another model, text, budget or version: name another folder with --work")
-    return figures
 
 
 def write_figures(folder: Path, made_with: dict[str, Any], figures: Trained) -> None:

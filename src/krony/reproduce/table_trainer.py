@@ -10,7 +10,8 @@ import copy
 import math
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from krony.models.loading import context_length, load_tokenizer
 from krony.models.modes import evaluating
 from krony.models.surgery import count_parameters, count_untied
 from krony.reproduce.budgets import BUDGETS
+from krony.reproduce.digests import model_digest, token_digest
 from krony.reproduce.figures import SETS
 from krony.reproduce.options import TableOptions
 from krony.reproduce.runs import MARKS, STAGES, Run, Trained, last_stage, read_figures, run_folder, write_figures
@@ -98,8 +100,8 @@ class TableTrainer:
 
     def run(self, run: Run, stages: set[str]) -> Trained:
         """Trains up to the last of ``stages`` (keys of STAGES) and measures at each; with ``work``, at every stage."""
-        with run_folder(self.options.work, run) as folder:
-            known = read_figures(folder, self._made_with(run))
+        with run_folder(self.options.work, run, self._made_with(run)) as folder:
+            known = read_figures(folder)
             if stages <= {*known.stages, *known.curve}:
                 return known
             until = last_stage(stages)
@@ -243,16 +245,22 @@ class TableTrainer:
 
     def _made_with(self, run: Run) -> dict[str, Any]:
         """What a run's figures depend on."""
-        return {
-            "krony": __version__,
-            "model": self.options.model,
-            "params": count_parameters(self.base),
+        return self._contents | {
             "config": {k: v for k, v in vars(run.config).items() if v is not None},
             "taught": run.taught,
-            "budget": self.options.budget,
-            "tokens": [len(rows) * rows.length for rows in (self.train, self.validation)],
-            "tests": [len(ids) for ids in self.tests],
             "seed": self.options.seed,
+        }
+
+    @cached_property
+    def _contents(self) -> dict[str, Any]:
+        """What the figures of all runs depend on: contents by their digests."""
+        return {
+            "krony": __version__,
+            "model": model_digest(self.base),
+            "recipes": [asdict(recipe) for recipe in self.recipes],
+            "train": token_digest(self.train.tokens),
+            "validation": token_digest(self.validation.tokens),
+            "tests": [token_digest(ids.numpy()) for ids in self.tests],
         }
 
 
