@@ -39,7 +39,7 @@ class KronyConfig:
         scalar_init: value the scalars start at; the left factors are divided by it, so that the matrix stays the same.
         epsilon: entry of the right factor for dropped neurons; None is the initialisation's own value.
         token_weighting: weight calibration tokens by 1/‖hidden state after the layer‖².
-        reinit: ``all`` draws every other weight at random too (paper, Appendix C).
+        reinit: ``all`` draws every other weight, and every bias, at random too (paper, Appendix C).
         seed: seed of everything random.
         max_width: with ``global``, the most hidden neurons that a layer may keep.
         multiple_of: with ``global``, the number of neurons that a layer keeps is a multiple of it.
@@ -88,7 +88,7 @@ class KronyConfig:
         None, "Entry of the right factor for dropped neurons.", show_default="0.1 for prune and als, 0 for neurons"
     )
     token_weighting: bool = option(True, "Weight tokens by 1/|hidden state|², so that a few huge ones don't dominate.")
-    reinit: str | None = option(None, "all: draw every other weight at random too.")
+    reinit: str | None = option(None, "all: draw every other weight and bias at random too.")
     seed: int = option(0, "Seed of everything random.")
     max_width: int | None = option(None, "With --allocation global: a layer keeps at most N neurons.", metavar="N")
     multiple_of: int | None = option(

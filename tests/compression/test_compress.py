@@ -111,6 +111,23 @@ def test_reinit_all_draws_every_other_weight_anew():
     assert torch.equal(inherited.transformer.wte.weight, original.transformer.wte.weight)
 
 
+@pytest.mark.parametrize("build", [gpt2, lambda: llama(mlp_bias=True, attention_bias=True)])
+def test_reinit_all_leaves_nothing_of_the_original(build):
+    """Appendix C redraws all parameters: of the model before, biases of compressed layers included, nothing is left."""
+    model, other, fresh = build(), build(), build()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+        torch.manual_seed(3)
+        fresh = type(fresh)(fresh.config)
+    for one in (model, other):
+        compress(one, KronyConfig("keep=0.5", init="random", reinit="all", seed=3))
+    expected = fresh.state_dict()
+    for (name, value), second in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, second), name
+        assert not name.endswith("bias") or torch.equal(value, expected[name]), name
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -275,8 +275,10 @@ def _redrawn_weights(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
 
 
 def _copy_redrawn(model: PreTrainedModel, redrawn: dict[str, Tensor]) -> None:
-    """Copies redrawn weights into every layer that isn't compressed; does nothing if there are none."""
+    """Copies redrawn weights into every layer that isn't compressed, and biases into those that are; does nothing if
+    there are none.
+    """
     compressed = tuple(f"{name}." for name in kronecker_layers(model))
     for name, value in model.state_dict().items() if redrawn else ():
-        if not name.startswith(compressed):
+        if not name.startswith(compressed) or name.endswith(".bias"):
             value.copy_(redrawn[name])
