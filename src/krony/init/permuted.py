@@ -4,8 +4,9 @@ Hidden neurons can stand in any order: the activation is elementwise, so a permu
 cancels with the same permutation of the down matrix's columns. The order decides how near a Kronecker product can come.
 For given products ``Ŵ`` the best order solves a linear assignment: neuron j at place i gains ``⟨Ŵ[i], W[j]⟩``, summed
 over the MLP's matrices, each relative to its own norm. Assignment and Van Loan's factors alternate; neither can make
-``Σ ‖W − Ŵ‖² / ‖W‖²`` larger. The given order is often a fixed point of both, so the search starts from two others:
-neurons sorted along their first principal direction, and neurons grouped with the most parallel ones.
+``Σ ‖W − Ŵ‖² / ‖W‖²`` larger. The given order is often a fixed point of both, so the search starts from others: neurons
+sorted along their first principal direction, neurons grouped with the most parallel ones, and neurons grouped by shared
+subspaces (``krony.init.subspaces``), which finds the order of an exact sum of several products again.
 
 TQCompressor also permutes the channels between layers, which the model must undo at run time. This initialisation
 permutes hidden neurons only, which costs nothing at run time.
@@ -13,7 +14,7 @@ permutes hidden neurons only, which costs nothing at run time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from krony.errors import KronyError
 from krony.init import van_loan
 from krony.init.base import Factors, Initialisation, Moments, Options, Target
+from krony.init.subspaces import SMALL, by_subspaces
 from krony.kronecker.algebra import KronShape, dense, nearest
 from krony.kronecker.assignment import assign
 
@@ -53,7 +55,8 @@ def check_mlp(names: Sequence[str], shapes: Sequence[KronShape], *, is_mlp: bool
 def best_order(matrices: Sequence[Tensor], shapes: Sequence[KronShape]) -> Tensor:
     """The best order found of the rows, ``(n,)``, for Kronecker products near to all ``matrices: (n, width)``, float64.
 
-    Returns the given order, ``0, 1, …, n − 1``, unless the error of another is smaller.
+    No matrix is farther from its products than in the given order, ``0, 1, …, n − 1``, which is returned unless another
+    is better.
 
     Examples:
         >>> rows = torch.arange(1.0, 5.0).outer(torch.ones(2)).double()  # any order is exact: rank one
@@ -62,31 +65,40 @@ def best_order(matrices: Sequence[Tensor], shapes: Sequence[KronShape]) -> Tenso
     """
     scaled = [w / w.norm().clamp_min(torch.finfo(w.dtype).tiny) for w in matrices]
     given = torch.arange(len(scaled[0]), device=scaled[0].device)
-    starts = [_along_first_direction(scaled), _grouped(scaled, shapes[0].m2)]
-    candidates = [(_products(scaled, shapes, given)[0], given)] + [_improved(scaled, shapes, start) for start in starts]
-    return min(candidates, key=lambda pair: pair[0])[1]
+    starts = [_along_first_direction(scaled), _grouped(scaled, shapes[0].m2), by_subspaces(scaled, shapes)]
+    if len(given) <= SMALL:
+        starts.append(by_subspaces(scaled, shapes, best_first=True))
+    limits, _ = _products(scaled, shapes, given)
+    candidates = [(limits, given), *(found for start in starts for found in _improved(scaled, shapes, start))]
+    allowed = [(errors, order) for errors, order in candidates if (errors <= limits).all()]
+    return min(allowed, key=lambda pair: pair[0].sum().item())[1]
 
 
-def _improved(scaled: list[Tensor], shapes: Sequence[KronShape], order: Tensor) -> tuple[float, Tensor]:
-    """Alternates assignment and Van Loan's factors from ``order``; returns the remaining error and the order."""
-    error, gain = _products(scaled, shapes, order)
+def _improved(scaled: list[Tensor], shapes: Sequence[KronShape], order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Alternates assignment and Van Loan's factors from ``order``; yields the remaining errors and the order of each
+    round.
+    """
+    errors, gain = _products(scaled, shapes, order)
+    yield errors, order
     for _ in range(ROUNDS):
-        new = assign(gain)
-        new_error, gain = _products(scaled, shapes, new)
-        if new_error > error * (1 - MIN_GAIN):
-            return min((error, order), (new_error, new), key=lambda pair: pair[0])
-        error, order = new_error, new
-    return error, order
+        order = assign(gain)
+        before = errors.sum()
+        errors, gain = _products(scaled, shapes, order)
+        yield errors, order
+        if errors.sum() > before * (1 - MIN_GAIN):
+            return
 
 
-def _products(scaled: list[Tensor], shapes: Sequence[KronShape], order: Tensor) -> tuple[float, Tensor]:
-    """The error of the nearest products in this order, and the gain of neuron j at place i: ``(n, n)``."""
-    error, gain = 0.0, torch.zeros(len(order), len(order), dtype=torch.float64, device=order.device)
+def _products(scaled: list[Tensor], shapes: Sequence[KronShape], order: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared error of each matrix's nearest products in this order, ``(matrices,)``, and the gain of neuron j at
+    place i, ``(n, n)``.
+    """
+    errors, gain = [], torch.zeros(len(order), len(order), dtype=torch.float64, device=order.device)
     for w, shape in zip(scaled, shapes, strict=True):
         near = dense(*nearest(w[order], shape))
-        error += (w[order] - near).square().sum().item()
+        errors.append((w[order] - near).square().sum())
         gain += near @ w.T
-    return error, gain
+    return torch.stack(errors), gain
 
 
 def _along_first_direction(scaled: list[Tensor]) -> Tensor:
