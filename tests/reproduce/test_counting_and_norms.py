@@ -8,9 +8,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import krony
 from krony.kronecker.schemes import resolve
+from krony.models.source import empty_model
 from krony.reproduce.analogous_scheme import analogous_scheme
+from krony.reproduce.figures import TABLE4
 from krony.reproduce.norms import gaussian_control, table4
 from krony.reproduce.options import TableOptions
+from krony.reproduce.recognition import has_gpt2s_config, likeness
 from krony.reproduce.targets import TARGETS, reproduce
 
 
@@ -73,10 +76,9 @@ def test_the_control_is_about_the_root_of_the_share_of_parameters():
         assert 100 * share**0.5 < kept < 100 * share**0.5 + 1
 
 
-def test_the_papers_layers_are_found_by_their_norms(monkeypatch):
-    """GPT-2 as the paper saw it, its layers counted from 1: the table says so."""
-    from krony.reproduce.figures import TABLE4
-
+@pytest.fixture
+def as_gpt2(monkeypatch):
+    """A narrow model of 12 layers that passes for GPT-2's config, with the norms that Table 4 prints."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=12, n_embd=48, n_head=4, vocab_size=64, n_positions=8))
     with torch.no_grad():
@@ -85,10 +87,64 @@ def test_the_papers_layers_are_found_by_their_norms(monkeypatch):
             weight = (mlp.c_fc if paper.matrix == 1 else mlp.c_proj).weight
             weight.mul_(paper.frobenius[0] / weight.norm())
     monkeypatch.setattr("krony.reproduce.norms.load_base", lambda options, target: model)
+    monkeypatch.setattr("krony.reproduce.recognition.has_gpt2s_config", lambda model: True)
+    return model
+
+
+def test_the_papers_layers_are_found_by_their_norms(as_gpt2):
+    """GPT-2 as the paper saw it, its layers counted from 1: the table says so."""
     outcome = table4(TableOptions(model="gpt2"))
     assert "taken to count from 1" in " ".join(outcome.header)
     assert outcome.lines[0].row == "Lay 1, p1 (here 0)"
     assert outcome.lines[0].difference == pytest.approx(0, abs=1e-3)
+
+
+def test_gpt2_is_known_by_its_norms_whatever_it_is_called(as_gpt2):
+    named, folder = (table4(TableOptions(model=name)) for name in ("gpt2", "/models/a-copy"))
+    assert folder.lines == named.lines and folder.lines[0].difference is not None
+    assert folder.header[0].startswith(
+        "/models/a-copy is GPT-2 124M by its config and the norms of Table 4, within 0.0"
+    )
+    with torch.no_grad():
+        as_gpt2.transformer.h[10].mlp.c_proj.weight.mul_(1.02)
+    other = table4(TableOptions(model="gpt2"))
+    assert (
+        "gpt2 is not GPT-2 124M, because transformer.h.10.mlp.c_proj has norm 310.1 and Table 4 prints 304, "
+        in (other.header[1])
+    )
+    assert other.lines[0].difference is None
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (GPT2Config(), True),
+        (GPT2Config(n_layer=11), False),
+        (GPT2Config(vocab_size=50_258), False),
+        (GPT2Config(n_inner=3000), False),
+    ],
+)
+def test_gpt2s_config(config, expected):
+    assert has_gpt2s_config(empty_model(config)) == expected
+
+
+def test_a_random_model_called_gpt2_is_another(gpt2_folder):
+    """The folder's name is gpt2."""
+    like = likeness(krony.load_model(str(gpt2_folder)))
+    assert gpt2_folder.name == "gpt2" and not like.is_gpt2 and like.reason == "its config is another"
+
+
+def test_a_dry_run_of_table_4_reads_no_weights(gpt2_folder, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("krony.reproduce.norms.load_base", refuse)
+    outcome = reproduce("table4", TableOptions(model=str(gpt2_folder), dry_run=True))
+    assert outcome.lines == [] and "in place of GPT-2, because its config is another" in outcome.header[0]
+    assert "Norms of 6 matrices of 192x48 and of a Gaussian one" in outcome.header[1]
+    assert "96x48 and 64x16:4" in outcome.header[1] and "About 1 second on this machine" in outcome.header[1]
+    (sentence, _) = reproduce("table4", TableOptions(dry_run=True)).header  # needs no weights: its config is known
+    assert sentence == "gpt2: its config is GPT-2's, and its norms are compared with Table 4's when it runs."
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
@@ -10,8 +12,10 @@ from krony.errors import KronyError
 from krony.kronecker.algebra import KronShape
 from krony.kronecker.schemes import resolve
 from krony.models.loading import load_model
+from krony.models.source import GPT2_NAMES, ModelSource
 from krony.models.surgery import find_groups
 from krony.reproduce.options import TableOptions
+from krony.reproduce.recognition import Likeness
 
 
 def tall_size(model: PreTrainedModel) -> tuple[int, int]:
@@ -55,10 +59,22 @@ def analogous_scheme(scheme: str, rows: int, columns: int) -> str:
 
 def load_base(options: TableOptions, target: str) -> PreTrainedModel:
     """The model that a table is run with. Raises KronyError, which says what is missing."""
-    try:
+    with _what_is_needed(options, target):
         return load_model(options.model, device=options.device)
+
+
+def load_skeleton(options: TableOptions, target: str) -> PreTrainedModel:
+    """The same model without its weights. Raises KronyError, which says what is missing."""
+    with _what_is_needed(options, target):
+        return ModelSource.find(options.model).skeleton
+
+
+@contextmanager
+def _what_is_needed(options: TableOptions, target: str) -> Iterator[None]:
+    try:
+        yield
     except KronyError as error:
-        if not options.is_gpt2:
+        if options.model not in GPT2_NAMES:
             raise
         raise KronyError(
             f"{target} needs GPT-2's weights, from the hub or a folder called {options.model}, or another model with "
@@ -66,9 +82,15 @@ def load_base(options: TableOptions, target: str) -> PreTrainedModel:
         ) from None
 
 
-def model_sentences(options: TableOptions, schemes: dict[str, str]) -> list[str]:
+def model_sentences(options: TableOptions, like: Likeness, schemes: dict[str, str]) -> list[str]:
     """Which model the table was run with, and which schemes replace the paper's if it is another model."""
-    if options.is_gpt2:
-        return ["GPT-2 124M."]
-    stand_in = ", ".join(f"{ours} for {paper}" for paper, ours in schemes.items())
-    return [f"Run with {options.model} in place of GPT-2: {stand_in}."]
+    if like.is_gpt2:
+        return [f"{options.model} is GPT-2 124M by {like.reason}."]
+    said = [f"Run with {options.model} in place of GPT-2: {_stand_ins(schemes)}."]
+    if options.model in GPT2_NAMES:
+        said.append(f"{options.model} is not GPT-2 124M, because {like.reason}.")
+    return said
+
+
+def _stand_ins(schemes: dict[str, str]) -> str:
+    return ", ".join(f"{ours} for {paper}" for paper, ours in schemes.items())

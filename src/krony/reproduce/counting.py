@@ -59,4 +59,6 @@ def table3(options: TableOptions) -> Outcome:
 
 def _header(options: TableOptions) -> list[str]:
     sentence = "GPT-2 124M, by arithmetic: no weights are read."
-    return [sentence if options.is_gpt2 else f"{sentence} --model {options.model} changes nothing here."]
+    return [
+        sentence if options.model == TableOptions.model else f"{sentence} --model {options.model} changes nothing here."
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 from krony.kronecker.algebra import dense, nearest
 from krony.kronecker.schemes import resolve
 from krony.models.surgery import find_groups, take_out
-from krony.reproduce.analogous_scheme import analogous_scheme, load_base, model_sentences, tall_size
+from krony.reproduce.analogous_scheme import analogous_scheme, load_base, load_skeleton, model_sentences, tall_size
+from krony.reproduce.budgets import duration
 from krony.reproduce.figures import TABLE4, Norms
 from krony.reproduce.lines import Line, Outcome
 from krony.reproduce.options import TableOptions
+from krony.reproduce.recognition import Likeness, has_gpt2s_config, likeness
 
 SCHEMES = {"96M": "1536x768", "92M": "1024x256:4"}
 # Per cent of a Gaussian 3072x768 matrix's norm that each scheme keeps, ± 0.05: a little over √(1/2) and √(4/9).
@@ -24,7 +27,11 @@ LayerNorms = tuple[list[Tensor], list[Tensor]]  # Frobenius and l1 norms of c_fc
 
 def table4(options: TableOptions) -> Outcome:
     """Table 4: Frobenius and l1 norms of the original, 96M and 92M in the paper's layers, and the Gaussian control."""
+    title = "Norms of the original and of two Van Loan models"
+    if options.dry_run:
+        return Outcome(target="table4", title=title, model=options.model, header=_plan(options))
     model = load_base(options, "table4")
+    like = likeness(model)
     rows, columns = tall_size(model)
     schemes = {name: analogous_scheme(scheme, rows, columns) for name, scheme in SCHEMES.items()}
     groups = find_groups(model)
@@ -36,25 +43,42 @@ def table4(options: TableOptions) -> Outcome:
             weight, _ = take_out(model, site.name)
             pairs.append(norms(weight.T if site.is_turned else weight, list(schemes.values())))
         found.append(([frobenius for frobenius, _ in pairs], [l1 for _, l1 in pairs]))
-    places, numbering = _places(options, [paper.layer for paper in TABLE4], found)
+    places, numbering = _places(like, len(found))
     lines = []
     for paper, place in zip(TABLE4, places, strict=True):
         frobenius, l1 = (kind[paper.matrix - 1].tolist() for kind in found[place])
         name = f"Lay {paper.layer}, p{paper.matrix} (here {place})"
-        lines += _lines(name, paper, frobenius, l1, comparable=options.is_gpt2)
+        lines += _lines(name, paper, frobenius, l1, comparable=like.is_gpt2)
     lines += _range_lines(found) + _gaussian_lines(rows, columns, schemes, options.seed)
     return Outcome(
         target="table4",
-        title="Norms of the original and of two Van Loan models",
+        title=title,
         model=options.model,
         header=[
-            *model_sentences(options, schemes),
+            *model_sentences(options, like, {SCHEMES[name]: ours for name, ours in schemes.items()}),
             numbering,
             "Van Loan without rescaling; l1 norms in thousands.",
         ],
         lines=lines,
         footer=["A share close to a Gaussian matrix's says nothing about the weights: chance keeps as much."],
     )
+
+
+def _plan(options: TableOptions) -> list[str]:
+    """What would be run, from the config alone, and about how long it takes: measured on one Gaussian matrix."""
+    model = load_skeleton(options, "table4")
+    rows, columns = tall_size(model)
+    schemes = {scheme: analogous_scheme(scheme, rows, columns) for scheme in SCHEMES.values()}
+    matrices = 2 * len(find_groups(model))
+    start = time.perf_counter()
+    gaussian_control(rows, columns, list(schemes.values()))
+    seconds = (time.perf_counter() - start) * (matrices + 1)
+    known = "its config is GPT-2's, and its norms are compared with Table 4's when it runs"
+    return [
+        f"{options.model}: {known if has_gpt2s_config(model) else 'in place of GPT-2, because its config is another'}.",
+        f"Norms of {matrices} matrices of {rows}x{columns} and of a Gaussian one, and of the nearest products of each, "
+        f"{' and '.join(schemes.values())}. About {duration(seconds)} on this machine; nothing is trained.",
+    ]
 
 
 @torch.no_grad()
@@ -72,23 +96,18 @@ def gaussian_control(rows: int, columns: int, schemes: Sequence[str], seed: int 
     return (100 * frobenius[1:] / frobenius[0]).tolist()
 
 
-def _places(options: TableOptions, numbers: list[int], found: list[LayerNorms]) -> tuple[list[int], str]:
+def _places(like: Likeness, layers: int) -> tuple[list[int], str]:
     """Zero-based layers of the table's rows. The paper doesn't say how it counts; on GPT-2 its norms decide."""
-    if not options.is_gpt2:
-        last = max(0, len(found) - 2)  # the paper's 11 is the last but one of 12, counted from 1
-        places = [min({1: 0, 2: 1}.get(number, last), len(found) - 1) for number in numbers]
+    numbers = [paper.layer for paper in TABLE4]
+    if not like.is_gpt2:
+        last = max(0, layers - 2)  # the paper's 11 is the last but one of 12, counted from 1
+        places = [min({1: 0, 2: 1}.get(number, last), layers - 1) for number in numbers]
         return places, "The first two layers and the last but one; layers are counted from 0."
-
-    def distance(shift: int) -> float:
-        return sum(
-            abs(float(found[p.layer - shift][0][p.matrix - 1][0]) - p.frobenius[0]) / p.frobenius[0] for p in TABLE4
-        )
-
-    shift = min((0, 1), key=distance)
     numbering = (
-        f"The paper's layers are taken to count from {shift}, which is nearer to its norms; here they count from 0."
+        f"The paper's layers are taken to count from {like.counts_from}, which is nearer to its norms; here they count "
+        "from 0."
     )
-    return [number - shift for number in numbers], numbering
+    return [number - like.counts_from for number in numbers], numbering
 
 
 def _lines(name: str, paper: Norms, frobenius: list[float], l1: list[float], *, comparable: bool) -> list[Line]:

@@ -38,8 +38,8 @@ class TableOptions:
         KronyError: an unknown budget.
 
     Examples:
-        >>> TableOptions(model="demo").is_gpt2
-        False
+        >>> TableOptions(model="demo").budget
+        'quick'
     """
 
     model: str = option("gpt2", "In place of GPT-2: a folder, a name on the hub, or demo.", metavar="MODEL")
@@ -60,10 +60,3 @@ class TableOptions:
     def __post_init__(self) -> None:
         if self.budget not in BUDGET_NAMES:
             raise KronyError(f"budget {self.budget!r} is unknown: it is {' or '.join(BUDGET_NAMES)}")
-
-    @property
-    def is_gpt2(self) -> bool:
-        """Whether the table runs with the paper's own model."""
-        from krony.models.source import GPT2_NAMES
-
-        return self.model in GPT2_NAMES

@@ -31,7 +31,7 @@ from krony.healing.training import train_on_rows
 from krony.models.loading import context_length, load_tokenizer
 from krony.models.modes import evaluating
 from krony.models.surgery import count_parameters, count_untied
-from krony.reproduce.budgets import BUDGETS
+from krony.reproduce.budgets import BUDGETS, duration
 from krony.reproduce.digests import model_digest, token_digest
 from krony.reproduce.figures import SETS
 from krony.reproduce.options import TableOptions
@@ -95,7 +95,7 @@ class TableTrainer:
         return [
             f"Budget {self.options.budget}: an epoch is {epoch:,} tokens, and each test set is "
             f"{'complete' if tests is None else f'its first {tests:,} tokens'}.",
-            f"Tokens to train on: {words}. About {_duration(seconds)} on this machine ({self.options.device}).",
+            f"Tokens to train on: {words}. About {duration(seconds)} on this machine ({self.options.device}).",
         ]
 
     def run(self, run: Run, stages: set[str]) -> Trained:
@@ -262,10 +262,3 @@ class TableTrainer:
             "validation": token_digest(self.validation.tokens),
             "tests": [token_digest(ids.numpy()) for ids in self.tests],
         }
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.0f} {unit}"
-    return f"{max(1, round(seconds)):,} seconds"

@@ -16,6 +16,7 @@ from krony.reproduce.analogous_scheme import analogous_scheme, load_base, model_
 from krony.reproduce.figures import SETS, Perplexities
 from krony.reproduce.lines import Line, Outcome
 from krony.reproduce.options import TableOptions
+from krony.reproduce.recognition import Likeness, likeness
 from krony.reproduce.runs import MARKS, Run, Trained
 from krony.reproduce.table_trainer import TableTrainer
 
@@ -53,12 +54,14 @@ class TableSetup:
     Attributes:
         options: the model, the text, the budget.
         base: the original.
+        like: whether the original is GPT-2.
         schemes: the paper's scheme -> the one for this model.
         target: the table's name.
     """
 
     options: TableOptions
     base: PreTrainedModel
+    like: Likeness
     schemes: dict[str, str]
     target: str
 
@@ -169,7 +172,7 @@ def figure1(options: TableOptions) -> Outcome:
     trainer = TableTrainer(options, setup.base, "figure1")
     runs = {setup.classic_96m: {"0.4"}, setup.scaled_92m: {"0.4"}}
     title = "Negative log-likelihood on validation text, first 40 % of an epoch"
-    header = model_sentences(options, setup.schemes) + trainer.plan(runs)
+    header = model_sentences(options, setup.like, setup.schemes) + trainer.plan(runs)
     _announce(options, header)
     if options.dry_run:
         return Outcome(target="figure1", title=title, model=options.model, header=header)
@@ -201,7 +204,7 @@ def _set_up(options: TableOptions, target: str, *schemes: str) -> TableSetup:
     base = load_base(options, target)
     rows, columns = tall_size(base)
     found = {SCHEMES[s]: analogous_scheme(SCHEMES[s], rows, columns) for s in schemes}
-    return TableSetup(options=options, base=base, schemes=found, target=target)
+    return TableSetup(options=options, base=base, like=likeness(base), schemes=found, target=target)
 
 
 def _perplexities(
@@ -221,15 +224,15 @@ def _perplexities(
     wanted: dict[Run, set[str]] = {}
     for row in rows:
         wanted.setdefault(row.run, {"start"}).add(row.stage)
-    header = model_sentences(options, setup.schemes) + trainer.plan(wanted)
+    header = model_sentences(options, setup.like, setup.schemes) + trainer.plan(wanted)
     _announce(options, header)
     if options.dry_run:
         return Outcome(target=setup.target, title=title, model=options.model, header=header)
     ours_base = trainer.base_perplexities()
-    lines = [line for peer in peers for line in _peer(options, trainer, peer, ours_base)]
+    lines = [line for peer in peers for line in _peer(setup, trainer, peer, ours_base)]
     results: dict[Run, Trained] = {run: trainer.run(run, stages) for run, stages in wanted.items()}
     for row in rows:
-        lines += _lines(row.name, row.paper, results[row.run].stages[row.stage], ours_base, options, row.note)
+        lines += _lines(row.name, row.paper, results[row.run].stages[row.stage], ours_base, setup.like, row.note)
     footer = ["Perplexity by the paper's protocol; of base: divided by the original's on the same text."]
     if counts:
         footer += [
@@ -247,21 +250,21 @@ def _lines(
     paper: Perplexities | None,
     ours: Sequence[float],
     base: Sequence[float],
-    options: TableOptions,
+    like: Likeness,
     note: str,
 ) -> list[Line]:
     lines = []
     for index, data in enumerate(SETS):
         theirs = None if paper is None else paper[index]
         line = Line(row=name, quantity=data, paper=theirs, ours=ours[index], note=note)
-        if not options.is_gpt2:  # another model on other tokens: ratios can be compared, perplexities can't
+        if not like.is_gpt2:  # another model on other tokens: ratios can be compared, perplexities can't
             paper_ratio = None if theirs is None else theirs / figures.GPT2[index]
             line = replace(line, paper_ratio=paper_ratio, ratio=ours[index] / base[index])
         lines.append(line)
     return lines
 
 
-def _peer(options: TableOptions, trainer: TableTrainer, name: str, base: Sequence[float]) -> list[Line]:
+def _peer(setup: TableSetup, trainer: TableTrainer, name: str, base: Sequence[float]) -> list[Line]:
     """A row that is not trained here: the original, or a published model, which is run if the hub has it, or quoted."""
     paper = {
         "GPT2": figures.GPT2,
@@ -269,20 +272,21 @@ def _peer(options: TableOptions, trainer: TableTrainer, name: str, base: Sequenc
         "TQCompressedGPT2": figures.TQCOMPRESSED,
         "KnGPT-2": figures.KNGPT2,
     }[name]
+    options, like = setup.options, setup.like
     if name == "GPT2":
-        return _lines(name, paper, base, base, options, "" if options.is_gpt2 else f"ours: {options.model}")
-    if name == "DistilGPT2" and options.is_gpt2:
+        return _lines(name, paper, base, base, like, "" if like.is_gpt2 else f"ours: {options.model}")
+    if name == "DistilGPT2" and like.is_gpt2:
         try:
             distil = trainer.perplexities(load_model(DISTILGPT2, device=options.device))
-            return _lines(name, paper, distil, base, options, "")
+            return _lines(name, paper, distil, base, like, "")
         except KronyError:
             pass  # no hub: it is quoted
     why = QUOTED
     if name == "DistilGPT2":
-        why = f"{QUOTED}: " + ("no hub" if options.is_gpt2 else "it belongs to GPT-2, and the model is another")
+        why = f"{QUOTED}: " + ("no hub" if like.is_gpt2 else "it belongs to GPT-2, and the model is another")
     elif name in ("TQCompressedGPT2", "KnGPT-2"):
         why = f"{QUOTED}: transformers loads no checkpoint of it"
-    ratios = [None] * 3 if options.is_gpt2 else [p / g for p, g in zip(paper, figures.GPT2, strict=True)]
+    ratios = [None] * 3 if like.is_gpt2 else [p / g for p, g in zip(paper, figures.GPT2, strict=True)]
     return [
         Line(row=name, quantity=data, paper=value, ours=None, paper_ratio=ratio, quoted=True, note=why)
         for data, value, ratio in zip(SETS, paper, ratios, strict=True)
