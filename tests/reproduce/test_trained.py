@@ -209,8 +209,51 @@ def test_the_full_budget_says_what_it_would_take(options, tmp_path):
     outcome = reproduce("table5", replace(full, say=said.append))
     assert outcome.lines == [] and outcome.header == said
     assert "an epoch is 128,000 tokens" in said[1] and "each test set is complete" in said[1]
-    assert "KronyPT-81M 512,000; KronyPT-80M-2-factors 512,000. About" in said[2]
+    assert "The text is too short for this budget" in said[2] and "240 rows of 64 tokens" in said[2]
+    assert "KronyPT-81M 512,000; KronyPT-80M-2-factors 512,000 (" in said[3] and "About" in said[3]
     assert not (tmp_path / "w").exists()
+
+
+def test_a_text_of_ones_own_keeps_the_budget_or_the_plan_says_what_changes(options, tmp_path):
+    """Validation rows come from the same text, so a text with room for both has exactly the budget."""
+    file, dry = tmp_path / "own.txt", replace(options, data=str(tmp_path / "own.txt"), dry_run=True, work=None)
+    file.write_text(SENTENCE * 60)  # 79 * 60 = 4740 tokens, of which the budget takes 1280 and 2 rows of 64
+    header = reproduce("figure1", dry).header
+    assert "an epoch is 1,280 tokens" in header[1] and header[2].startswith("Tokens to train on")
+    file.write_text(SENTENCE * 17 + SENTENCE[:40])  # 1343 tokens: 21 whole rows, one short of the budget's 20 and 2
+    (sentence,) = [one for one in reproduce("figure1", dry).header if "too short" in one]
+    assert "epochs of 1,280 tokens and 2 rows of 64" in sentence and "an epoch is 1,280 tokens, and 1 row" in sentence
+
+
+def test_what_is_kept_is_not_planned_again(outcomes, kept):
+    planned = {name: reproduce("table5", replace(kept, dry_run=True, **changes)).header[-1] for name, changes in
+               {"kept": {}, "new": {"seed": 5}}.items()}  # fmt: skip
+    assert "KronyPT-81M 0; KronyPT-80M-2-factors 0 (" in planned["kept"]
+    tokens = 64 * 20 * 2.5  # the small budget: 1.5 epochs and one more
+    assert f"KronyPT-81M {tokens:,.0f}; KronyPT-80M-2-factors {tokens:,.0f} (" in planned["new"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "epochs", "evaluations", "tested", "curve"),
+    [
+        ({"start", "full"}, (1.5, 1.0), 24, 2, 5),
+        ({"start", "0.3"}, (0.3, 0.0), 4, 2, 4),
+        ({"0.4"}, (0.4, 0), 0.4 / 0.15 + 2, 0, 5),
+    ],
+)
+def test_the_work_of_a_run(options, stages, epochs, evaluations, tested, curve):
+    """Counted by hand from the recipes: what the estimate of time multiplies."""
+    from krony.reproduce.table_trainer import TableTrainer
+    from krony.reproduce.trained import _set_up
+
+    options = replace(options, work=None)
+    setup = _set_up(options, "table7", "96M")
+    trainer = TableTrainer(options, setup.base, "table7")
+    work = trainer._work_left(setup.classic_96m, stages)
+    assert work.tokens == pytest.approx(sum(epochs) * 64 * 20)
+    assert work.steps == pytest.approx(epochs[0] * 20 / 2 + epochs[1] * 20 / 4)
+    assert work.validated == pytest.approx(evaluations * 2 * 64)
+    assert work.tested == pytest.approx(tested * sum(map(len, trainer.tests)) + curve * 2 * 64)
 
 
 def test_text_that_is_too_short(options, tmp_path):

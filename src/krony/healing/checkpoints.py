@@ -38,7 +38,7 @@ def last_checkpoint(work: Path) -> str:
 def find_last(work: Path) -> Path | None:
     """The folder of the last complete checkpoint in ``work``, or None."""
     complete = [folder for folder in _checkpoints(work) if _is_complete(folder)]
-    return max(complete, key=_step, default=None)
+    return max(complete, key=step_of, default=None)
 
 
 def hold_to_settings(work: Path, settings: dict[str, Any], *, resume: bool) -> None:
@@ -154,7 +154,8 @@ def _checkpoints(work: Path) -> list[Path]:
     return [path for path in work.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved."""
     return int(checkpoint.name.rpartition("-")[2])
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-import time
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,7 @@ from krony.data.rows import Rows, load_rows
 from krony.data.sets import join_rows, load_texts
 from krony.errors import KronyError
 from krony.evaluation.perplexity import WINDOW, measure_perplexity
-from krony.healing.checkpoints import find_last
+from krony.healing.checkpoints import find_last, step_of
 from krony.healing.options import HealOptions
 from krony.healing.training import train_on_rows
 from krony.models.loading import context_length, load_tokenizer
@@ -33,6 +32,7 @@ from krony.models.modes import evaluating
 from krony.models.surgery import count_parameters, count_untied
 from krony.reproduce.budgets import BUDGETS, duration
 from krony.reproduce.digests import model_digest, token_digest
+from krony.reproduce.estimate import Work, measure_pace
 from krony.reproduce.figures import SETS
 from krony.reproduce.options import TableOptions
 from krony.reproduce.runs import MARKS, STAGES, Run, Trained, last_stage, read_figures, run_folder, write_figures
@@ -84,19 +84,66 @@ class TableTrainer:
 
     def plan(self, runs: dict[Run, set[str]]) -> list[str]:
         """Sentences that say how many tokens the runs train on and measure, and about how long that takes here."""
-        epoch = len(self.train) * self.train.length
-        trained = {run: self._epochs_until(last_stage(stages)) * epoch for run, stages in runs.items()}
-        measured = sum(len(ids) for ids in self.tests)
-        stops = sum(len(stages - {"0.4"}) for stages in runs.values()) + 1
-        passes = sum(tokens * (4 / 3 if run.taught else 1) for run, tokens in trained.items())
-        seconds = self._seconds_per_token() * (passes + measured * stops / 3)  # a step costs three forward passes
-        words = "; ".join(f"{run.name} {tokens:,.0f}" for run, tokens in trained.items())
-        tests = self.budget.test_tokens
+        epoch, tests = len(self.train) * self.train.length, self.budget.test_tokens
+        left = {run: self._work_left(run, stages) for run, stages in runs.items()}
+        seconds = 0.0
+        for run, work in left.items():
+            if work.tokens or work.tested:
+                seconds += measure_pace(self.base, run, self.train, self.recipes[0]).seconds(work)
+        words = "; ".join(f"{run.name} {work.tokens:,.0f}" for run, work in left.items())
+        words += " (what --work holds is not repeated)" if self.options.work is not None else ""
         return [
             f"Budget {self.options.budget}: an epoch is {epoch:,} tokens, and each test set is "
             f"{'complete' if tests is None else f'its first {tests:,} tokens'}.",
-            f"Tokens to train on: {words}. About {duration(seconds)} on this machine ({self.options.device}).",
+            *self._changes_of_budget(),
+            f"Tokens to train on: {words}. About {duration(seconds)} on this machine ({self.options.device}) if nothing"
+            " else runs on it.",
         ]
+
+    def _changes_of_budget(self) -> list[str]:
+        """What the text makes of the budget's numbers of tokens, where they are others."""
+        length, tokens = self.train.length, self.budget.epoch_tokens
+        epoch, rows = len(self.train) * length, len(self.validation)
+        wanted, needed = epoch if tokens is None else tokens // length * length, self.budget.validation_rows
+        if (epoch, rows) == (wanted, needed):
+            return []
+        here = f"{rows} row validates" if rows == 1 else f"{rows} rows validate"
+        return [
+            f"The text is too short for this budget, which has epochs of {wanted:,} tokens and {needed} rows of "
+            f"{length} tokens to validate on: here an epoch is {epoch:,} tokens, and {here}."
+        ]
+
+    def _work_left(self, run: Run, stages: set[str]) -> Work:
+        """What a run still has to do, after what ``work`` keeps of it."""
+        epoch, epochs = len(self.train) * self.train.length, [recipe.epochs for recipe in self.recipes]
+        done = 0.0  # epochs
+        with run_folder(self.options.work, run, self._made_with(run)) as folder:
+            known = read_figures(folder)
+            if stages <= {*known.stages, *known.curve}:
+                return Work()
+            for number, recipe in enumerate(self.recipes):
+                if last := find_last(folder / f"training-{number}"):
+                    steps = step_of(last)
+                    done = sum(epochs[:number]) + steps * recipe.sequences * self.train.length / epoch
+        until = last_stage(stages)
+        end = STAGES[until] if until != "full" else sum(epochs)
+        if self.options.work is not None:
+            stages = {stage for stage in STAGES if STAGES[stage] <= STAGES[until]}
+        measured = [stage for stage in stages - {"0.4"} if stage not in known.stages]
+        first = max(0.0, min(end, epochs[0]) - done)
+        rest = max(0.0, end - max(done, epochs[0]))
+        evaluations = sum(
+            e / n * r.evaluations + 2 for e, n, r in zip((first, rest), epochs, self.recipes, strict=True) if e
+        )
+        validation = len(self.validation) * self.train.length
+        curve = 1 + sum(done < share <= end for share in MARKS)
+        return Work(
+            tokens=(first + rest) * epoch,
+            steps=sum(e * epoch / r.sequences for e, r in zip((first, rest), self.recipes, strict=True))
+            / self.train.length,
+            validated=evaluations * validation,
+            tested=len(measured) * sum(map(len, self.tests)) + curve * validation,
+        )
 
     def run(self, run: Run, stages: set[str]) -> Trained:
         """Trains up to the last of ``stages`` (keys of STAGES) and measures at each; with ``work``, at every stage."""
@@ -184,16 +231,18 @@ class TableTrainer:
                 raise
             raise KronyError(f"{target} needs OpenWebText to train on: --data-dir DIR, or the hub ({error})") from None
         if held_out is None:
-            rows, held_rows = rows.split(min(self.budget.validation_rows, max(1, len(rows) // 20)))
+            enough = limit is not None and len(rows) * length >= limit
+            held_rows = self.budget.validation_rows
+            rows, validation = rows.split(held_rows if enough else min(held_rows, max(1, len(rows) // 20)))
         else:
-            held_rows = self._rows(held_out, more)
+            validation = self._rows(held_out, more)
         needed = MIN_STEPS * self.recipes[0].sequences
         if len(rows) < needed:
             raise KronyError(
                 f"{source or OPENWEBTEXT} gives {len(rows) * length:,} tokens to train on: at least "
                 f"{needed * length:,} are needed, so that an epoch has {MIN_STEPS} steps"
             )
-        return rows, held_rows
+        return rows, validation
 
     def _text_files(self, target: str, complete: bool) -> tuple[str | None, str | None]:
         """The file to train on, None for the hub's, and that to validate on, None to hold out a part.
@@ -229,19 +278,6 @@ class TableTrainer:
 
     def _load_test(self, name: str) -> Tensor:
         return join_rows(load_texts(name, self.options.data_dir), self.tokenizer, self.budget.test_tokens)
-
-    def _epochs_until(self, stage: str) -> float:
-        return STAGES[stage] if stage != "full" else self.recipes[0].epochs + self.recipes[1].epochs
-
-    def _seconds_per_token(self) -> float:
-        """Of a training step, measured on one row with a copy of the model."""
-        model, row = copy.deepcopy(self.base).train(), self.train[0]["input_ids"][None].to(self.base.device)
-        times = []
-        for _ in range(2):  # the first is a warm-up
-            start = time.perf_counter()
-            model(input_ids=row, labels=row, use_cache=False).loss.backward()
-            times.append(time.perf_counter() - start)
-        return times[-1] / row.numel()
 
     def _made_with(self, run: Run) -> dict[str, Any]:
         """What a run's figures depend on."""
