@@ -225,6 +225,18 @@ def test_a_text_of_ones_own_keeps_the_budget_or_the_plan_says_what_changes(optio
     assert "epochs of 1,280 tokens and 2 rows of 64" in sentence and "an epoch is 1,280 tokens, and 1 row" in sentence
 
 
+def test_several_seeds(outcomes, kept):
+    """The mean of both tables, and a range from one to the other; every table ends with a verdict."""
+    alone = reproduce("table9", replace(kept, seed=1))
+    both = reproduce("table9", replace(kept, seeds=2))
+    for line, first, second in zip(both.lines, outcomes["table9"].lines, alone.lines, strict=True):
+        assert line.ours == pytest.approx((first.ours + second.ours) / 2)
+        assert line.spread == (min(first.ours, second.ours), max(first.ours, second.ours))
+    assert any(line.spread[0] < line.spread[1] for line in both.lines)
+    assert all("Verdict: " in str(outcome.verdict) for outcome in (both, *outcomes.values()))
+    assert "--seeds 3" in str(outcomes["table9"].verdict) or outcomes["table9"].verdict.agrees
+
+
 def test_what_is_kept_is_not_planned_again(outcomes, kept):
     planned = {name: reproduce("table5", replace(kept, dry_run=True, **changes)).header[-1] for name, changes in
                {"kept": {}, "new": {"seed": 5}}.items()}  # fmt: skip
@@ -274,8 +286,9 @@ def test_on_the_command_line(outcomes, options, place, monkeypatch, capsys):
     assert code == 0, said.err
     assert len(json.loads(said.out)["lines"]) == 10 and "92M, rescaled" in (place / "f.svg").read_text()
     assert said.err.count("in place of GPT-2") == 1
+    assert json.loads(said.out)["verdict"]["sentences"] and "Verdict: " in said.err
     code, said = run("table1")
-    assert code == 0 and "124,439,832" in said.out
+    assert code == 0 and "124,439,832" in said.out and "Verdict: agrees. All 44 figures" in said.out
     for arguments, words in [
         (("table5", "--plot", "x.svg"), "it draws figure1"),
         (("figure1", *common, "--plot", "x.png"), "ends in .svg"),

@@ -51,6 +51,8 @@ def run(
         to.table(table.columns, table.rows)
     for sentence in outcome.footer:
         to.say(sentence)
+    if outcome.verdict is not None:
+        to.say(str(outcome.verdict))
     if plot is not None and outcome.curves:
         write_text(plot, outcome.picture())
     to.json(outcome.to_json())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 from krony.pages import Table
@@ -22,6 +24,7 @@ class Line:
         note: the reason, or what differs.
         digits: decimal places shown.
         comparable: whether the two figures can be subtracted; the norms of two different models can't.
+        spread: the smallest and the largest of krony's figures over several seeds; ``ours`` is then their mean.
     """
 
     row: str
@@ -34,6 +37,7 @@ class Line:
     note: str = ""
     digits: int = 2
     comparable: bool = True
+    spread: tuple[float, float] | None = None
 
     @property
     def difference(self) -> float | None:
@@ -43,8 +47,23 @@ class Line:
 
     def to_json(self) -> dict[str, Any]:
         """The line for ``--json``."""
-        names = ("row", "quantity", "paper", "ours", "difference", "paper_ratio", "ratio", "quoted", "note")
+        names = ("row", "quantity", "paper", "ours", "difference", "paper_ratio", "ratio", "quoted", "note", "spread")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a table agrees with the paper's, and the sentences that say why."""
+
+    agrees: bool
+    sentences: list[str]
+
+    def __str__(self) -> str:
+        return f"Verdict: {'agrees' if self.agrees else 'differs'}. {' '.join(self.sentences)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The verdict for ``--json``."""
+        return {"agrees": self.agrees, "sentences": self.sentences}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +78,8 @@ class Outcome:
         lines: the figures.
         footer: sentences after the table.
         curves: Figure 1's, ``{model: [(share of the epoch, nats per token), …]}``.
+        is_gpt2: whether the model is the paper's.
+        verdict: whether the table agrees with the paper's; None where nothing was run.
         seconds: wall time of the run.
     """
 
@@ -69,6 +90,8 @@ class Outcome:
     lines: list[Line] = field(default_factory=list)
     footer: list[str] = field(default_factory=list)
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    is_gpt2: bool = True
+    verdict: Verdict | None = None
     seconds: float = 0.0
 
     def table(self) -> Table:
@@ -85,6 +108,11 @@ class Outcome:
                 cells += [_figure(line.paper_ratio, 3), _figure(line.ratio, 3)]
             digits = 3 if line.ratio is not None else line.digits
             rows.append([line.row, line.quantity, *cells, _figure(line.difference, digits, sign=True)])
+        if any(line.spread for line in self.lines):
+            columns.append("over seeds")
+            for row, line in zip(rows, self.lines, strict=True):
+                low, high = line.spread or (None, None)
+                row.append("" if low is None else f"{_figure(low, line.digits)} to {_figure(high, line.digits)}")
         if any(line.note for line in self.lines):
             columns.append("note")
             rows = [[*row, line.note] for row, line in zip(rows, self.lines, strict=True)]
@@ -111,8 +139,33 @@ class Outcome:
             "lines": [line.to_json() for line in self.lines],
             "footer": self.footer,
             "curves": {name: [list(point) for point in points] for name, points in self.curves.items()},
+            "verdict": None if self.verdict is None else self.verdict.to_json(),
             "seconds": self.seconds,
         }
+
+
+def mean_of(outcomes: Sequence[Outcome]) -> Outcome:
+    """The table of several seeds: the means of krony's figures with their ranges, and the first seed's sentences."""
+    first = outcomes[0]
+    if len(outcomes) == 1:
+        return first
+    merged = []
+    for same in zip(*(outcome.lines for outcome in outcomes), strict=True):
+        figures = [line.ours for line in same if line.ours is not None]
+        ratios = [line.ratio for line in same if line.ratio is not None]
+        if figures:
+            changes = {"ours": fmean(figures), "spread": (min(figures), max(figures))}
+            same = (replace(same[0], **changes, ratio=fmean(ratios) if ratios else None),)
+        merged.append(same[0])
+    curves = {
+        name: [
+            (share, fmean(outcome.curves[name][place][1] for outcome in outcomes))
+            for place, (share, _) in enumerate(points)
+        ]
+        for name, points in first.curves.items()
+    }
+    footer = [sentence for sentence in first.footer if all(sentence in outcome.footer for outcome in outcomes)]
+    return replace(first, lines=merged, curves=curves, footer=footer)
 
 
 def _figure(value: float | None, digits: int, *, sign: bool = False) -> str:

@@ -61,6 +61,7 @@ def table4(options: TableOptions) -> Outcome:
         ],
         lines=lines,
         footer=["A share close to a Gaussian matrix's says nothing about the weights: chance keeps as much."],
+        is_gpt2=like.is_gpt2,
     )
 
 

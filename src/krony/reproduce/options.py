@@ -31,11 +31,12 @@ class TableOptions:
         dry_run: say what would be trained, and stop.
         device: where models run, such as ``cpu`` or ``cuda``.
         seed: seed of everything random.
+        seeds: how many seeds, from ``seed`` on, a table that trains is run with; it then shows means and ranges.
         say: called with each sentence that is known before the training starts.
         progress: called with the progress of long work.
 
     Raises:
-        KronyError: an unknown budget.
+        KronyError: an unknown budget, or no seed.
 
     Examples:
         >>> TableOptions(model="demo").budget
@@ -54,9 +55,12 @@ class TableOptions:
     dry_run: bool = option(False, "Say how many tokens are trained on and how long it takes, and stop.")
     device: str = option("cpu", "cpu, cuda or cuda:1.")
     seed: int = option(0, "Seed of everything random.", metavar="N")
+    seeds: int = option(1, "Train with N seeds, and show means and ranges.", metavar="N")
     say: Callable[[str], None] = _ignore
     progress: Progress = silent
 
     def __post_init__(self) -> None:
         if self.budget not in BUDGET_NAMES:
             raise KronyError(f"budget {self.budget!r} is unknown: it is {' or '.join(BUDGET_NAMES)}")
+        if self.seeds < 1:
+            raise KronyError(f"seeds is {self.seeds}: it takes a number from 1")

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from krony.errors import KronyError
 from krony.reproduce import counting, norms, trained
-from krony.reproduce.lines import Outcome
+from krony.reproduce.lines import Outcome, mean_of
 from krony.reproduce.options import TableOptions
+from krony.reproduce.verdict import judged
 
 TARGETS: dict[str, Callable[[TableOptions], Outcome]] = {
     "table1": counting.table1,
@@ -23,17 +24,19 @@ TARGETS: dict[str, Callable[[TableOptions], Outcome]] = {
     "table9": trained.table9,
     "figure1": trained.figure1,
 }
+TRAINED = [name for name, target in TARGETS.items() if target.__module__ == trained.__name__]
 
 
 def reproduce(target: str, options: TableOptions) -> Outcome:
-    """Runs what a table of the paper needs, and sets the results beside the paper's figures.
+    """Runs what a table of the paper needs, and sets the results beside the paper's figures, with a verdict.
 
     Args:
         target: ``table1`` to ``table9``, or ``figure1``.
         options: the model, the text, the budget.
 
     Raises:
-        KronyError: an unknown target, or weights or text that this machine can't get; the sentence names them.
+        KronyError: an unknown target, several seeds for one that doesn't train, or weights or text that this machine
+            can't get; the sentence names them.
 
     Examples:
         >>> outcome = reproduce("table2", TableOptions())
@@ -42,6 +45,12 @@ def reproduce(target: str, options: TableOptions) -> Outcome:
     """
     if target not in TARGETS:
         raise KronyError(f"reproduce {target!r} is unknown: it is one of {', '.join(TARGETS)}")
+    if options.seeds > 1 and target not in TRAINED:
+        raise KronyError(f"--seeds works with {', '.join(TRAINED)}, which train, and this is {target}: leave it out")
     start = time.perf_counter()
-    outcome = TARGETS[target](options)
-    return replace(outcome, seconds=time.perf_counter() - start)
+    seeds = range(options.seed, options.seed + options.seeds)
+    if options.dry_run and options.seeds > 1:
+        options.say(f"What follows is for one seed, and there are {options.seeds}.")
+    outcome = mean_of([TARGETS[target](replace(options, seed=s)) for s in (seeds[:1] if options.dry_run else seeds)])
+    verdict = judged(outcome, options) if outcome.lines else None
+    return replace(outcome, verdict=verdict, seconds=time.perf_counter() - start)

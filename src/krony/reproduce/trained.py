@@ -184,18 +184,13 @@ def figure1(options: TableOptions) -> Outcome:
             Line(row=name, quantity=f"{share:.0%} of an epoch, nats", paper=None, ours=loss, digits=3)
             for share, loss in curves[name]
         ]
-    slow, fast = curves.values()
-    below = all(f < s for (_, s), (_, f) in zip(slow, fast, strict=True))
     return Outcome(
         target="figure1",
         title=title,
         model=options.model,
         header=header,
         lines=lines,
-        footer=[
-            "In the paper the curve of 92M lies below that of 96M everywhere; "
-            + ("here too." if below else "here it does not.")
-        ],
+        is_gpt2=setup.like.is_gpt2,
         curves=curves,
     )
 
@@ -242,7 +237,15 @@ def _perplexities(
     for run, done in results.items():
         start = ", ".join(f"{name} {value:,.2f}" for name, value in zip(SETS, done.stages["start"], strict=True))
         footer.append(f"{run.name} before training: {start}")
-    return Outcome(target=setup.target, title=title, model=options.model, header=header, lines=lines, footer=footer)
+    return Outcome(
+        target=setup.target,
+        title=title,
+        model=options.model,
+        header=header,
+        lines=lines,
+        footer=footer,
+        is_gpt2=setup.like.is_gpt2,
+    )
 
 
 def _lines(
