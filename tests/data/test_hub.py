@@ -102,3 +102,39 @@ def test_without_network_datasets_looks_in_its_cache_alone(monkeypatch):
     with pytest.raises(KronyError, match=r"can be read from the hub \(ConnectionError\)"):
         hub.hub_set("some/set")
     assert seen == [(True, True)] and before == constants.HF_HUB_OFFLINE
+
+
+def test_the_sentence_names_the_cause(known, monkeypatch, tokenizer):
+    import datasets
+
+    def load(*_, **__):
+        raise RuntimeError("Dataset scripts are no longer supported, but found lambada.py\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    words = r"from the hub \(RuntimeError: Dataset scripts are no longer supported, but found lambada.py\)$"
+    with pytest.raises(KronyError, match=words):
+        krony.calibration_set("some/set", tokenizer)
+
+
+def test_a_set_is_named_with_the_split_and_the_revision_that_were_read(monkeypatch, tokenizer, tmp_path):
+    import datasets
+
+    asked = []
+
+    def load(name, *, split, streaming, revision):
+        asked.append((name, split, revision))
+        return iter([{"text": "some words. " * 100}])
+
+    monkeypatch.setattr(hub, "ask", lambda *_: "known")
+    commit = "0123abc" + 33 * "d"  # the hub takes no shorter ones
+    monkeypatch.setattr(hub, "revision", lambda *_: commit)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    krony.calibration_set("openwebtext", tokenizer, tokens=512, length=32)
+    assert asked == [("Skylion007/openwebtext", "train", commit)]
+    assert hub.read_as("openwebtext") == "Skylion007/openwebtext (split train, revision 0123abc)"
+    assert hub.read_as("a/b:c@d") == "a/b:c (split d, revision 0123abc)"
+    monkeypatch.setattr(hub, "revision", lambda *_: None)
+    assert hub.read_as("some/set") == "some/set (split train, as it is in the cache)"
+    (tmp_path / "file").touch()
+    for name in ("python-docs", "a/text.jsonl", str(tmp_path / "file")):
+        assert hub.read_as(name) == name

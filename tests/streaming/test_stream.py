@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config
 
 import krony
 from krony import KronyConfig, KronyError, compress
@@ -343,6 +344,44 @@ def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
     save_file(tensors, tmp_path / "source/model.safetensors", {"format": "pt"})
     with pytest.raises(KronyError, match=r"incomplete: there is no model\.layers\.1\.mlp\.up_proj\.weight"):
         prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init="prune"))
+
+
+@pytest.fixture
+def in_the_cache(gpt2_folder, tmp_path, monkeypatch):
+    """A model in the hub's cache as the hub's client keeps it: names of a snapshot link to blobs."""
+    repository = tmp_path / "hub/models--some--model"
+    for folder in ("blobs", "refs", "snapshots/c0ffee"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs/main").write_text("c0ffee")
+    for file in gpt2_folder.iterdir():
+        shutil.copy(file, repository / "blobs" / file.name)
+        (repository / "snapshots/c0ffee" / file.name).symlink_to(f"../../blobs/{file.name}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return repository
+
+
+def test_a_name_in_the_cache_streams(in_the_cache, gpt2_folder):
+    """The same plan as for the folder; without --stream a name is loaded, as before."""
+    config = GPT2Config.from_pretrained(gpt2_folder)
+    source, plain = ModelSource("some/model", None, config), ModelSource.find(str(gpt2_folder))
+    asked = {"dtype": "auto", "device": "cpu"}
+    way = choose(source, KronyConfig("keep=0.5", init="van-loan"), wanted=True, **asked)
+    assert way.folder == in_the_cache / "snapshots/c0ffee"
+    assert way.layout == choose(plain, KronyConfig("keep=0.5", init="van-loan"), wanted=True, **asked).layout
+    assert choose(source, KronyConfig("keep=0.5", init="van-loan"), wanted=None, **asked) is None
+
+
+def test_a_name_that_is_not_in_the_cache_says_how_to_get_it(in_the_cache, gpt2_folder):
+    (in_the_cache / "snapshots/c0ffee/model.safetensors").unlink()
+    config = GPT2Config.from_pretrained(gpt2_folder)
+    for name in ("some/model", "other/model", "no name!"):
+        with pytest.raises(
+            KronyError, match=r"nor in the hub's cache, so download it first .* --include '\*.safetensors'"
+        ):
+            choose(
+                ModelSource(name, None, config), KronyConfig("keep=0.5", init="prune"), wanted=True, dtype="auto",
+                device="cpu",
+            )  # fmt: skip
 
 
 REFUSED = [

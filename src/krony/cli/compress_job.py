@@ -19,6 +19,7 @@ from krony.compression.model_card import model_card
 from krony.compression.report import CompressionReport
 from krony.config import KronyConfig
 from krony.data.calibration_set import LENGTH, calibration_set
+from krony.data.hub import read_as
 from krony.models.export import padding_sentence
 from krony.models.loading import context_length
 from krony.models.source import ModelSource
@@ -88,7 +89,7 @@ class Job:
         tokens, seed = self.text.calibration_tokens, self.config.seed
         ids = calibration_set(name, self.source.tokenizer, tokens=tokens, length=length, seed=seed)
         self.read = "calibrated on" if self.config.needs_text_for else "errors of outputs measured on"
-        self.read += f" {ids.numel():,} tokens of {name}"
+        self.read += f" {ids.numel():,} tokens of {read_as(name)}"
         self.to.say(self.read)
         return ids
 

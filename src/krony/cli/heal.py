@@ -76,7 +76,15 @@ def run(
     if options.freeze is None:
         options = replace(options, freeze=default_freeze(recipe))
     job = _Job(
-        to=to, model=model, out=out, teacher=teacher, control=control, dtype=dtype, recipe=recipe, options=options
+        to=to,
+        model=model,
+        out=out,
+        data=data,
+        teacher=teacher,
+        control=control,
+        dtype=dtype,
+        recipe=recipe,
+        options=options,
     )
     from krony.healing.text import Reader, load_text
     from krony.healing.training import check_settings, training_device
@@ -122,6 +130,7 @@ class _Job:
     to: Output
     model: str
     out: Path
+    data: str
     teacher: str | None
     control: str | None
     dtype: str
@@ -170,6 +179,7 @@ class _Job:
         self, models: _Models, train: Rows, validation: Rows, recipe: Recipe
     ) -> tuple[HealReport, dict[str, Any]]:
         """Trains the model and the control, and gives the model's report and the figures of all."""
+        from krony.data.hub import read_as
         from krony.healing.control import train_control
         from krony.healing.report import perplexity
         from krony.healing.training import train_on_rows
@@ -177,7 +187,7 @@ class _Job:
         from krony.models.loading import load_model
 
         tokens = [f"{len(rows) * rows.length:,}" for rows in (train, validation)]
-        self.to.say(f"{tokens[0]} tokens to train on, {tokens[1]} to validate on")
+        self.to.say(f"{tokens[0]} tokens of {read_as(self.data)} to train on, {tokens[1]} to validate on")
         common: dict[str, Any] = {"recipe": recipe, "tokenizer": models.tokenizer, "options": self.options}
         with self.to.progress() as progress:
             common["progress"] = progress

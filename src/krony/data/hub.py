@@ -8,8 +8,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from krony.data.text_files import names_file
 from krony.errors import KronyError
-from krony.storage.hub import ask
+from krony.storage.hub import ask, revision
 
 NAME = re.compile(r"([^:@]+)(?::([^:@]+))?(?:@([^:@]+))?")
 HUB_NAMES = {"openwebtext": "Skylion007/openwebtext"}  # the name in nanoGPT and the paper, and the repository
@@ -70,8 +71,18 @@ def hub_set(data: str, *, split: str = "train", streaming: bool = False) -> Any:
     return found
 
 
+def read_as(data: str) -> str:
+    """What is read under this name, in words: of a set on the hub the repository, the split and the revision."""
+    if data == "python-docs" or names_file(data):
+        return data
+    named = HubSet.parse(data)
+    name, commit = ":".join((named.repository, *named.configuration)), revision(named.repository)
+    return f"{name} (split {named.split}, {'as it is in the cache' if commit is None else f'revision {commit[:7]}'})"
+
+
 def load_split(repository: str, *configuration: str, split: str, streaming: bool = False) -> Any:
-    """``datasets.load_dataset``, but without a network it looks in the cache at once.
+    """``datasets.load_dataset``, of the revision that ``read_as`` names; without a network it looks in the cache
+    at once.
 
     Raises KronyError for a name that the hub doesn't know, and what datasets raises.
     """
@@ -83,7 +94,8 @@ def load_split(repository: str, *configuration: str, split: str, streaming: bool
     from datasets import load_dataset  # heavy
 
     with _offline() if answer == "no answer" else nullcontext():
-        return load_dataset(repository, *configuration, split=split, streaming=streaming)
+        pinned = {} if (commit := revision(repository)) is None else {"revision": commit}
+        return load_dataset(repository, *configuration, split=split, streaming=streaming, **pinned)
 
 
 def stream_texts(data: str, split: str = "train") -> Iterator[str]:
@@ -133,6 +145,18 @@ def _in_a_sentence(data: str) -> Iterator[None]:
         raise
     except Exception as error:  # datasets raises many kinds for "no network" and "no such set"
         raise KronyError(
-            f"{data}: there is no such file, and no data set of that name can be read from the hub "
-            f"({type(error).__name__})"
+            f"{data}: there is no such file, and no data set of that name can be read from the hub ({cause(error)})"
         ) from None
+
+
+def cause(error: Exception) -> str:
+    """The kind of an error and the first line of what it says, which names the cause.
+
+    Examples:
+        >>> cause(RuntimeError("Dataset scripts are no longer supported, but found lambada.py"))
+        'RuntimeError: Dataset scripts are no longer supported, but found lambada.py'
+        >>> cause(ConnectionError())
+        'ConnectionError'
+    """
+    said = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -28,7 +28,7 @@ from krony.models.folder_checks import bounded, check_finite, check_folder, chec
 from krony.models.modes import quiet
 from krony.models.tokenizer_checks import check_tokenizer, no_panic, try_out
 from krony.runtime.hardware import check_device, is_out_of_memory
-from krony.storage.hub import ask
+from krony.storage.hub import ask, cached_model
 
 DEMO = Path(__file__).parents[1] / "shipped" / "demo"  # the model called ``demo``
 GPT2_NAMES = ("gpt2", "openai-community/gpt2")
@@ -64,6 +64,14 @@ class ModelSource:
     def where(self) -> str:
         """What transformers finds the model by."""
         return self.name if self.folder is None else str(self.folder)
+
+    @cached_property
+    def files(self) -> Path | None:
+        """The folder with its files: for a name on the hub, that of the hub's cache, if its weights are there."""
+        folder = self.folder or cached_model(self.name)
+        if folder is not None:
+            check_folder(folder)
+        return folder
 
     @property
     def is_compressed(self) -> bool:

@@ -6,10 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import HfApi, ModelCard, constants, get_token
+from huggingface_hub import HfApi, ModelCard, constants, get_token, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from krony.errors import KronyError
+from krony.storage.tensor_files import INDEX, SINGLE
 
 SECONDS = 4.0  # how long the hub is waited for
 
@@ -34,6 +35,29 @@ def ask(name: str, kind: Literal["model", "dataset"]) -> Answer:
     except Exception:  # the http client's errors: no network, no answer in time
         return "no answer"
     return "known"
+
+
+def cached_model(name: str) -> Path | None:
+    """The folder of a model in the hub's cache, if its weights are there as safetensors."""
+    try:
+        for file in (SINGLE, INDEX):
+            found = try_to_load_from_cache(name, file)
+            if isinstance(found, str):
+                return Path(found).parent
+    except HFValidationError:  # no name on the hub
+        pass
+    return None
+
+
+@cache
+def revision(name: str) -> str | None:
+    """The commit that a data set on the hub is at, all 40 digits, as the hub wants it; None without an answer."""
+    if ask(name, "dataset") != "known":
+        return None
+    try:
+        return HfApi().dataset_info(name, timeout=SECONDS).sha
+    except Exception:  # as in ``ask``
+        return None
 
 
 def push(folder: Path, name: str, *, private: bool = False) -> str:

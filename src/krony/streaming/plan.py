@@ -25,6 +25,8 @@ from krony.streaming.blockwise import stack_name
 from krony.streaming.tensors import file_names, find_entries, saved_tensors
 
 REST = "embeddings, head and norms"
+# Weights as safetensors alone: repositories often hold them again in other formats.
+DOWNLOAD = "hf download NAME --include '*.safetensors' --include '*.json' --include '*.model' --local-dir FOLDER"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,8 @@ def choose(
 
     Args:
         wanted: True to stream, False to load the model. None streams a folder if the initialisation works on one
-            matrix at a time and no text is read; otherwise if the weights exceed half of the machine's memory.
+            matrix at a time and no text is read; otherwise if the weights exceed half of the machine's memory. A model
+            in the hub's cache streams only for True.
         dtype: dtype of the compressed model, ``auto`` for that of the files.
         device: where layers run and factors are computed.
         reads: whether calibration text is given, even if the initialisation doesn't need it.
@@ -120,18 +123,18 @@ def choose(
     why = _obstacle(source, config, device)
     if wanted and why:
         raise KronyError(f"--stream: {source.name} can't be compressed layer by layer: {why}")
-    if wanted is False or source.folder is None or why:
+    if wanted is False or source.files is None or why or (wanted is None and source.folder is None):
         return None
     one_by_one = config.initialisation.per_matrix and not reads
-    if wanted is None and not one_by_one and 2 * Checkpoint(source.folder).bytes <= memory():
+    if wanted is None and not one_by_one and 2 * Checkpoint(source.files).bytes <= memory():
         return None
-    return _settle(source, source.folder, config, dtype=dtype, reads=reads)
+    return _settle(source, source.files, config, dtype=dtype, reads=reads)
 
 
 def _obstacle(source: ModelSource, config: KronyConfig, device: str = "cpu") -> str | None:
     """Why the model can't be compressed layer by layer, in words; None if it can."""
-    if source.folder is None:
-        return "it is no folder, so download it first (hf download NAME --local-dir FOLDER)"
+    if source.files is None:
+        return f"it is neither a folder nor in the hub's cache, so download it first ({DOWNLOAD})"
     if config.allocation == "global":
         return "--allocation global needs the gradient through the full model"
     for option in ("reconstruct", "tune"):
@@ -162,9 +165,9 @@ def prepare(
     Raises KronyError if the model can't be compressed layer by layer, or if its files are damaged or incomplete.
     """
     why = _obstacle(source, config)
-    if why or source.folder is None:
+    if why or source.files is None:
         raise KronyError(f"{source.name} can't be compressed layer by layer: {why}")
-    return _settle(source, source.folder, config, dtype=dtype, reads=reads)
+    return _settle(source, source.files, config, dtype=dtype, reads=reads)
 
 
 def _settle(where: ModelSource, folder: Path, config: KronyConfig, *, dtype: str | torch.dtype, reads: bool) -> Stream:
