@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from krony.models.surgery import kronecker_layers
 from krony.pages import shown
 from krony.storage.locks import working_in
+from processes import Process
+from processes import krony as run_krony
 
 
 @pytest.fixture
@@ -128,13 +130,12 @@ def test_stopped_by_sigterm_and_resumed(krony, compressed, tmp_path, options):
     """Somewhere between two steps; the weights are those of a run that nothing stopped."""
     options += ("--device", "cpu", "--epochs", 4)
     assert krony("heal", compressed, tmp_path / "expected", *options).code == 0
-    command = [sys.executable, "-m", "krony", "heal", compressed, tmp_path / "out", *options]
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "out.work").glob("checkpoint-*/trainer_state.json")) and process.poll() is None:
+    process = Process(tmp_path / "process", run_krony, "heal", compressed, tmp_path / "out", *options)
+    while not list((tmp_path / "out.work").glob("checkpoint-*/trainer_state.json")) and process.is_alive():
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 143 and "Traceback" not in errors, errors
+    process.send(signal.SIGTERM)
+    code, errors = process.ended()
+    assert code == 143 and "Traceback" not in errors, errors
     assert "is the last checkpoint: the same command with --resume continues from there" in errors
     assert not (tmp_path / "out").exists()
     assert krony("heal", compressed, tmp_path / "out", *options, "--resume").code == 0

@@ -301,7 +301,13 @@ def test_an_effort_sets_options_and_what_is_given_wins(krony, gpt2_folder, tmp_p
     assert done.json["made_with"]["multiple_of"] == 48 and done.json["made_with"]["allocation"] == "global"
 
 
-@pytest.mark.parametrize(("form", "files"), [("gguf", {"model-q8_0.gguf"}), ("onnx", {"model.onnx", "tokenizer.json"})])
+@pytest.mark.parametrize(
+    ("form", "files"),
+    [
+        ("gguf", {"model-q8_0.gguf"}),
+        pytest.param("onnx", {"model.onnx", "tokenizer.json"}, marks=pytest.mark.slow),  # also in docs/deployment.md
+    ],
+)
 def test_export_for_engines_takes_plain_and_compressed_models(krony, tmp_path, form, files):
     options = ("--type", "q8_0") if form == "gguf" else ()
     assert krony("compress", "demo", tmp_path / "half", "--scheme", "keep=0.5", "--init", "magnitude").code == 0

@@ -1,11 +1,7 @@
 """Second moments against sums in float64 over the activations of a plain forward pass."""
 
-import json
 import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +11,8 @@ from krony.compression import moments as module
 from krony.compression.moments import Calibration
 from krony.data.calibration_set import pack
 from krony.models.surgery import find_groups
+from krony.runtime import distributed
+from processes import together
 from small_models import BUILDERS
 
 
@@ -220,31 +218,19 @@ def test_sequences_longer_than_the_model_takes(model):
         Calibration(model, find_groups(model), torch.zeros(1, 80, dtype=torch.long))
 
 
-WORKER = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from krony.runtime import distributed
-from krony.compression.moments import Calibration
-from krony.models.surgery import find_groups
-from small_models import BUILDERS
-distributed.init()
-model = BUILDERS[{family!r}]()
-ids = torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(1))
-made = list(Calibration(model, find_groups(model), ids))
-torch.save([m.hidden.matrix for m in made], {out!r} + str(torch.distributed.get_rank()))
-"""
+def moments_found(family: str, ids: torch.Tensor, out: str) -> None:
+    """All that a process does: the moments, which every process saves."""
+    distributed.init()
+    model = BUILDERS[family]()
+    made = list(Calibration(model, find_groups(model), ids))
+    torch.save([m.hidden.matrix for m in made], f"{out}{distributed.rank()}")
 
 
 @pytest.mark.parametrize("family", BUILDERS)
 def test_two_processes_share_the_work(family, ids, tmp_path):
     model = BUILDERS[family]()
     expected = [m.hidden.matrix for m in Calibration(model, find_groups(model), ids)]
-    script = tmp_path / "worker.py"
-    tests = str(Path(__file__).parents[1])
-    script.write_text(WORKER.format(tests=tests, family=family, out=str(tmp_path / "rank")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, json.dumps(done.stderr[-2000:])
+    together(2, tmp_path / "processes", moments_found, family, ids, str(tmp_path / "rank"))
     for rank in (0, 1):
         for a, b in zip(expected, torch.load(tmp_path / f"rank{rank}"), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(a.abs().max()))

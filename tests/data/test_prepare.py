@@ -6,8 +6,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -18,6 +16,7 @@ from krony import KronyError
 from krony.data import prepare as preparation
 from krony.data.prepare import prepare
 from krony.storage.files import fresh_folder
+from processes import CONTEXT, Process, krony
 
 
 @pytest.fixture
@@ -59,36 +58,27 @@ def test_it_writes_what_nanogpt_does(file, documents, tokenizer, tmp_path):
         prepare(str(file), tokenizer, tmp_path / "out")
 
 
-WORKER = """
-import pathlib, sys, time
-from transformers import AutoTokenizer
-from krony.data import prepare as preparation
-preparation.BATCH, preparation.KEPT_EVERY = 4, 200
-tokenizer = AutoTokenizer.from_pretrained({tokenizer!r})
-if {together}:
-    print("ready", flush=True)
-    sys.stdin.readline()
-preparation.prepare({data!r}, tokenizer, pathlib.Path({out!r}),
-                    progress=lambda *_: time.sleep({pause}))
-"""
+def prepared(file, tokenizer, out, pause, begin=None) -> None:
+    """All that a process does: prepares in small batches, slowly, once all of ``begin`` are there."""
+    preparation.BATCH, preparation.KEPT_EVERY = 4, 200
+    if begin is not None:
+        begin.wait()
+    prepare(str(file), tokenizer, out, progress=lambda *_: time.sleep(pause))
 
 
-def worker(file, tokenizer, tmp_path, pause=0.02, together=False, **options):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    where = {"data": str(file), "tokenizer": str(tmp_path / "tokenizer"), "out": str(tmp_path / "out")}
-    script = WORKER.format(**where, pause=pause, together=together)
-    return subprocess.Popen([sys.executable, "-c", script], text=True, **options)
+def worker(file, tokenizer, tmp_path, pause=0.02, name="process", begin=None) -> Process:
+    return Process(tmp_path / name, prepared, file, tokenizer, tmp_path / "out", pause, begin)
 
 
 def test_after_a_kill_it_resumes_where_it_was(file, documents, tokenizer, tmp_path, monkeypatch):
     """SIGKILL somewhere on the way; the bytes are those of an uninterrupted run."""
     out = tmp_path / "out"
     process = worker(file, tokenizer, tmp_path)
-    while not (out / "prepare.json").exists() and process.poll() is None:
+    while not (out / "prepare.json").exists() and process.is_alive():
         time.sleep(0.01)
     time.sleep(float(np.random.default_rng(os.getpid()).uniform(0, 0.6)))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send(signal.SIGKILL)
+    process.ended()
     assert not (out / "train.bin").exists() and not (out / "val.bin").exists()
     known = json.loads((out / "prepare.json").read_text())["parts"]["train"]
     assert known["documents"] < 300
@@ -193,14 +183,10 @@ def test_mistakes(file, tokenizer, tmp_path):
 
 def test_two_at_once_into_one_folder(file, documents, tokenizer, tmp_path):
     """One does the work, and every other is refused and told who holds the folder."""
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    processes = [worker(file, tokenizer, tmp_path, pause=0.05, together=True, **pipes) for _ in range(3)]
-    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    said = {process.pid: process.communicate()[1] for process in processes}
-    done = [process.pid for process in processes if process.returncode == 0]
+    begin = CONTEXT.Barrier(3)
+    processes = [worker(file, tokenizer, tmp_path, pause=0.05, name=f"process-{n}", begin=begin) for n in range(3)]
+    said = {process.pid: process.ended()[1] for process in processes}
+    done = [process.pid for process in processes if process.exitcode == 0]
     assert len(done) == 1, said
     for process in processes:
         if process.pid not in done:
@@ -213,42 +199,37 @@ def test_two_at_once_into_one_folder(file, documents, tokenizer, tmp_path):
 def test_others_of_a_folder_that_is_being_filled(file, documents, tokenizer, tmp_path):
     """While the folder is new, a verb that would put a model there is refused too; and so is one that resumes."""
     process = worker(file, tokenizer, tmp_path, pause=0.2)
-    while not (tmp_path / "out/prepare.json").exists() and process.poll() is None:
+    while not (tmp_path / "out/prepare.json").exists() and process.is_alive():
         time.sleep(0.01)
     with pytest.raises(KronyError, match=f"out is in use by process {process.pid} on"), fresh_folder(tmp_path / "out"):
         pass
     with pytest.raises(KronyError, match=f"out.* is in use by process {process.pid} on"):
         prepare(str(file), tokenizer, tmp_path / "out")
-    process.kill()
-    process.wait()
+    process.send(signal.SIGKILL)
+    process.ended()
     prepare(str(file), tokenizer, tmp_path / "out")
     assert (tmp_path / "out/train.bin").read_bytes() == expected(documents, tokenizer)["train"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.jsonl", "tokenizer"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "process", "text.jsonl"]
 
 
-COMMAND = """
-import sys, time
-from krony.cli.app import main
-from krony.data import prepare as preparation
-preparation.BATCH = 4
-ids = preparation._ids
-preparation._ids = lambda *a: (time.sleep(0.02), ids(*a))[1]
-main()
-"""
+def slow_command(*arguments) -> None:
+    """All that a process does: ``krony data prepare`` in small batches, slowly."""
+    ids, preparation.BATCH = preparation._ids, 4
+    preparation._ids = lambda *a: (time.sleep(0.02), ids(*a))[1]
+    krony("data", "prepare", *arguments)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_leaves_what_is_done(file, documents, tokenizer, gpt2_folder, tmp_path, name, code):
     """The files are too short for a record on the way: this one is made because of the signal."""
-    out, arguments = tmp_path / "out", ["data", "prepare", str(file), str(tmp_path / "out")]
-    command = [sys.executable, "-c", COMMAND, *arguments, "--tokenizer", str(gpt2_folder)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not (out / "train.bin.partial").exists() and process.poll() is None:
+    out = tmp_path / "out"
+    process = Process(tmp_path / "process", slow_command, file, out, "--tokenizer", gpt2_folder)
+    while not (out / "train.bin.partial").exists() and process.is_alive():
         time.sleep(0.01)
     time.sleep(0.3)
-    process.send_signal(getattr(signal, name))
-    said = process.communicate()[1]
-    assert process.returncode == code, said
+    process.send(getattr(signal, name))
+    returned, said = process.ended()
+    assert returned == code, said
     noted = json.loads((out / "prepare.json").read_text())["parts"]
     tokens = sum(part["tokens"] for part in noted.values())
     assert 0 < noted["train"]["documents"] < 300

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from healing_runs import TINY, heal, noise, text
+from healing_runs import TINY, heal, noise, run_and_save, text
 from krony import KronyConfig, KronyError, compress
 from krony.data.rows import Rows
 from krony.healing import training
@@ -21,6 +21,7 @@ from krony.healing.options import DEFAULTS, HealOptions
 from krony.healing.recipes import RECIPES
 from krony.models.divergence import divergence
 from krony.models.export import slim
+from processes import Process, together
 from small_models import gpt2, llama
 
 TESTS = str(Path(__file__).parents[1])
@@ -221,53 +222,24 @@ def test_compiled_it_learns_the_same(tmp_path):
     assert np.allclose(curve, plain, rtol=1e-5, atol=0)
 
 
-WORKER = """
-import pathlib, sys, time, torch
-sys.path.insert(0, {tests!r})
-from krony import KronyConfig, compress
-from krony.models import precision
-from krony.runtime import distributed
-from krony.runtime.signals import interruptible
-from healing_runs import TINY, heal, text
-from small_models import gpt2
-precision.fast_dtype = lambda _: torch.float32
-device = distributed.init()
-model = gpt2(attn_pdrop=0.1).to({dtype})
-compress(model, KronyConfig("keep=0.5", init="van-loan"))
-work = pathlib.Path({work!r})
-
-def watch(done, *_):
-    if done == {stop_at}:  # the signal comes in the middle of this step
-        (work / f"step-{{done}}").touch()
-        time.sleep(2)
-
-with interruptible(lambda: "stopped"):
-    options = {{"device": "cpu", "resume": {resume}, "progress": watch}}
-    report = heal(model, *text({rows}).split(5), work=work, **options)
-if distributed.is_first():
-    torch.save((report.curve, list(model.state_dict().values()), report.validation), {out!r})
-"""
+def start(folder, work, **options) -> Process:
+    """``run_and_save`` in a process of its own."""
+    return Process(folder, run_and_save, work, folder / "saved.pt", **options)
 
 
-def start(tmp_path, name, *, processes=1, rows=40, resume=False, work=None, dtype="torch.float32", stop_at=None):
-    script, out = tmp_path / f"{name}.py", tmp_path / f"{name}.pt"
-    work = str(work or tmp_path / f"{name}.work")
-    filled = {"rows": rows, "work": work, "resume": resume, "out": str(out), "dtype": dtype, "stop_at": stop_at}
-    script.write_text(WORKER.format(tests=TESTS, **filled))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, str(script)], stderr=subprocess.PIPE), out
+def finish(process) -> tuple:
+    code, said = process.ended()
+    assert code == 0, said[-2000:]
+    return torch.load(process.folder / "saved.pt")
 
 
-def finish(process, out):
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors.decode()[-2000:]
-    return torch.load(out)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("torch.float64", 1e-9), ("torch.float32", 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_two_processes_are_one_with_twice_the_accumulation(tmp_path, dtype, tolerance):
-    alone, whole, losses = finish(*start(tmp_path, "one", rows=41, dtype=dtype))
-    shared, halves, their_losses = finish(*start(tmp_path, "two", rows=41, processes=2, dtype=dtype))
+    for count in (1, 2):
+        work, out = tmp_path / f"{count}.work", tmp_path / f"{count}.pt"
+        together(count, tmp_path / f"of-{count}", run_and_save, work, out, rows=41, dtype=dtype)
+    alone, whole, losses = torch.load(tmp_path / "1.pt")
+    shared, halves, their_losses = torch.load(tmp_path / "2.pt")
     assert [tokens for tokens, _ in alone] == [tokens for tokens, _ in shared]
     assert [loss for _, loss in alone] == pytest.approx([loss for _, loss in shared], rel=max(tolerance, 1e-6))
     # five rows: neither process can have as many as the other, and none may count twice
@@ -289,49 +261,65 @@ LONG = 301  # rows: 74 steps, with a checkpoint after every seventh
 @pytest.fixture(scope="module")
 def unstopped(tmp_path_factory):
     """Curve, weights and validation losses of a run that nothing stops."""
-    return finish(*start(tmp_path_factory.mktemp("unstopped"), "complete", rows=LONG))
+    place = tmp_path_factory.mktemp("unstopped")
+    return finish(start(place / "complete", place / "work", rows=LONG))
 
 
-def stopped_at_ten(tmp_path, name, processes=1) -> tuple[int, str]:
-    """Sends a signal in the middle of the tenth step, and returns the exit code and what was printed."""
-    work = tmp_path / "stopped.work"
-    process, _ = start(tmp_path, "stopped", rows=LONG, work=work, processes=processes, stop_at=10)
-    while not (work / "step-10").exists():
-        assert process.poll() is None, process.communicate()[1].decode()[-2000:]
-        time.sleep(0.02)
-    process.send_signal(getattr(signal, name))  # torchrun hands SIGTERM on to all of its processes
-    _, errors = process.communicate()
-    assert sorted(path.name for path in work.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-7"], errors.decode()
-    return process.returncode, errors.decode()
+def checkpoints(work) -> list[str]:
+    return sorted(path.name for path in work.glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_leaves_a_checkpoint_of_that_step(tmp_path, name, code, unstopped):
     """Between two checkpoints of the schedule; resumed, the run ends with the weights of one that nothing stopped."""
-    returned, said = stopped_at_ten(tmp_path, name)
-    assert returned == code, said
+    work = tmp_path / "work"
+    process = start(tmp_path / "stopped", work, rows=LONG, stop_at=10)
+    while not (work / "step-10").exists():
+        assert process.is_alive(), process.printed("err")[-2000:]
+        time.sleep(0.02)
+    process.send(getattr(signal, name))
+    returned, said = process.ended()
+    assert returned == code and checkpoints(work) == ["checkpoint-10", "checkpoint-7"], said
     if name == "SIGTERM":
         _, expected, losses = unstopped
-        work = tmp_path / "stopped.work"
-        _, resumed, their_losses = finish(*start(tmp_path, "resumed", rows=LONG, work=work, resume=True))
+        _, resumed, their_losses = finish(start(tmp_path / "resumed", work, rows=LONG, resume=True))
         assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True))
         assert losses == their_losses
 
 
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from healing_runs import run_and_save
+run_and_save(Path({work!r}), Path("unused.pt"), rows={rows}, stop_at=10)
+"""
+
+
 def test_a_signal_stops_all_processes_after_the_same_step(tmp_path):
-    stopped_at_ten(tmp_path, "SIGTERM", processes=2)
+    """torchrun hands SIGTERM on to all of its processes."""
+    script, work = tmp_path / "script.py", tmp_path / "work"
+    script.write_text(SCRIPT.format(tests=TESTS, work=str(work), rows=LONG))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen([sys.executable, *launcher, str(script)], stderr=subprocess.PIPE, text=True)
+    while not (work / "step-10").exists():
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.02)
+    process.terminate()
+    _, said = process.communicate()
+    assert checkpoints(work) == ["checkpoint-10", "checkpoint-7"], said
 
 
 def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, unstopped):
     """SIGKILL somewhere after the first checkpoint; bit for bit."""
     curve, expected, losses = unstopped
-    work = tmp_path / "killed.work"
-    process, _ = start(tmp_path, "killed", rows=LONG, work=work)
-    while not list(work.glob("checkpoint-*/trainer_state.json")) and process.poll() is None:
+    work = tmp_path / "work"
+    process = start(tmp_path / "killed", work, rows=LONG)
+    while not list(work.glob("checkpoint-*/trainer_state.json")) and process.is_alive():
         time.sleep(0.02)
     time.sleep(float(np.random.default_rng(os.getpid()).uniform(0, 1)))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    again, resumed, their_losses = finish(*start(tmp_path, "resumed", rows=LONG, work=work, resume=True))
+    process.send(signal.SIGKILL)
+    process.ended()
+    again, resumed, their_losses = finish(start(tmp_path / "resumed", work, rows=LONG, resume=True))
     assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True))
     assert again == curve and losses == their_losses

@@ -1,9 +1,5 @@
 """The validation loss: every token once, in any number of processes."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,9 +7,10 @@ from torch.nn import functional as F
 
 from krony.data.rows import Rows
 from krony.healing.validation import validation_loss
+from krony.models import precision
+from krony.runtime import distributed
+from processes import together
 from small_models import gpt2
-
-TESTS = str(Path(__file__).parents[1])
 
 
 def rows(count: int) -> Rows:
@@ -36,30 +33,21 @@ def test_a_smaller_last_batch_counts_for_less(monkeypatch, batch):
     assert validation_loss(model, rows(5), batch=batch) == pytest.approx(by_hand(model, rows(5)), rel=1e-6)
 
 
-WORKER = """
-import sys, torch
-sys.path[:0] = [{tests!r}, {tests!r} + "/healing"]
-from krony.healing import validation
-from krony.models import precision
-from krony.runtime import distributed
-from small_models import gpt2
-from test_validation import rows
-distributed.init()
-precision.fast_dtype = lambda _: torch.float32
-model = gpt2().double()
-found = [validation.validation_loss(model, rows(count), batch=batch) for count in (1, 4, 5) for batch in (1, 2)]
-torch.save(found, f"{out}-{{torch.distributed.get_rank()}}.pt")
-"""
+def losses_found(out: str) -> None:
+    """All that a process does: the losses of one, four and five rows, in batches of one and two."""
+    precision.fast_dtype = lambda _: torch.float32
+    distributed.init()
+    model = gpt2().double()
+    found = [validation_loss(model, rows(count), batch=batch) for count in (1, 4, 5) for batch in (1, 2)]
+    torch.save(found, f"{out}-{distributed.rank()}.pt")
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_finds_the_same(tmp_path, monkeypatch, processes):
     """One row is fewer than processes, five don't divide."""
     monkeypatch.setattr("krony.models.precision.fast_dtype", lambda _: torch.float32)
-    script, out = tmp_path / "worker.py", tmp_path / "found"
-    script.write_text(WORKER.format(tests=TESTS, out=out))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    subprocess.run([sys.executable, *launcher, str(script)], check=True, capture_output=True)
+    out = tmp_path / "found"
+    together(processes, tmp_path / "processes", losses_found, str(out))
     model = gpt2().double()
     expected = [by_hand(model, rows(count)) for count in (1, 4, 5) for _ in (1, 2)]
     for rank in range(processes):

@@ -52,22 +52,24 @@ def test_it_is_the_smallest_that_keeps_it(steps, bend, within):
     assert len(found.trials) <= GUESSES + steps.bit_length()
 
 
-def test_a_promise_is_kept_in_place(tmp_path):
-    model, tokenizer = krony.demo_model(), krony.load_tokenizer("demo")
-    found = compress_within(model, 0.3, "python-docs", tokenizer=tokenizer, tokens=8192, cache=tmp_path)
-    assert found.measured.high <= 1.3 and found.report.params_after == found.size.params
+def test_a_promise_is_kept_in_place(thin, tmp_path):
+    model, tokenizer = krony.load_model(thin), krony.load_tokenizer(thin)
+    text = {"tokenizer": tokenizer, "tokens": 4096, "cache": tmp_path}
+    found = compress_within(model, 0.1, "python-docs", **text)
+    assert found.measured.high <= 1.1 and 0 <= found.size.params - found.report.params_after < 5000
     assert model.config.quantization_config.made_with["scheme"] == found.size.scheme
-    assert "promised: at most 1.300 times the original's perplexity; measured: 1." in str(found)
-    assert found.to_json()["trials"][0]["scheme"] and found.table().columns[-1] == "within 30%"
+    assert "promised: at most 1.100 times the original's perplexity; measured: 1." in str(found)
+    assert found.to_json()["trials"][0]["scheme"] and found.table().columns[-1] == "within 10%"
     logits = model(torch.arange(20)[None]).logits
     assert torch.isfinite(logits).all()
 
 
-def test_a_promise_that_no_size_keeps_leaves_the_model(tmp_path):
-    model, tokenizer = krony.demo_model(), krony.load_tokenizer("demo")
+def test_a_promise_that_no_size_keeps_leaves_the_model(thin, tmp_path):
+    model, tokenizer = krony.load_model(thin), krony.load_tokenizer(thin)
     before = model(torch.arange(20)[None]).logits
-    with pytest.raises(PromiseError, match=r"within 0\.001% of the original's: the nearest, 16x256:63 with 5,882,042"):
-        compress_within(model, 0.00001, "python-docs", tokenizer=tokenizer, tokens=8192, cache=tmp_path)
+    with pytest.raises(PromiseError, match=r"within 0\.001% of the original's: the nearest, 2x256:\d+ with"):
+        text = {"tokenizer": tokenizer, "tokens": 4096, "cache": tmp_path}
+        compress_within(model, 0.00001, "python-docs", **text)
     assert torch.equal(model(torch.arange(20)[None]).logits, before)
 
 

@@ -29,6 +29,7 @@ from krony.storage.shards import Shards, TensorFile
 from krony.storage.tensor_files import Checkpoint, read_header
 from krony.streaming.plan import choose, prepare
 from krony.streaming.stream import run
+from processes import Process
 from small_models import BUILDERS, gpt2, llama
 
 CALIBRATED = ("neurons", "als", "svd", "flap", "wanda")
@@ -209,27 +210,21 @@ def test_two_processes_do_not_work_at_one_out(tmp_path):
     assert (tmp_path / "out.work/checkpoint-3").is_dir()
 
 
-KILLED = """
-import os, signal, sys, torch
-from pathlib import Path
-from krony import KronyConfig
-from krony.storage import shards
-from krony.models.source import ModelSource
-from krony.streaming.plan import choose, prepare
-from krony.streaming.stream import run
-count, at, own = 0, int(sys.argv[4]), shards.TensorFile.put
-def put(self, name, values, at_element=0, **options):
-    global count
-    count += 1
-    if count == at:
-        own(self, name, values.flatten()[: values.numel() // 2], options.get("at", at_element))
-        os.kill(os.getpid(), signal.SIGKILL)
-    own(self, name, values, options.get("at", at_element))
-shards.TensorFile.put = put
-ids = torch.randint(0, 256, (20, 64), generator=torch.Generator().manual_seed(2)) if sys.argv[3] == "neurons" else None
-stream = prepare(ModelSource.find(str(Path(sys.argv[1]))), KronyConfig("keep=0.5", init=sys.argv[3]))
-run(stream, Path(sys.argv[2]), calibration=ids)
-"""
+def killed(source: Path, out: Path, init: str, at: int) -> None:
+    """All that a process does: it streams, and kills itself in the middle of writing tensor ``at``."""
+    put, count = TensorFile.put, 0
+
+    def half(self, name, values, at_element=0, **options):
+        nonlocal count
+        count += 1
+        if count == at:
+            put(self, name, values.flatten()[: values.numel() // 2], options.get("at", at_element))
+            os.kill(os.getpid(), signal.SIGKILL)
+        put(self, name, values, options.get("at", at_element))
+
+    TensorFile.put = half
+    plan = prepare(ModelSource.find(str(source)), KronyConfig("keep=0.5", init=init))
+    run(plan, out, calibration=text() if init in CALIBRATED else None)
 
 
 @pytest.mark.parametrize(("init", "moments"), [("van-loan", [20]), ("neurons", [20])])
@@ -238,9 +233,10 @@ def test_a_killed_process_is_gone_on_from(init, moments, tmp_path):
     llama().save_pretrained(tmp_path / "source")
     memory, _ = both_ways(tmp_path / "source", KronyConfig("keep=0.5", init=init), tmp_path)
     for at in moments:
-        arguments = [str(tmp_path / "source"), str(tmp_path / "out"), init, str(at)]
-        done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        code, said = Process(
+            tmp_path / f"process-{at}", killed, tmp_path / "source", tmp_path / "out", init, at
+        ).ended()
+        assert code == -signal.SIGKILL, said
     ids = text() if init in CALIBRATED else None
     stream, last = prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init=init)), Stop()
     run(stream, tmp_path / "out", calibration=ids, progress=last)
