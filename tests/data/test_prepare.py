@@ -215,7 +215,7 @@ def test_others_of_a_folder_that_is_being_filled(file, documents, tokenizer, tmp
 def slow_command(*arguments) -> None:
     """All that a process does: ``krony data prepare`` in small batches, slowly."""
     ids, preparation.BATCH = preparation._ids, 4
-    preparation._ids = lambda *a: (time.sleep(0.02), ids(*a))[1]
+    preparation._ids = lambda *a: (time.sleep(0.05), ids(*a))[1]
     krony("data", "prepare", *arguments)
 
 

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,9 @@ def test_an_out_that_is_taken(tmp_path, monkeypatch, capsys):
     assert exit.value.code == 2 and "is not empty" in capsys.readouterr().err
 
 
-def test_the_example_runs(capsys):
+def test_the_example_runs(monkeypatch, capsys):
+    """On a part of its text, for time."""
+    monkeypatch.setattr(krony, "evaluate", partial(krony.evaluate, max_tokens=2048))
+    monkeypatch.setattr(krony, "calibration_set", partial(krony.calibration_set, tokens=8192))
     runpy.run_path(str(EXAMPLES / "compress_and_reload.py"))
     assert "5,918,720 -> 4,345,880 parameters, 12 matrices replaced" in capsys.readouterr().out

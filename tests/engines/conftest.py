@@ -37,8 +37,14 @@ def words():
 
 @pytest.fixture
 def of_type():
-    """Builds a model of a type of ``TYPES``; norms and biases are random too."""
-    return lambda name: at_random(TYPES[name]())
+    """Builds a model of a type of ``TYPES``, with changes; norms and biases are random too."""
+
+    def build(name: str, **changes: object):
+        config = TYPES[name]()
+        config.update(changes)
+        return at_random(config)
+
+    return build
 
 
 @pytest.fixture
