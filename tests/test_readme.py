@@ -22,6 +22,7 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^(krony .*?)(?:\s+#.*)?$", re.MULTILINE)
 # In place of the pages' numbers, for time.
 SMALL = {"--tune": "4", "--reconstruct": "4", "--max-tokens": "8192", "--calibration-tokens": "4096"}
+ADDED = {"--calibration": "--calibration-tokens", "--effort": "--tune"}  # where a page leaves the number out
 # Texts and models that the guides speak of, made before their commands run.
 BEFORE = {"docs/healing.md": ["krony compress gpt2 gpt2-half --scheme keep=0.5 --calibration python-docs"]}
 BEFORE["docs/deployment.md"] = BEFORE["docs/streaming.md"] = BEFORE["docs/healing.md"]
@@ -60,6 +61,7 @@ def workplace(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setattr(schemes.ModelShape, "is_gpt2", property(lambda layout: layout.matrices == ((192, 48),) * 4))
     for name in [n for n in schemes.PAPER_NAMES if n != "81M"]:
         monkeypatch.delitem(schemes.PAPER_NAMES, name)
+    monkeypatch.setattr("krony.sizing.text.HELD_TOKENS", 4096)
     for name, file in [("wikitext-2", "wiki.test.tokens"), ("lambada", "lambada_test_plain_text.txt")]:
         (tmp_path / "data" / name).mkdir(parents=True)
         (tmp_path / "data" / name / file).write_text("some words and a last one\n" * 4)
@@ -73,6 +75,9 @@ def run(command: str, monkeypatch, capsys) -> None:
     from krony.cli.app import main
 
     arguments = shlex.split(command)
+    for option, added in ADDED.items():
+        if option in arguments and added not in arguments:
+            arguments += [added, SMALL[added]]
     for option, value in SMALL.items():
         if option in arguments:
             arguments[arguments.index(option) + 1] = value
