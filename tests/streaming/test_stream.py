@@ -381,9 +381,12 @@ def test_a_name_that_is_not_in_the_cache_says_how_to_get_it(in_the_cache, gpt2_f
 
 
 REFUSED = [
-    (["--init", "neurons", "--allocation", "global"], "--allocation global needs the gradient"),
-    (["--init", "neurons", "--reconstruct", "3"], "--reconstruct needs the gradient"),
-    (["--init", "neurons", "--tune", "3"], "--tune needs the gradient"),
+    (
+        ["--init", "neurons", "--calibration", "python-docs", "--allocation", "global"],
+        "--allocation global needs the gradient",
+    ),
+    (["--init", "neurons", "--calibration", "python-docs", "--reconstruct", "3"], "--reconstruct needs the gradient"),
+    (["--init", "neurons", "--calibration", "python-docs", "--tune", "3"], "--tune needs the gradient"),
     (["--init", "random", "--reinit", "all"], "--reinit draws the full model at random"),
     (["--init", "prune", "--device", "auto"], "--device auto spreads the full model over devices"),
 ]
