@@ -44,6 +44,22 @@ def test_heal(krony, compressed, gpt2_folder, tmp_path, options):
     assert kronecker_layers(model) and AutoTokenizer.from_pretrained(tmp_path / "out")("a")["input_ids"]
 
 
+def test_one_recipe_after_another(krony, compressed, gpt2_folder, tmp_path, options):
+    done = krony("heal", compressed, tmp_path / "out", *options, "--then", "quick", "--json", "-")
+    assert done.code == 0, done.err
+    assert done.json["recipe"] == "quick, then quick" and done.json["tokens"] > 6000
+    assert list((tmp_path / "out/then/runs").rglob("events*")) and not (tmp_path / "out.work").exists()
+    assert "quick, then quick" in (tmp_path / "out/README.md").read_text()
+    for extra, words in [
+        (("--then", "fast"), "recipe 'fast' is unknown"),
+        (("--then", "quick", "--control", gpt2_folder), "--control trains by one recipe, and --then adds another"),
+        (("--then", "paper-final"), "one step of this recipe takes 320"),
+    ]:
+        refused = krony("heal", compressed, tmp_path / "other", *options, *extra)
+        assert refused.code == 2 and words in " ".join(refused.err.split())
+        assert not (tmp_path / "other").exists()
+
+
 def test_a_model_that_nothing_improves_is_not_written(krony, compressed, tmp_path, options):
     """Exit code 1; the figures are written all the same, and the trained state by a second command."""
     options += ("--learning-rate", 1, "--warm-up", 0, "--json")

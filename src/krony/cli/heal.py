@@ -38,6 +38,14 @@ Validation = Annotated[
     ),
 ]
 RecipeName = Annotated[str, typer.Option(help="quick, or the paper's: paper, paper-small (4 epochs), paper-final.")]
+Then = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RECIPE",
+        help="Then train by this recipe from the best state, as the paper does by paper-final; neither stops early. "
+        "Changes of the recipe apply to the first, but --batch to both.",
+    ),
+]
 RecipeChanges = Annotated[dict[str, Any], Changes(Recipe, leave_out=("final_rate", "evaluations", "patience"))]
 Teacher = Annotated[str | None, typer.Option(metavar="MODEL", help="The original: learn to predict as it does.")]
 Control = Annotated[
@@ -57,6 +65,7 @@ def run(
     data: Data,
     val: Validation = None,
     recipe: RecipeName = "quick",
+    then: Then = None,
     teacher: Teacher = None,
     control: Control = None,
     max_tokens: MaxTokens = None,
@@ -72,7 +81,7 @@ def run(
     could not be trained.
     """
     to = Output(json_to, out)
-    plain = check(recipe, changes, teacher)
+    recipes = check(recipe, then, changes, teacher, control)
     if options.freeze is None:
         options = replace(options, freeze=default_freeze(recipe))
     job = _Job(
@@ -83,7 +92,7 @@ def run(
         teacher=teacher,
         control=control,
         dtype=dtype,
-        recipe=recipe,
+        recipe=recipe if then is None else f"{recipe}, then {then}",
         options=options,
     )
     from krony.healing.text import Reader, load_text
@@ -97,11 +106,13 @@ def run(
     with interruptible(job.how_to_resume), working_in(out) if distributed.is_first() else nullcontext():
         job.resume_or_start()
         models = job.load_models()
-        plain = _fitted(plain, models.model, changes)
-        check_settings(models.model, plain.length, recipe=plain, teacher=models.teacher, options=job.options)
-        reader = Reader.of(models.model, models.tokenizer, plain.length)
+        length = _length(recipes[0], models.model, changes)
+        recipes = [replace(each, length=length) for each in recipes]
+        for each in recipes:
+            check_settings(models.model, length, recipe=each, teacher=models.teacher, options=job.options)
+        reader = Reader.of(models.model, models.tokenizer, length)
         train, validation = load_text(data, val, reader, max_tokens=max_tokens)
-        report, figures = job.train(models, train, validation, plain)
+        report, figures = job.train(models, train, validation, recipes)
         if not distributed.is_first():
             return
         job.show(figures)
@@ -176,28 +187,32 @@ class _Job:
         return _Models(self.source.load(dtype=self.dtype), self.source.tokenizer, teacher)
 
     def train(
-        self, models: _Models, train: Rows, validation: Rows, recipe: Recipe
+        self, models: _Models, train: Rows, validation: Rows, recipes: list[Recipe]
     ) -> tuple[HealReport, dict[str, Any]]:
         """Trains the model and the control, and gives the model's report and the figures of all."""
         from krony.data.hub import read_as
+        from krony.healing.chain import train_in_turn
         from krony.healing.control import train_control
         from krony.healing.report import perplexity
-        from krony.healing.training import train_on_rows
         from krony.healing.validation import validation_loss
         from krony.models.loading import load_model
 
         tokens = [f"{len(rows) * rows.length:,}" for rows in (train, validation)]
         self.to.say(f"{tokens[0]} tokens of {read_as(self.data)} to train on, {tokens[1]} to validate on")
-        common: dict[str, Any] = {"recipe": recipe, "tokenizer": models.tokenizer, "options": self.options}
+        common: dict[str, Any] = {"tokenizer": models.tokenizer, "options": self.options}
         with self.to.progress() as progress:
             common["progress"] = progress
-            report = train_on_rows(models.model, train, validation, work=self.work, teacher=models.teacher, **common)
+            report = train_in_turn(
+                models.model, train, validation, work=self.work, recipes=recipes, teacher=models.teacher, **common
+            )
             names = {"model": self.model, "teacher": self.teacher, "recipe": self.recipe, "freeze": self.options.freeze}
             figures = names | report.to_json()
             if self.control is not None:
                 dense = load_model(self.control, dtype=self.dtype)
                 try:
-                    compared = train_control(dense, train, validation, work=self.work / "control", **common).to_json()
+                    compared = train_control(
+                        dense, train, validation, work=self.work / "control", recipe=recipes[0], **common
+                    ).to_json()
                     figures["perplexity_original"] = compared["perplexity_before"]
                 except KronyError as error:  # a loss that is not finite; the model itself is trained all the same
                     compared = {"error": str(error)}
@@ -230,6 +245,7 @@ class _Job:
     def write(self, model: PreTrainedModel, figures: dict[str, Any]) -> None:
         """Writes OUT with its card and logs, and removes the work folder."""
         from krony.compression.model_card import healed_card
+        from krony.healing.chain import THEN
         from krony.healing.checkpoints import explain_write_errors, keep_logs
         from krony.models.quantizer import recorded_options
         from krony.storage.files import fresh_folder
@@ -240,32 +256,39 @@ class _Job:
                 healed_card(self.model, figures, recorded_options(model.config)), encoding="utf-8"
             )
             keep_logs(self.work, folder)
+            keep_logs(self.work / THEN, folder / THEN)
             if self.control is not None:
                 keep_logs(self.work / "control", folder / "control")
         shutil.rmtree(self.work)
 
     def how_to_resume(self) -> str:
         """What is left after an interruption, and how to continue."""
+        from krony.healing.chain import THEN
         from krony.healing.checkpoints import find_last
 
         if not self.work.exists():
             return "nothing was written"
-        last = find_last(self.work)
+        last = find_last(self.work / THEN) or find_last(self.work)
         if last is None:
             return f"{self.work} holds no checkpoint yet: remove it, or start over with --resume"
         return f"{last} is the last checkpoint: the same command with --resume continues from there"
 
 
-def check(recipe: str, changes: dict[str, Any], teacher: str | None) -> Recipe:
-    """The named recipe with the changes of the command line. Raises KronyError."""
+def check(
+    recipe: str, then: str | None, changes: dict[str, Any], teacher: str | None, control: str | None
+) -> list[Recipe]:
+    """The recipes that are trained by, the first with the changes of the command line. Raises KronyError."""
     taught = [f"--{key}" for key in ("temperature", "text", "hidden") if key in changes]
     if teacher is None and taught:
         raise KronyError(f"{', '.join(taught)} works with a teacher: name it with --teacher")
-    return find_recipe(recipe).changed(**changes)
+    if then is not None and control is not None:
+        raise KronyError("--control trains by one recipe, and --then adds another: leave one of them out")
+    later = {key: value for key, value in changes.items() if key == "batch"}
+    return [find_recipe(recipe).changed(**changes), *([] if then is None else [find_recipe(then).changed(**later)])]
 
 
-def _fitted(recipe: Recipe, model: PreTrainedModel, changes: dict[str, Any]) -> Recipe:
-    """The recipe with rows that the model can take, unless their length was given."""
+def _length(recipe: Recipe, model: PreTrainedModel, changes: dict[str, Any]) -> int:
+    """The length of rows: as given, or as the recipe says and the model can take."""
     from krony.models.loading import context_length
 
-    return recipe if "length" in changes else replace(recipe, length=min(recipe.length, context_length(model)))
+    return recipe.length if "length" in changes else min(recipe.length, context_length(model))

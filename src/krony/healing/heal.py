@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.data.rows import Rows
 from krony.errors import KronyWarning
+from krony.healing.chain import train_in_turn
 from krony.healing.options import HealOptions
 from krony.healing.recipes import Recipe, default_freeze, find_recipe
 from krony.healing.report import HealReport
 from krony.healing.text import Reader, load_text
-from krony.healing.training import check_settings, train_on_rows, training_device
+from krony.healing.training import check_settings, training_device
 from krony.models.loading import context_length
 from krony.runtime import distributed
 from krony.runtime.progress import Progress, silent
@@ -32,7 +33,7 @@ def heal(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     teacher: PreTrainedModel | None = None,
-    recipe: str | Recipe = "quick",
+    recipe: str | Recipe | Sequence[str | Recipe] = "quick",
     val: str | Path | Rows | None = None,
     max_tokens: int | None = None,
     work: Path | str | None = None,
@@ -50,7 +51,8 @@ def heal(
         tokenizer: the model's; needed unless ``data`` and ``val`` are tokens already.
         teacher: the original. The model then learns its next-token distributions instead of the text alone.
         recipe: the name of one of ``krony.RECIPES``, or a ``krony.Recipe``. Rows of a named recipe are as long as the
-            model allows.
+            model allows. Several, such as ``["paper", "paper-final"]``, train in turn, each from the best state of the
+            one before, on rows of the first one's length, and none stops early.
         val: text that chooses the best state, of the same kinds as ``data``; ``python-docs`` is its held-out part. None
             holds complete documents out of ``data`` that the model was not calibrated on.
         max_tokens: take the first so many tokens of ``data``, and at most a tenth as many of ``val`` (or 16 rows).
@@ -69,16 +71,18 @@ def heal(
         ```
     """
     chosen = HealOptions(**options)
-    if chosen.freeze is None and isinstance(recipe, str):
-        chosen = replace(chosen, freeze=default_freeze(recipe))
-    plain = _fitted_recipe(recipe, model, data)
+    first, *others = [recipe] if isinstance(recipe, str | Recipe) else recipe
+    if chosen.freeze is None and isinstance(first, str):
+        chosen = replace(chosen, freeze=default_freeze(first))
+    plain = _fitted_recipe(first, model, data)
+    recipes = [plain, *(replace(_fitted_recipe(other, model, data), length=plain.length) for other in others)]
     distributed.init(training_device(chosen.device))
     check_settings(model, plain.length, recipe=plain, teacher=teacher, options=chosen)
     reader = Reader.of(model, tokenizer, plain.length)
     train, validation = load_text(data, val, reader, max_tokens=max_tokens)
     with _work_folder(work) as folder:
         common: dict[str, Any] = {"tokenizer": tokenizer, "teacher": teacher, "progress": progress}
-        report = train_on_rows(model, train, validation, work=folder, recipe=plain, options=chosen, **common)
+        report = train_in_turn(model, train, validation, work=folder, recipes=recipes, options=chosen, **common)
     if not report.improved and distributed.is_first():
         warnings.warn(report.no_gain("the model"), KronyWarning, stacklevel=2)
     return report

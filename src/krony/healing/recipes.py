@@ -34,7 +34,7 @@ class Recipe:
         batch: at most so many rows at once on one device; gradients of the others are accumulated.
         evaluations: how often the validation loss is measured during the run; each time a checkpoint is saved.
         patience: evaluations without a gain after which training stops. A short run needs its last, small steps, so
-            its patience equals its evaluations; the best state is kept in any case.
+            its patience equals its evaluations; None never stops. The best state is kept in any case.
 
     Raises:
         KronyError: a value that is out of range.
@@ -62,11 +62,11 @@ class Recipe:
     batch: int = option(2, "At most N sequences at once on one device.", metavar="N", panel=MACHINE)
     final_rate: float = 3e-6
     evaluations: int = EVALUATIONS
-    patience: int = 3
+    patience: int | None = 3
 
     def __post_init__(self) -> None:
         for name in ("sequences", "batch", "length", "evaluations", "patience"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise KronyError(f"{name} is {getattr(self, name)}: it takes a number from 1")
         for name in ("learning_rate", "factor_rate", "inherited_rate", "epochs", "temperature"):
             value = getattr(self, name)

@@ -86,8 +86,8 @@ def train_on_rows(
     start = time.perf_counter()
     distributed.init(training_device(options.device))
     check_run(model, train, validation, recipe=recipe, teacher=teacher, options=options)
-    train, _ = train.split(len(train) % recipe.sequences)  # complete steps only
-    settings = _settings(model, train, validation, recipe, teacher, options)
+    train = complete_steps(train, recipe)
+    settings = settings_of(model, train, validation, recipe=recipe, teacher=teacher, options=options)
     with explain_write_errors(work), trainable(model, options.frozen, checkpointing=options.gradient_checkpointing):
         last = last_checkpoint(work) if options.resume else None
         hold_to_settings(work, settings, resume=options.resume)
@@ -160,7 +160,8 @@ def _run(trainer: HealingTrainer, last: str | None, work: Path, progress: Progre
     """Trains from the start or from the checkpoint ``last``, loads the best trained state, and returns its loss."""
     tokens_per_step = trainer.recipe.sequences * trainer.train_dataset.length
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(EarlyStoppingCallback(trainer.recipe.patience))
+    if trainer.recipe.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(trainer.recipe.patience))
     with loggers(work) as logs, deferred() as stop:
         for callback in (ShowProgress(progress, tokens_per_step), StopAtBadLoss(), SaveAtSignal(stop), *logs):
             trainer.add_callback(callback)
@@ -260,15 +261,24 @@ def _arguments(
     return arguments
 
 
-def _settings(
+def complete_steps(train: Rows, recipe: Recipe) -> Rows:
+    """The rows that make complete steps."""
+    return train.split(len(train) % recipe.sequences)[0]
+
+
+def settings_of(
     model: PreTrainedModel,
     train: Rows,
     validation: Rows,
+    *,
     recipe: Recipe,
     teacher: PreTrainedModel | None,
     options: HealOptions,
 ) -> dict[str, Any]:
-    """What a resumed run has to share with the one it continues; how rows are spread over devices is free."""
+    """What a resumed run has to share with the one it continues; how rows are spread over devices is free.
+
+    ``train`` holds complete steps only.
+    """
     settings = {name: value for name, value in asdict(recipe).items() if name != "batch"}
     fingerprints = {
         "model": _fingerprint(model),
