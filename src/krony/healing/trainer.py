@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from krony.errors import KronyError
 from krony.healing.checkpoints import find_last
 from krony.healing.distillation import distil
+from krony.healing.flops import peak, training_flops
 from krony.healing.recipes import Recipe
 from krony.healing.trainable import adamw
 from krony.healing.validation import validation_loss
@@ -37,6 +38,23 @@ class HealingTrainer(Trainer):
         self.comparison = None if self.teacher is None else Comparison(self.model, self.teacher, half)
         # all rows have one length, so the mean over a step is the mean of its batches' means, for any loss
         self.model_accepts_loss_kwargs = False
+        self.flops_per_token = training_flops(self.model, self.teacher, self.train_dataset.length)
+        self.peak = peak(self.args.device, bf16=self.args.bf16)
+        self.logged: tuple[float, int] | None = None  # when the last loss was logged, and at which step
+
+    def log(self, logs: dict[str, float], *arguments: Any) -> None:
+        """Adds the FLOP/s since the last loss to a loss, and as ``mfu`` their share of the peak where it is known.
+
+        Time in which the model is validated and saved counts too.
+        """
+        if "loss" in logs and self.logged is not None:
+            now, (before, step) = time.perf_counter(), self.logged
+            steps, self.logged = self.state.global_step - step, (now, self.state.global_step)
+            flops = steps * self.recipe.sequences * self.train_dataset.length * self.flops_per_token / (now - before)
+            logs["flops_per_s"] = flops
+            if self.peak is not None:
+                logs["mfu"] = flops / (self.peak * distributed.count())
+        super().log(logs, *arguments)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the recipe's learning rates and decay."""
@@ -46,6 +64,8 @@ class HealingTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Any:
         """The cross-entropy with the text, or in training the distance from the teacher."""
+        if self.logged is None and model.training:  # a resumed run begins at another step than 0
+            self.logged = (time.perf_counter(), self.state.global_step)
         if self.teacher is None or self.comparison is None or not model.training:
             return super().compute_loss(model, inputs, **options)
         asked = {"input_ids": inputs["input_ids"], "use_cache": False, "output_hidden_states": self.recipe.hidden > 0}
@@ -82,7 +102,8 @@ class ShowProgress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            self.loss = f"loss {logs['loss']:.3f}, "
+            used = f" ({logs['mfu']:.0%} of the peak)" if "mfu" in logs else ""
+            self.loss = f"loss {logs['loss']:.3f}, {logs['flops_per_s'] / 1e12:.3g} TFLOP/s{used}, "
 
 
 class StopAtBadLoss(TrainerCallback):
