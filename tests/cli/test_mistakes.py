@@ -296,3 +296,19 @@ def test_a_missing_extra_is_known_before_the_work(refused, tmp_path, monkeypatch
     form = {"onnxscript": "onnx"}.get(package, package)
     said = refused("export", "demo", tmp_path / "out", "--to", form)
     assert f"{package} is not installed" in said and f"pip install 'krony[{form}]'" in said
+
+
+@pytest.mark.parametrize("form", ["dense", "slim", "gguf", "onnx", "openvino", "reference"])
+def test_a_full_disk_leaves_nothing_of_an_export(krony, refused, tmp_path, form):
+    """No file may grow beyond 2 MB, so that every writer fails as on a full disk."""
+    resource = pytest.importorskip("resource")
+    assert krony("compress", "demo", tmp_path / "half", "--scheme", "keep=0.5", "--init", "magnitude").code == 0
+    out = tmp_path / ("out.pt" if form == "reference" else "out")
+    before, (limit, most) = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, most))
+    try:
+        said = refused("export", tmp_path / "half", out, "--to", form)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert "can't be written" in said and any(words in said for words in ("too large", "disk full"))
+    assert sorted(tmp_path.iterdir()) == before

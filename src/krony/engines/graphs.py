@@ -63,7 +63,7 @@ def write_graph(model: PreTrainedModel, folder: Path, form: str) -> None:
         form: ``onnx`` or ``openvino``.
 
     Raises:
-        KronyError: packages are missing, or the model can't be traced.
+        KronyError: packages are missing, the model can't be traced, or the files can't be written.
     """
     check_packages(form)
     known, exporters = FORMS[form], importlib.import_module("transformers.exporters")
@@ -76,7 +76,12 @@ def write_graph(model: PreTrainedModel, folder: Path, form: str) -> None:
                 raise
             reason = str(error).partition("\n")[0]
             raise KronyError(f"export to {form}: transformers can't trace this model: {reason}") from error
-    exported.save_pretrained(folder)
+    try:
+        exported.save_pretrained(folder)
+    except RuntimeError as error:  # OpenVINO's own writer raises no OSError
+        raise KronyError(
+            f"{form} can't be written: {str(error).strip().splitlines()[-1]} (is the disk full?)"
+        ) from error
 
 
 @contextmanager

@@ -258,6 +258,8 @@ def write_reference(path: Path, tensors: dict[str, Tensor]) -> None:
         torch.save(tensors, beside)
         beside.replace(path)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
-        raise KronyError(f"{path} can't be written: {getattr(error, 'strerror', None) or error}") from None
+        raise KronyError(
+            f"{path} can't be written: {getattr(error, 'strerror', None) or 'is the disk full?'}"
+        ) from None
     finally:
         beside.unlink(missing_ok=True)

@@ -147,7 +147,7 @@ def fresh_folder(out: Path) -> Iterator[Path]:
             beside.chmod(0o755)  # mkdtemp's is private
             put_in_place(beside, out)
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or f"{error} (is the disk full?)"  # not the system's own sentence
             raise KronyError(f"{printable(out)} can't be written: {reason}") from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
