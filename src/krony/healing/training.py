@@ -6,7 +6,6 @@ The paper trains on OpenWebText for 3 epochs (section 4.1); with a good start an
 from __future__ import annotations
 
 import math
-import os
 import time
 import zlib
 from collections.abc import Iterator
@@ -150,7 +149,7 @@ def check_settings(
         raise KronyError(
             f"{recipe.sequences} sequences per step can't be shared by {distributed.count()} processes: take a multiple"
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if distributed.asks_for_shards():
         raise KronyError("healing shares rows among processes, not weights: launch without FSDP")
     if teacher is not None:
         check_teacher(model, teacher, recipe)

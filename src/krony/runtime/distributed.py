@@ -39,6 +39,14 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def asks_for_shards() -> bool:
+    """Whether the launcher asks for FSDP: ``ACCELERATE_USE_FSDP`` is anything but off.
+
+    accelerate itself takes ``true`` alone and only on accelerators, so that ``1`` would be ignored without a word.
+    """
+    return os.environ.get("ACCELERATE_USE_FSDP", "").strip().lower() not in ("", "0", "false", "no", "n", "off", "f")
+
+
 def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
