@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.data.rows import Rows
@@ -106,8 +105,5 @@ def _work_folder(work: Path | str | None) -> Iterator[Path]:
             yield Path(work)
         return
     with tempfile.TemporaryDirectory(prefix="krony-heal-") as own:
-        shared = [own]
-        if dist.is_initialized():
-            dist.broadcast_object_list(shared)
-        yield Path(shared[0])
+        yield Path(distributed.from_first(own))
         distributed.all_agree(True)  # the first process removes it when all are done

@@ -27,6 +27,8 @@ class HealOptions:
             weights back that it had before.
         gradient_checkpointing: compute activations again in the backward pass; needs less memory and more time.
         compile: use ``torch.compile``.
+        shard: split the weights, gradients and optimiser states of the model, and the weights of the teacher, among the
+            processes (FSDP2), instead of keeping them whole in each.
         device: ``cpu``, or ``cuda`` for the GPU of this process; None takes a GPU where there is one.
         seed: seed of everything random.
 
@@ -48,6 +50,7 @@ class HealOptions:
     keep_anyway: bool = option(False, "Write OUT even if the validation loss did not fall.")
     gradient_checkpointing: bool = option(False, "Less memory, more time.", panel=MACHINE)
     compile: bool = option(False, "torch.compile the model.", panel=MACHINE)
+    shard: bool = option(False, "Split weights and optimiser states among the processes.", panel=MACHINE)
     device: str | None = option(None, "cpu or cuda.", show_default="cuda where there is one", panel=MACHINE)
     seed: int = option(0, "Seed of everything random.")
 

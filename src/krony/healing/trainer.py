@@ -34,8 +34,7 @@ class HealingTrainer(Trainer):
         super().__init__(data_collator=default_data_collator, **options)
         self.recipe = recipe
         self.teacher = None if teacher is None else teacher.eval().to(self.args.device)
-        half = torch.bfloat16 if self.args.bf16 else None
-        self.comparison = None if self.teacher is None else Comparison(self.model, self.teacher, half)
+        self.comparison = None if self.teacher is None else Comparison(self.model, self.teacher, self.half)
         # all rows have one length, so the mean over a step is the mean of its batches' means, for any loss
         self.model_accepts_loss_kwargs = False
         self.flops_per_token = training_flops(self.model, self.teacher, self.train_dataset.length)
@@ -55,6 +54,14 @@ class HealingTrainer(Trainer):
             if self.peak is not None:
                 logs["mfu"] = flops / (self.peak * distributed.count())
         super().log(logs, *arguments)
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """The dtype of matrix products, if it isn't that of the weights."""
+        return torch.bfloat16 if self.args.bf16 else None
+
+    def finish(self) -> None:
+        """Leaves the best state in the model that the caller gave: here it is there already."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the recipe's learning rates and decay."""

@@ -40,7 +40,9 @@ from krony.healing.distillation import check_teacher
 from krony.healing.options import DEFAULTS, HealOptions
 from krony.healing.recipes import RECIPES, Recipe
 from krony.healing.report import HealReport
+from krony.healing.sharding import check_same, check_sharding, is_sharding
 from krony.healing.trainable import full_precision, trainable
+from krony.healing.sharded_trainer import ShardedTrainer
 from krony.healing.trainer import HealingTrainer, SaveAtSignal, ShowProgress, StopAtBadLoss
 from krony.models.attention import fast_attention
 from krony.models.loading import context_length
@@ -95,8 +97,13 @@ def train_on_rows(
             with full_precision(model), _nothing_left_on(model), _fast_attention(model, teacher, train, options):
                 arguments = _arguments(model, train, recipe, work, options)
                 data = {"train_dataset": train, "eval_dataset": validation, "processing_class": tokenizer}
-                trainer = HealingTrainer(recipe, teacher, model=model, args=arguments, **data)
+                if is_sharding(options):
+                    check_same(settings[FINGERPRINTS]["model"], settings[FINGERPRINTS]["teacher"])
+                    trainer = ShardedTrainer(recipe, teacher, whole=model, args=arguments, **data)
+                else:
+                    trainer = HealingTrainer(recipe, teacher, model=model, args=arguments, **data)
                 loss = _run(trainer, last, work, progress)
+                trainer.finish()
         except KronyError:  # a loss that is not finite
             restore_start(model, work)
             raise
@@ -149,10 +156,9 @@ def check_settings(
         raise KronyError(
             f"{recipe.sequences} sequences per step can't be shared by {distributed.count()} processes: take a multiple"
         )
-    if distributed.asks_for_shards():
-        raise KronyError("healing shares rows among processes, not weights: launch without FSDP")
     if teacher is not None:
         check_teacher(model, teacher, recipe)
+    check_sharding(model, teacher, options)
 
 
 def _run(trainer: HealingTrainer, last: str | None, work: Path, progress: Progress) -> float:
@@ -251,6 +257,7 @@ def _arguments(
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         log_level="error",
+        log_level_replica="error",
         report_to=[],  # ``loggers`` are added as callbacks
         seed=options.seed,
         data_seed=options.seed,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import distributed as dist
 from transformers import PreTrainedModel
 
 from krony.data.rows import Rows
@@ -16,20 +15,22 @@ def validation_loss(model: PreTrainedModel, rows: Rows, *, batch: int = 1) -> fl
     """The mean loss of ``model``, which is in eval mode, over all predicted tokens of ``rows``, nats per token.
 
     Processes share the rows and sum what they find, so each of them has to call it. Unlike a padded loader, no row
-    counts twice, and a last batch that is smaller counts for less.
+    counts twice, and a last batch that is smaller counts for less. All processes run equally many batches, as sharded
+    models require; what a process without rows finds does not count.
 
     Args:
         batch: rows at once.
     """
-    first = dist.get_rank() if dist.is_initialized() else 0
-    own = range(first, len(rows), distributed.count())
+    own = range(distributed.rank(), len(rows), distributed.count())
+    most = len(range(0, len(rows), distributed.count()))  # rows of the first process
     sums = torch.zeros(2, dtype=torch.float64)  # loss and predicted tokens
-    for start in range(0, len(own), batch):
-        ids = torch.stack([rows[index]["input_ids"] for index in own[start : start + batch]])  # (batch, length)
+    for start in range(0, most, batch):
+        mine = own[start : start + batch]
+        ids = torch.stack([rows[index]["input_ids"] for index in mine or [0]])  # (batch, length)
         ids = ids.to(model.device)
         with fast_products(model):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        predicted = len(ids) * (rows.length - 1)
+        predicted = len(mine) * (rows.length - 1)
         sums += torch.tensor([loss.item() * predicted, predicted], dtype=torch.float64)
     total, predicted = distributed.all_reduce_sum(sums).tolist()
     return total / predicted

@@ -89,7 +89,7 @@ class Scope:
         """As ``derived``; a layer of another model, of which the cache says nothing, has its value made now."""
         holder = layers[-1]
         states = _states(layers)
-        if states is None or id(holder) not in self._members:
+        if states is None or id(holder) not in self._members or is_sharded(holder):
             return make()
         values = self._values.get(holder)
         if values is None:
@@ -166,13 +166,21 @@ def _scope_for(body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         _scopes.pop(body, None)  # a step of an optimiser may follow, even in the middle of a generation
         return None
     cache = _cache_in(args, kwargs)
-    if cache is None or is_capturing():
+    if cache is None or is_capturing() or is_sharded(body):
         return None
     scopes = _scopes.setdefault(body, weakref.WeakKeyDictionary())
     scope = scopes.get(cache)
     if scope is None or not scope.is_continued_by(cache):
         scope = scopes[cache] = Scope(body)
     return scope
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP gathers the module's parameters for its forward: nothing may be kept that shares their memory.
+
+    It frees that memory afterwards, and what is gathered next may have the same address and version.
+    """
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
 
 
 def is_capturing() -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from krony.kronecker.derived import is_sharded
 from krony.models.divergence import PLAIN, Goal, Head, divergence, head_divergence
 from krony.models.modes import evaluating
 from krony.models.precision import fast_products
@@ -50,10 +51,11 @@ class Comparison:
 
     def _head(self, layer: nn.Linear, trains: bool) -> Head:
         """The matrix of a head in the dtype of the products; one that doesn't train is converted once."""
-        if not trains and layer in self.fixed:
+        keep = not trains and not is_sharded(layer)  # shards are gathered into memory that is freed again
+        if keep and layer in self.fixed:
             return self.fixed[layer]
         head = Head(*(None if p is None else p.to(self.dtype or p.dtype) for p in (layer.weight, layer.bias)))
-        if not trains:
+        if keep:
             self.fixed[layer] = head
         return head
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import atexit
 import os
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from krony.errors import KronyError
+
+
+Value = TypeVar("Value")
+FSDP = "ACCELERATE_USE_FSDP"
+_taken = False  # the launcher has asked for FSDP
 
 
 def init(device: str = "cpu") -> str:
@@ -21,6 +27,7 @@ def init(device: str = "cpu") -> str:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
+    _take_request_for_shards()
     from accelerate import PartialState
 
     state = PartialState(cpu=device == "cpu")
@@ -40,11 +47,31 @@ def is_first() -> bool:
 
 
 def asks_for_shards() -> bool:
-    """Whether the launcher asks for FSDP: ``ACCELERATE_USE_FSDP`` is anything but off.
+    """Whether the launcher asks for FSDP: ``ACCELERATE_USE_FSDP`` is, or was before ``init``, anything but off.
 
     accelerate itself takes ``true`` alone and only on accelerators, so that ``1`` would be ignored without a word.
     """
-    return os.environ.get("ACCELERATE_USE_FSDP", "").strip().lower() not in ("", "0", "false", "no", "n", "off", "f")
+    word = os.environ.get(FSDP, "").strip().lower()
+    return _taken or word not in ("", "0", "false", "no", "n", "off", "f")
+
+
+def _take_request_for_shards() -> None:
+    """Remembers that the launcher asks for FSDP, and hides it from accelerate and transformers.
+
+    They would shard by a policy of their own, on accelerators only, and load weights in the first process alone.
+    """
+    global _taken
+    if asks_for_shards():
+        _taken = True
+        os.environ[FSDP] = "false"
+
+
+def from_first(value: Value) -> Value:
+    """The value that the first process has. Every process has to call this."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, device=torch.device(_device()))
+    return values[0]
 
 
 def rank() -> int:
