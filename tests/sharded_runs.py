@@ -1,4 +1,4 @@
-"""Small training runs that are the same in one process and, sharded, in two. As a program it is what torchrun starts."""
+"""Small training runs, the same in one process and, sharded, in two. As a program it is what torchrun starts."""
 
 import sys
 from dataclasses import dataclass, replace

@@ -248,16 +248,6 @@ def test_two_processes_are_one_with_twice_the_accumulation(tmp_path, dtype, tole
         torch.testing.assert_close(a, b, rtol=tolerance, atol=100 * tolerance)
 
 
-@pytest.mark.parametrize("word", ["true", "1", "yes", "ON"])
-def test_shards_are_refused(small, tmp_path, monkeypatch, word):
-    """accelerate would quietly run without them on processors, and everywhere where the word is not ``true``."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", word)
-    with pytest.raises(KronyError, match=r"shares rows among processes, not weights: launch without FSDP"):
-        heal(small, *text(20).split(4), work=tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "0")
-    assert heal(small, *text(20).split(4), work=tmp_path).tokens
-
-
 LONG = 301  # rows: 74 steps, with a checkpoint after every seventh
 
 

@@ -194,6 +194,7 @@ class _Job:
         from krony.healing.chain import train_in_turn
         from krony.healing.control import train_control
         from krony.healing.report import perplexity
+        from krony.healing.sharding import as_it_runs
         from krony.healing.validation import validation_loss
         from krony.models.loading import load_model
 
@@ -218,7 +219,8 @@ class _Job:
                     compared = {"error": str(error)}
                 figures["control"] = {"model": self.control} | compared
             elif models.teacher is not None:
-                figures["perplexity_original"] = perplexity(validation_loss(models.teacher, validation))
+                teacher = as_it_runs(models.teacher, self.options)
+                figures["perplexity_original"] = perplexity(validation_loss(teacher, validation))
         return report, figures
 
     def show(self, figures: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The trainer of a run whose models are sharded (``krony.healing.sharding``): what goes to disk is whole all the same."""
+"""The trainer of a run whose models are sharded (``krony.healing.sharding``); what it writes to disk is whole."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ class ShardedTrainer(HealingTrainer):
     Checkpoints are those of a run without shards: a model that ``from_pretrained`` loads, and whole optimiser states.
 
     Args:
-        whole: the model to train. It stays whole, on the CPU; checkpoints are written from it, and ``finish`` leaves the
-            trained state in it.
+        whole: the model to train. It stays whole, where it is; checkpoints are written from it, and ``finish`` leaves
+            the trained state in it.
     """
+
+    model: PreTrainedModel
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class ShardedTrainer(HealingTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over this process's parts."""
-        if self.optimizer is None:  # type: ignore[has-type]
+        if self.optimizer is None:
             reshard(self.model)
             keep_whole_states(super().create_optimizer(model))
         return self.optimizer

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
@@ -96,11 +96,16 @@ def sharded_copy(model: PreTrainedModel, device: str, *, trains: bool = True) ->
     return mine
 
 
+def as_it_runs(model: PreTrainedModel, options: HealOptions) -> PreTrainedModel:
+    """A model to measure beside a run: itself, or where the run is sharded a sharded copy, since it may not fit whole."""
+    return sharded_copy(model, distributed.device(), trains=False) if is_sharding(options) else model
+
+
 def placement(parameter: Tensor, processes: int) -> Shard:
     """The dimension along which a parameter is split: the first that has an element for each process.
 
-    A left factor ``(1, m1, n1)`` is split along ``m1``. FSDP splits other dimensions than 0 only into equal parts; where
-    none can be, some processes have nothing of the parameter.
+    A left factor ``(1, m1, n1)`` is split along ``m1``. FSDP splits other dimensions than 0 only into equal parts;
+    where none can be, some processes have nothing of the parameter.
 
     Examples:
         >>> placement(torch.empty(1, 6, 4), 2).dim, placement(torch.empty(4, 6, 4), 2).dim
@@ -199,8 +204,9 @@ def _whole(value: Tensor) -> Tensor:
 
 def _part(value: Any, parameter: Tensor) -> Any:
     """This process's part of ``value``, split as ``parameter`` is, where it has the shape of ``parameter``."""
-    fits = isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape
-    if not fits or isinstance(value, DTensor):
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
         return value
-    mesh: DeviceMesh = parameter.device_mesh
-    return distribute_tensor(value.to(parameter.device), mesh, parameter.placements, src_data_rank=None)
+    if value.shape != parameter.shape:  # an optimiser counts its steps in a scalar
+        return value
+    there = value.to(parameter.device)
+    return distribute_tensor(there, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -40,9 +40,9 @@ from krony.healing.distillation import check_teacher
 from krony.healing.options import DEFAULTS, HealOptions
 from krony.healing.recipes import RECIPES, Recipe
 from krony.healing.report import HealReport
+from krony.healing.sharded_trainer import ShardedTrainer
 from krony.healing.sharding import check_same, check_sharding, is_sharding
 from krony.healing.trainable import full_precision, trainable
-from krony.healing.sharded_trainer import ShardedTrainer
 from krony.healing.trainer import HealingTrainer, SaveAtSignal, ShowProgress, StopAtBadLoss
 from krony.models.attention import fast_attention
 from krony.models.loading import context_length

@@ -12,7 +12,6 @@ from torch import distributed as dist
 
 from krony.errors import KronyError
 
-
 Value = TypeVar("Value")
 FSDP = "ACCELERATE_USE_FSDP"
 _taken = False  # the launcher has asked for FSDP
@@ -70,7 +69,7 @@ def from_first(value: Value) -> Value:
     """The value that the first process has. Every process has to call this."""
     values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(values, device=torch.device(_device()))
+        dist.broadcast_object_list(values, device=torch.device(device()))
     return values[0]
 
 
@@ -100,7 +99,7 @@ def all_reduce_sum(sums: Tensor) -> Tensor:
     """The elementwise sum over all processes, with the shape, dtype and device of ``sums``."""
     if not dist.is_initialized():
         return sums
-    there = sums.to(_device())
+    there = sums.to(device())
     dist.all_reduce(there)
     return there.to(sums.device)
 
@@ -110,6 +109,6 @@ def all_agree(condition: bool) -> bool:
     return int(all_reduce_sum(torch.tensor(int(condition)))) == count()
 
 
-def _device() -> str:
-    """The device on which the processes' backend takes tensors."""
+def device() -> str:
+    """The kind of device on which the processes' backend takes tensors."""
     return "cuda" if dist.get_backend() == "nccl" else "cpu"

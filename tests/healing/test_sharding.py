@@ -1,0 +1,106 @@
+"""Where sharding is refused, and how a model is split."""
+
+import pytest
+import torch
+from torch import nn
+
+from healing_runs import heal, text
+from krony import KronyConfig, KronyError, compress
+from krony.healing import sharding
+from krony.healing.options import HealOptions
+from krony.healing.sharding import _layers, check_sharding, placement
+from krony.runtime import distributed
+from small_models import gpt2, llama
+
+SHARD = HealOptions(shard=True)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """As in one of two processes that ``accelerate launch --use_fsdp --fsdp_version 2`` starts."""
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+
+
+@pytest.mark.parametrize("word", ["true", "1", "yes", "ON"])
+def test_one_process_has_nobody_to_share_with(tmp_path, monkeypatch, word):
+    """accelerate would quietly run without FSDP on processors, and everywhere where the word is not ``true``."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", word)
+    with pytest.raises(KronyError, match="shards are for several processes, and this is one"):
+        heal(gpt2(), *text(20).split(4), work=tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "0")
+    assert heal(gpt2(), *text(20).split(4), work=tmp_path).tokens
+    with pytest.raises(KronyError, match="shards are for several processes, and this is one"):
+        heal(gpt2(), *text(20).split(4), work=tmp_path / "other", shard=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("FSDP_VERSION", "1", "shards with FSDP's version 2: launch with --use_fsdp --fsdp_version 2"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "FSDP_OFFLOAD_PARAMS is set, which healing does not do: leave"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "krony heal --gradient-checkpointing does the same"),
+    ],
+)
+def test_a_launch_that_asks_for_something_else(launched, monkeypatch, name, value, words):
+    check_sharding(gpt2(), llama(), HealOptions())
+    monkeypatch.setenv(name, value)
+    with pytest.raises(KronyError, match=words):
+        check_sharding(gpt2(), None, HealOptions())
+
+
+def test_version_1_is_what_accelerate_takes_if_none_is_named(launched, monkeypatch):
+    monkeypatch.delenv("FSDP_VERSION")
+    with pytest.raises(KronyError, match="version 2"):
+        check_sharding(gpt2(), None, HealOptions())
+
+
+def test_models_that_cannot_be_sharded(launched):
+    mixed = gpt2()
+    mixed.transformer.ln_f.double()
+    with pytest.raises(KronyError, match="a model of float32 and float64 can't be sharded"):
+        check_sharding(mixed, None, SHARD)
+    check_sharding(gpt2(), mixed, SHARD)  # a teacher has no gradients to reduce
+    shared = gpt2()
+    shared.transformer.h[1].mlp = shared.transformer.h[0].mlp
+    with pytest.raises(KronyError, match="layers of this GPT2LMHeadModel share parameters"):
+        check_sharding(shared, None, SHARD)
+    unknown = gpt2()
+    unknown._no_split_modules = None
+    with pytest.raises(KronyError, match="doesn't say which modules are its layers"):
+        check_sharding(unknown, None, SHARD)
+    with pytest.raises(KronyError, match="compile and shards don't go together"):
+        check_sharding(gpt2(), None, HealOptions(shard=True, compile=True))
+
+
+def test_processes_that_loaded_different_weights(monkeypatch):
+    sharding.check_same(1, None)
+    monkeypatch.setattr(distributed, "from_first", lambda _: (2, None))
+    with pytest.raises(KronyError, match="the processes have loaded different weights"):
+        sharding.check_same(1, None)
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_groups_are_whole_layers(build):
+    """Fused MLPs read the parameters of their layers outside these layers' forward."""
+    model = build()
+    compress(model, KronyConfig("keep=0.5", init="van-loan"))
+    stack = model.transformer.h if build is gpt2 else model.model.layers
+    assert _layers(model) == list(stack)
+
+
+@pytest.mark.parametrize(
+    ("shape", "processes", "dim"),
+    [
+        ((1, 48, 12), 2, 1),  # one term
+        ((4, 48, 12), 2, 0),
+        ((4, 48, 12), 8, 1),
+        ((1, 9, 12), 4, 2),
+        ((1, 9, 7), 4, 0),  # nothing can be split equally
+        ((1,), 2, 0),
+        ((257, 48), 2, 0),
+    ],
+)
+def test_what_is_split(shape, processes, dim):
+    assert placement(nn.Parameter(torch.empty(shape)), processes).dim == dim
