@@ -3,8 +3,6 @@
 import copy
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -278,29 +276,6 @@ def test_a_signal_leaves_a_checkpoint_of_that_step(tmp_path, name, code, unstopp
         _, resumed, their_losses = finish(start(tmp_path / "resumed", work, rows=LONG, resume=True))
         assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True))
         assert losses == their_losses
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from healing_runs import run_and_save
-run_and_save(Path({work!r}), Path("unused.pt"), rows={rows}, stop_at=10)
-"""
-
-
-def test_a_signal_stops_all_processes_after_the_same_step(tmp_path):
-    """torchrun hands SIGTERM on to all of its processes."""
-    script, work = tmp_path / "script.py", tmp_path / "work"
-    script.write_text(SCRIPT.format(tests=TESTS, work=str(work), rows=LONG))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen([sys.executable, *launcher, str(script)], stderr=subprocess.PIPE, text=True)
-    while not (work / "step-10").exists():
-        assert process.poll() is None, process.communicate()[1][-2000:]
-        time.sleep(0.02)
-    process.terminate()
-    _, said = process.communicate()
-    assert checkpoints(work) == ["checkpoint-10", "checkpoint-7"], said
 
 
 def test_killed_and_resumed_ends_with_the_same_weights(tmp_path, unstopped):

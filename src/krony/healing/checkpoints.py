@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from krony.errors import KronyError
+from krony.errors import KronyError, PromiseError
 from krony.runtime import distributed
 from krony.storage.files import write_json
 from krony.storage.tensor_files import read_json
@@ -25,6 +25,10 @@ from krony.storage.tensor_files import read_json
 FINGERPRINTS = "fingerprints"  # in the settings: checksums of the model and the text
 START = "start.safetensors"  # in the work folder: the parameters before training
 LOGS = ("runs", "wandb")  # folders in the work folder: TensorBoard's log, and that of Weights & Biases
+
+
+class LostProcessError(PromiseError):
+    """Another process of the same run has ended, so this one can't go on. The command line exits with 1."""
 
 
 def last_checkpoint(work: Path) -> str:
@@ -104,6 +108,24 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
         last = find_last(folder)
         then = "" if last is None else f": make room, and resume from {last.name}"
         raise KronyError(f"{folder} can't be written, {reason}{then}") from error
+
+
+@contextmanager
+def explain_lost_processes(work: Path) -> Iterator[None]:
+    """Turns the failure to reach another process of the run into one sentence (``LostProcessError``): it says how to resume.
+
+    The process that is gone may have been killed without a word, or have said itself what happened.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not distributed.is_lost_connection(error):
+            raise
+        last = find_last(work)
+        then = "there is no checkpoint yet" if last is None else f"resume from {last}, the last checkpoint"
+        raise LostProcessError(
+            f"process {distributed.rank()} ends because another process of this run has, which may have said why; {then}"
+        ) from error
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def sharded_copy(model: PreTrainedModel, device: str, *, trains: bool = True) ->
 
 
 def as_it_runs(model: PreTrainedModel, options: HealOptions) -> PreTrainedModel:
-    """A model to measure beside a run: itself, or where the run is sharded a sharded copy, since it may not fit whole."""
+    """A model to measure beside a run: itself, or if the run is sharded a sharded copy, as it may not fit whole."""
     return sharded_copy(model, distributed.device(), trains=False) if is_sharding(options) else model
 
 

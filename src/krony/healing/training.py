@@ -29,6 +29,7 @@ from krony.data.rows import Rows
 from krony.errors import KronyError
 from krony.healing.checkpoints import (
     FINGERPRINTS,
+    explain_lost_processes,
     explain_write_errors,
     hold_to_settings,
     last_checkpoint,
@@ -82,6 +83,7 @@ def train_on_rows(
     Raises:
         KronyError: rows, teacher, recipe or options that don't fit, a loss that is not finite, nothing to resume or
             other settings than before, a full disk. The last complete checkpoint stays in ``work``.
+        krony.healing.checkpoints.LostProcessError: another process of the run has ended.
         krony.runtime.signals.Interrupt: a signal asked for the end.
     """
     start = time.perf_counter()
@@ -89,7 +91,8 @@ def train_on_rows(
     check_run(model, train, validation, recipe=recipe, teacher=teacher, options=options)
     train = complete_steps(train, recipe)
     settings = settings_of(model, train, validation, recipe=recipe, teacher=teacher, options=options)
-    with explain_write_errors(work), trainable(model, options.frozen, checkpointing=options.gradient_checkpointing):
+    freezing = trainable(model, options.frozen, checkpointing=options.gradient_checkpointing)
+    with explain_write_errors(work), explain_lost_processes(work), freezing:
         last = last_checkpoint(work) if options.resume else None
         hold_to_settings(work, settings, resume=options.resume)
         save_start(model, work)

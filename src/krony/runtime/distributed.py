@@ -104,6 +104,11 @@ def all_reduce_sum(sums: Tensor) -> Tensor:
     return there.to(sums.device)
 
 
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether ``error`` says that another process can't be reached; gloo has no class of its own for it."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+
+
 def all_agree(condition: bool) -> bool:
     """Whether the condition holds in every process."""
     return int(all_reduce_sum(torch.tensor(int(condition)))) == count()
