@@ -1,5 +1,6 @@
 """Small training runs, the same in one process and, sharded, in two. As a program it is what torchrun starts."""
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from krony import KronyConfig, compress
 from krony.models import precision
 from krony.runtime import distributed
 from small_models import BUILDERS
+
+DEVICE = os.environ.get("KRONY_TEST_DEVICE", "cpu")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def run(case: Case, folder: Path, *, shard: bool, resume: bool = False):
     if case.taught:
         teacher = BUILDERS[case.kind]().to(case.dtype)
         recipe = replace(recipe, hidden=1.0)
-    options = {"shard": shard, "device": "cpu", "freeze": "none", "keep_anyway": True, "resume": resume}
+    options = {"shard": shard, "device": DEVICE, "freeze": "none", "keep_anyway": True, "resume": resume}
     options["gradient_checkpointing"] = case.checkpointing
     report = heal(model, *text(29).split(5), work=folder, recipe=recipe, teacher=teacher, **options)
     return report, model.state_dict()
@@ -81,11 +84,12 @@ def main() -> None:
         for suffix, resume in (("", False), ("-resumed", True)):
             if case.name + suffix not in names:
                 continue
-            report, state = run(case, folder / f"{case.name}{suffix}.work", shard=True, resume=resume)
+            asked = distributed.asks_for_shards()  # by accelerate launch
+            report, state = run(case, folder / f"{case.name}{suffix}.work", shard=not asked, resume=resume)
             if distributed.is_first():
                 torch.save((report.curve, report.validation, state), folder / f"{case.name}{suffix}.pt")
 
 
 if __name__ == "__main__":
-    distributed.init()
+    distributed.init(DEVICE)
     main()

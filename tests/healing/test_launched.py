@@ -1,4 +1,4 @@
-"""Healing in several processes that torchrun starts: a signal to one stops all, and the death of one ends the others."""
+"""Healing in processes that torchrun starts: a signal to one stops all, and the death of one ends the others."""
 
 import os
 import signal

@@ -16,11 +16,15 @@ from sharded_runs import QUICK, SLOW, run
 PROGRAM = Path(__file__).parents[1] / "sharded_runs.py"
 
 
-def sharded(folder, *names, processes=2):
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node=2"
+ACCELERATE = """-m accelerate.commands.launch --use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1
+--mixed_precision no --dynamo_backend no --main_process_port 0"""
+
+
+def sharded(launcher, folder, *names, device="cpu"):
     """Runs the cases of these names in two processes, and returns what they leave: curve, validation and state."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(PROGRAM), str(folder), *names]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "KRONY_TEST_DEVICE": device}
+    command = [sys.executable, *launcher.split(), str(PROGRAM), str(folder), *names]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Warning" not in done.stderr, done.stderr
@@ -40,7 +44,7 @@ def assert_same(case, expected, actual):
 
 def whole(case, folder, **options):
     report, state = run(case, folder, shard=False, **options)
-    return report.curve, report.validation, {name: value.clone() for name, value in state.items()}
+    return report.curve, report.validation, {name: value.cpu() for name, value in state.items()}
 
 
 def without_last(work, copied):
@@ -61,7 +65,7 @@ def test_two_processes_with_half_of_everything_are_one_with_all(tmp_path):
     case, other = QUICK
     expected = whole(case, tmp_path / "one.work")
     without_last(tmp_path / "one.work", tmp_path / f"{case.name}-resumed.work")
-    first, resumed, second = sharded(tmp_path, case.name, f"{case.name}-resumed", other.name)
+    first, resumed, second = sharded(ACCELERATE, tmp_path, case.name, f"{case.name}-resumed", other.name)
     assert_same(case, expected, first)
     assert_same(case, expected, resumed)
     assert_same(other, whole(other, tmp_path / "other.work"), second)
@@ -75,6 +79,17 @@ def test_two_processes_with_half_of_everything_are_one_with_all(tmp_path):
 @pytest.mark.slow
 def test_all_kinds_of_models(tmp_path):
     """Dense, one term and four; with and without a teacher; both precisions."""
-    results = sharded(tmp_path, *(case.name for case in SLOW))
+    results = sharded(TORCHRUN, tmp_path, *(case.name for case in SLOW))
     for number, (case, result) in enumerate(zip(SLOW, results, strict=True)):
+        assert_same(case, whole(case, tmp_path / f"{number}.work"), result)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_gpus_are_one(tmp_path, monkeypatch, launcher):
+    """NCCL gathers and reduces there, beside the computation. As far apart as sums in another order are."""
+    monkeypatch.setattr("sharded_runs.DEVICE", "cuda")
+    results = sharded(launcher, tmp_path, *(case.name for case in QUICK), device="cuda")
+    for number, (case, result) in enumerate(zip(QUICK, results, strict=True)):
         assert_same(case, whole(case, tmp_path / f"{number}.work"), result)

@@ -7,11 +7,15 @@ import sys
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import DynamicCache
 
 import krony
 from derived_models import EXPECTED, IDS, SCHEMES, built, check, factors, logits, scores
+from krony.kronecker import derived
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 9}], ids=str)
@@ -55,8 +59,6 @@ def test_nothing_is_reused_with_gradients_or_in_training_mode(mode, made):
 
 
 def test_they_die_with_their_cache():
-    from krony.kronecker import derived
-
     model = built("always dense")
     with torch.no_grad():
         cache = model(IDS, past_key_values=DynamicCache(config=model.config)).past_key_values
@@ -100,6 +102,25 @@ def test_autocast_for_a_part_of_a_generation():
         for enabled in (True, False, True):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
                 assert model(IDS[:, :2], past_key_values=cache).logits.isfinite().all()
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("around", [True, False])
+def test_nothing_is_kept_of_parameters_that_fsdp_gathers(mesh, made, around):
+    """It frees their memory, so what is derived could share it; address and version are the same the next time."""
+    expected, model = scores(built("always dense")), built("always dense")
+    made["dense_weight"] = 0
+    for layer in (*model.transformer.h, *((model,) if around else ())):
+        fully_shard(layer, mesh=mesh)
+    torch.testing.assert_close(scores(model), expected, rtol=1e-4, atol=1e-4)
+    assert made["dense_weight"] == 6 * 12  # in each of six steps
+    assert (model.transformer in derived._scopes) is not around
 
 
 SHARDED = """

@@ -24,6 +24,17 @@ def test_a_head_that_trains_is_not_kept_and_gets_a_gradient():
     ]
 
 
+def test_a_sharded_head_is_not_kept():
+    """FSDP frees the memory that it was gathered into."""
+    model = llama()
+    teacher = copy.deepcopy(model)
+    teacher.lm_head._is_fsdp_managed_module = True  # what FSDP writes on the modules whose parameters it gathers
+    comparison = Comparison(model, teacher)
+    states = torch.randn(1, 9, 48)
+    comparison.loss(states, states)
+    assert not comparison.fixed
+
+
 def test_a_head_that_somebody_changed_is_not_plain():
     model = llama()
     assert plain_head(model) is model.lm_head

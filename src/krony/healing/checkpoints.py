@@ -112,7 +112,7 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def explain_lost_processes(work: Path) -> Iterator[None]:
-    """Turns the failure to reach another process of the run into one sentence (``LostProcessError``): it says how to resume.
+    """Turns the failure to reach another process of the run into one sentence (``LostProcessError``).
 
     The process that is gone may have been killed without a word, or have said itself what happened.
     """
@@ -123,9 +123,8 @@ def explain_lost_processes(work: Path) -> Iterator[None]:
             raise
         last = find_last(work)
         then = "there is no checkpoint yet" if last is None else f"resume from {last}, the last checkpoint"
-        raise LostProcessError(
-            f"process {distributed.rank()} ends because another process of this run has, which may have said why; {then}"
-        ) from error
+        why = "another process of this run has, which may have said why"
+        raise LostProcessError(f"process {distributed.rank()} ends because {why}; {then}") from error
 
 
 @contextmanager
