@@ -168,7 +168,7 @@ def test_one_that_is_stopped_while_it_is_kept_leaves_nothing(model, ids, tmp_pat
         file.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("krony.compression.moments.save_file", stop)
+    monkeypatch.setattr("krony.storage.tensor_files.save_file", stop)
     with pytest.raises(KeyboardInterrupt):
         list(Calibration(model, find_groups(model), ids, cache=tmp_path))
     assert not list(tmp_path.rglob("*.*"))

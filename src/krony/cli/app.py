@@ -97,12 +97,20 @@ def main() -> None:
     except OSError as error:  # a full disk, a file that may not be read
         complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (MemoryError, RuntimeError) as error:
-        from krony.runtime.hardware import is_out_of_memory
+        complain(_explained(error))
+    sys.exit(2)
 
-        if not is_out_of_memory(error):
-            raise
-        complain(
+
+def _explained(error: MemoryError | RuntimeError) -> str:
+    """What the user can do about an error of torch's; anything else is raised again."""
+    from krony.runtime import distributed
+    from krony.runtime.hardware import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return (
             "there is not enough memory: compress --stream holds one layer at a time, heal --batch and "
             "--gradient-checkpointing need less at once, and so do shorter or fewer sequences"
         )
-    sys.exit(2)
+    if isinstance(error, RuntimeError) and distributed.is_lost_connection(error):
+        return distributed.LOST
+    raise error

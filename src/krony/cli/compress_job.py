@@ -137,7 +137,7 @@ class Job:
         if work.exists():
             return f"{work} holds what is done: the same command resumes from there"
         if self.text.cache and self.text.calibration is not None:
-            return f"{self.out} is not written; the same command finds the second moments that were complete"
+            return f"{self.out} is not written; the same command finds what was complete of moments and layers"
         return f"{self.out} is not written: the same command starts again"
 
     def _can_be_slim(self, report: CompressionReport) -> bool:

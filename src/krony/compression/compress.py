@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.compression.allocation import allocate
+from krony.compression.kept_layers import KeptLayers
 from krony.compression.moments import Calibration
 from krony.compression.plan import CompressionPlan, plan
 from krony.compression.reconstruction import Examples, examples, module_name, reconstruct
@@ -84,9 +85,10 @@ def compress(
     original = copy.deepcopy(model).eval() if config.tune else model  # the teacher, and the reference for all errors
     moments = _moments(original, settled, ids, cache, progress)
     shapes = allocate(model, settled, moments, progress)
+    kept = KeptLayers(getattr(moments, "folder", None), config, shapes)
     tuned = None
     with torch.no_grad():
-        new = _initialise(original, settled, shapes, moments, ids, progress)
+        new = _initialise(original, settled, shapes, moments, ids, kept, progress)
         embedding = None if settled.embedding is None else _factorise_embedding(model, *settled.embedding)
         redrawn = _redrawn_weights(model, config.seed) if config.reinit == "all" else {}
         with _swapped(model, {name: replacement.layer for name, replacement in new.items()}):
@@ -103,6 +105,7 @@ def compress(
                 untie(model)
             put_in(model, embedding[1].name, embedding[0])
             reports.append(embedding[1])
+    kept.clear()
     progress(len(settled.groups), len(settled.groups), "done")
     quantizer.attach_quantizer(model, made_with(config, ids))
     return CompressionReport(
@@ -191,20 +194,31 @@ def _initialise(
     shapes: dict[str, KronShape],
     moments: Iterable[Moments | None],
     ids: Tensor | None,
+    kept: KeptLayers,
     progress: Progress,
 ) -> dict[str, Replacement]:
     """The new layers by name, trained if ``config.reconstruct`` is set; ``original`` does not change."""
     config, groups = settled.config, settled.groups
     new: dict[str, Replacement] = {}
-    texts: Iterable[Examples | None] = [None] * len(groups)
-    if ids is not None and config.reconstruct:
-        texts = examples(original, groups, ids, token_weighting=config.token_weighting, progress=progress)
-    for done, (group, known, text) in enumerate(zip(groups, moments, texts, strict=True)):
-        progress(done, len(groups), group.sites[0].name)
+    texts: Iterator[Examples] = iter(())
+    trained = bool(ids is not None and config.reconstruct)
+    done = [trained and kept.has(index) for index in range(len(groups))]
+    if ids is not None and trained:
+        left = [group for group, is_done in zip(groups, done, strict=True) if not is_done]
+        texts = examples(original, left, ids, token_weighting=config.token_weighting, progress=progress)
+    for index, (group, known) in enumerate(zip(groups, moments, strict=True)):
+        progress(index, len(groups), group.sites[0].name)
+        train: Callable[[dict[str, KroneckerLinear]], None] | None = None
+        if done[index]:
+            train = partial(kept.load, index)
+        elif trained:
+            train = partial(_reconstruct, original, group, next(texts), known, config)
         if not any(site.name in shapes for site in group.sites):
             continue  # allocation leaves this layer dense
-        train = None if text is None else partial(_reconstruct, original, group, text, known, config)
-        new |= replacements(original, group, shapes, config, known, train)
+        made = replacements(original, group, shapes, config, known, train)
+        if trained and not done[index]:
+            kept.save(index, {name: one.layer for name, one in made.items()})
+        new |= made
     return new
 
 

@@ -16,7 +16,6 @@ residual stream. Otherwise a few tokens with huge hidden states would dominate.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -24,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -37,7 +34,7 @@ from krony.models.modes import evaluating
 from krony.models.surgery import Group, enclosing_layer
 from krony.runtime import distributed
 from krony.runtime.progress import Progress, silent
-from krony.storage.tensor_files import read_header
+from krony.storage.tensor_files import read_header, save_beside
 
 BATCH_TOKENS = 4096  # tokens per forward pass
 SENSITIVITY_TOKENS = 16_384  # enough for a matrix of the model's width; a backward pass is expensive
@@ -127,17 +124,7 @@ class Calibration:
             ) from None
 
     def _store(self, index: int, moments: Moments) -> None:
-        file = self._file(index)
-        beside = file.with_suffix(f".{os.getpid()}.partial")  # another process may be writing the same file
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(_pack(moments), beside)
-            beside.replace(file)
-        except (OSError, SafetensorError) as error:
-            raise KronyError(f"{file.parent}: the calibration can't be stored there: {error}") from None
-        finally:
-            with suppress(OSError):  # if there is no folder, there is no file
-                beside.unlink()
+        save_beside(_pack(moments), self._file(index), "the calibration")
 
     def _chunks(self) -> Iterator[list[int]]:
         """The indices of the groups, in portions whose sums fit into ``MEMORY``."""
@@ -188,7 +175,7 @@ class Calibration:
 def _clear_away(cache: Path) -> None:
     """Deletes files in the cache that killed processes left half-written; files being written are younger."""
     with suppress(OSError):  # not ours to delete, or deleted already
-        for left in cache.glob("moments-*/*.partial"):
+        for left in cache.glob("moments-*/**/*.partial"):
             if time.time() - left.stat().st_mtime > ABANDONED:
                 left.unlink()
 

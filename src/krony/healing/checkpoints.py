@@ -45,6 +45,14 @@ def find_last(work: Path) -> Path | None:
     return max(complete, key=step_of, default=None)
 
 
+def lacks_evaluation(checkpoint: Path) -> bool:
+    """Whether a checkpoint was to be validated, and a signal came first."""
+    state = read_json(checkpoint / "trainer_state.json")
+    due = state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {}).get("should_evaluate", False)
+    step = state["global_step"]
+    return due and not any(entry["step"] == step and "eval_loss" in entry for entry in state["log_history"])
+
+
 def hold_to_settings(work: Path, settings: dict[str, Any], *, resume: bool) -> None:
     """Writes down the settings of a new run, or checks that a resumed run has those it was started with.
 

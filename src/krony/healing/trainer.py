@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class HealingTrainer(Trainer):
     def __init__(self, recipe: Recipe, teacher: PreTrainedModel | None, **options: Any) -> None:
         super().__init__(data_collator=default_data_collator, **options)
         self.recipe = recipe
+        self.stop = Pending()
+        self.unevaluated: str | None = None  # the checkpoint that a run resumes from, if it was to be evaluated first
         self.teacher = None if teacher is None else teacher.eval().to(self.args.device)
         self.comparison = None if self.teacher is None else Comparison(self.model, self.teacher, self.half)
         # all rows have one length, so the mean over a step is the mean of its batches' means, for any loss
@@ -88,8 +90,28 @@ class HealingTrainer(Trainer):
         """The validation loss. Trainer's own repeats rows until every process has a full batch, and counts them."""
         self.model.eval()
         rows = self.eval_dataset
-        loss = validation_loss(self.model, rows, batch=self.args.per_device_eval_batch_size)
+        loss = validation_loss(self.model, rows, batch=self.args.per_device_eval_batch_size, check=self._check)
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(rows))
+
+    def _check(self) -> None:
+        """Asked to stop while it validates, it saves what is trained without: there may be seconds left.
+
+        A checkpoint that lacks its validation gets it when the run resumes, so nothing is saved before that is made up.
+        """
+        if distributed.all_agree(not self.stop):
+            return
+        if self.is_in_train and self.state.global_step and self.unevaluated is None:
+            self._save_checkpoint(self.model, trial=None)
+        end_all(self.stop)
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """Also finds out whether the checkpoint that a run resumes from is the best, if nothing could tell before."""
+        metrics = super().evaluate(*args, **options)
+        if self.unevaluated is not None:
+            if self._determine_best_metric(metrics, trial=None):
+                self.state.best_model_checkpoint = self.unevaluated
+            self.unevaluated = None
+        return metrics
 
 
 class ShowProgress(TrainerCallback):
@@ -142,6 +164,11 @@ class SaveAtSignal(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.stopping:
-            distributed.all_agree(True)  # no process ends while the first one writes
-            self.stop.check()
-            raise Interrupt(signal.SIGTERM)  # the signal came to another process
+            end_all(self.stop)
+
+
+def end_all(stop: Pending) -> NoReturn:
+    """Raises Interrupt in all processes, after the first one has written."""
+    distributed.all_agree(True)  # no process ends while the first one writes
+    stop.check()
+    raise Interrupt(signal.SIGTERM)  # the signal came to another process

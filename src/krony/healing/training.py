@@ -32,6 +32,7 @@ from krony.healing.checkpoints import (
     explain_lost_processes,
     explain_write_errors,
     hold_to_settings,
+    lacks_evaluation,
     last_checkpoint,
     loggers,
     restore_start,
@@ -173,6 +174,7 @@ def _run(trainer: HealingTrainer, last: str | None, work: Path, progress: Progre
     with loggers(work) as logs, deferred() as stop:
         for callback in (ShowProgress(progress, tokens_per_step), StopAtBadLoss(), SaveAtSignal(stop), *logs):
             trainer.add_callback(callback)
+        trainer.unevaluated = last if last is not None and lacks_evaluation(Path(last)) else None
         trainer.train(resume_from_checkpoint=last)
         return float(trainer.evaluate()["eval_loss"])
 
@@ -244,7 +246,8 @@ def _arguments(
         bf16=product_dtype(model, device) == torch.bfloat16,
         use_cpu=device == "cpu",
         torch_compile=options.compile,
-        eval_on_start=not options.resume,  # accelerate would take a model evaluated earlier for a prepared one
+        # accelerate would take a model evaluated earlier for a prepared one
+        eval_on_start=not options.resume or lacks_evaluation(Path(last_checkpoint(work))),
         restore_callback_states_from_checkpoint=True,  # patience too
         eval_strategy="steps",
         eval_steps=every,

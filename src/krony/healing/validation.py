@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel
 
@@ -10,8 +12,14 @@ from krony.models.precision import fast_products
 from krony.runtime import distributed
 
 
+def _nothing() -> None:
+    """Nobody asks for an end."""
+
+
 @torch.no_grad()
-def validation_loss(model: PreTrainedModel, rows: Rows, *, batch: int = 1) -> float:
+def validation_loss(
+    model: PreTrainedModel, rows: Rows, *, batch: int = 1, check: Callable[[], None] = _nothing
+) -> float:
     """The mean loss of ``model``, which is in eval mode, over all predicted tokens of ``rows``, nats per token.
 
     Processes share the rows and sum what they find, so each of them has to call it. Unlike a padded loader, no row
@@ -20,11 +28,13 @@ def validation_loss(model: PreTrainedModel, rows: Rows, *, batch: int = 1) -> fl
 
     Args:
         batch: rows at once.
+        check: called before every forward pass, in all processes equally often; what it raises ends the validation.
     """
     own = range(distributed.rank(), len(rows), distributed.count())
     most = len(range(0, len(rows), distributed.count()))  # rows of the first process
     sums = torch.zeros(2, dtype=torch.float64)  # loss and predicted tokens
     for start in range(0, most, batch):
+        check()
         mine = own[start : start + batch]
         ids = torch.stack([rows[index]["input_ids"] for index in mine or [0]])  # (batch, length)
         ids = ids.to(model.device)

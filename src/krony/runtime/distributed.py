@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -13,12 +14,16 @@ from torch import distributed as dist
 from krony.errors import KronyError
 
 Value = TypeVar("Value")
+PATIENCE = timedelta(minutes=10)  # how long a process waits for the others; gloo's own limit is half an hour
+LOST = "another process of this run has ended, or can't be reached: what it printed says why"
 FSDP = "ACCELERATE_USE_FSDP"
 _taken = False  # the launcher has asked for FSDP
 
 
 def init(device: str = "cpu") -> str:
     """Connects to the other processes, if there are any, and returns this process's own device.
+
+    From then on no process waits longer than ``PATIENCE`` for the others.
 
     Examples:
         >>> init("cpu")
@@ -29,7 +34,7 @@ def init(device: str = "cpu") -> str:
     _take_request_for_shards()
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
     atexit.register(_leave)
     return device if device == "cpu" else str(state.device)
 

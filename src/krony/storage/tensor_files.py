@@ -2,7 +2,8 @@
 
 A checkpoint is a folder with ``model.safetensors``, or with ``model.safetensors.index.json`` and the shards it names.
 ``Checkpoint`` reads only the headers. A tensor's bytes, or those of some of its rows, are read when they are asked for;
-a memory map's pages would count as this process's memory. Nothing outside the folder is opened.
+a memory map's pages would count as this process's memory. Nothing outside the folder is opened. ``save_beside``
+writes a file for a cache.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from krony.errors import KronyError
@@ -249,3 +253,20 @@ def _no_weights(folder: Path) -> str:
             "convert it to safetensors where you trust it"
         )
     return f"{folder} holds no weights: there is no {SINGLE} and no {INDEX} in it"
+
+
+def save_beside(tensors: dict[str, Tensor], file: Path, what: str) -> None:
+    """Writes a safetensors file beside its place, then renames it; several processes may write the same file.
+
+    Raises KronyError, which says that ``what`` can't be stored.
+    """
+    beside = file.with_suffix(f".{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, beside)
+        beside.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise KronyError(f"{file.parent}: {what} can't be stored there: {error}") from None
+    finally:
+        with suppress(OSError):  # if there is no folder, there is no file
+            beside.unlink()
