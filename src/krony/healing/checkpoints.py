@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from krony.errors import KronyError, PromiseError
+from krony.errors import KronyError
 from krony.runtime import distributed
 from krony.storage.files import write_json
 from krony.storage.tensor_files import read_json
@@ -27,8 +27,8 @@ START = "start.safetensors"  # in the work folder: the parameters before trainin
 LOGS = ("runs", "wandb")  # folders in the work folder: TensorBoard's log, and that of Weights & Biases
 
 
-class LostProcessError(PromiseError):
-    """Another process of the same run has ended, so this one can't go on. The command line exits with 1."""
+class LostProcessError(KronyError):
+    """Another process of the same run has ended, so this one can't go on."""
 
 
 def last_checkpoint(work: Path) -> str:
