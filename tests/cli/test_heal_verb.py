@@ -193,3 +193,23 @@ def test_mistakes(refused, compressed, tmp_path, options):
     assert "nowhere: there is no such folder" in refused(*arguments, "--control", "nowhere")
     assert "lambada is a test set" in refused(*arguments[:3], "--data", "lambada")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beside", ["--teacher", "--control"])
+def test_sharded_it_gives_the_same_model(krony, compressed, gpt2_folder, tmp_path, options, beside):
+    """The original too is measured, or trained, in shards."""
+    options += (beside, gpt2_folder, "--device", "cpu", "--dtype", "float64", "--max-tokens", 1500, "--json")
+    alone = krony("heal", compressed, tmp_path / "alone", *options, "-")
+    assert alone.code == 0, alone.err
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "krony"]
+    command = [*launcher, "heal", compressed, tmp_path / "out", *options, tmp_path / "h.json", "--shard"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures, expected = json.loads((tmp_path / "h.json").read_text()), alone.json
+    for key in ("perplexity_before", "perplexity_after", "perplexity_original"):
+        assert figures[key] == pytest.approx(expected[key], rel=1e-6), key
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("alone", "out"))
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-7, atol=1e-7, msg=name)
+    assert (tmp_path / "out/config.json").read_text() == (tmp_path / "alone/config.json").read_text()
