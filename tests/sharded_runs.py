@@ -9,8 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from healing_runs import TINY, heal, text
-from krony import KronyConfig, compress
+from healing_runs import TINY, heal, noise, text
+from krony import KronyConfig, KronyError, compress
 from krony.models import precision
 from krony.runtime import distributed
 from small_models import BUILDERS
@@ -77,9 +77,38 @@ def run(case: Case, folder: Path, *, shard: bool, resume: bool = False):
     return report, model.state_dict()
 
 
+def run_to_no_avail(folder: Path) -> None:
+    """Text that training makes worse at, then a learning rate that ends in no number: the model is as it was before.
+
+    The first run stops early. In every process.
+    """
+    case = Case("llama", 1, torch.float32, taught=False)
+    model, before = built(case), built(case).state_dict()
+    train, validation = text(104).split(4)[0], noise()
+    reckless = replace(TINY, learning_rate=0.05, final_rate=0.05, warm_up=0)
+    options = {"shard": True, "device": DEVICE, "freeze": "none"}
+    report = heal(model, train, validation, work=folder / "worse.work", recipe=reckless, **options)
+    assert not report.improved and 0 < report.tokens < len(train) * train.length
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    try:
+        heal(
+            model, train, validation, work=folder / "nan.work", recipe=replace(reckless, learning_rate=1e30), **options
+        )
+    except KronyError as error:
+        assert "lower the learning rate" in str(error)
+    else:
+        raise AssertionError("a loss that is no number went unnoticed")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(type(p.data) is torch.Tensor and p.requires_grad for p in model.parameters())
+    if distributed.is_first():
+        torch.save(None, folder / "to-no-avail.pt")
+
+
 def main() -> None:
     """Runs, or resumes, every case whose name is an argument, in the folder that is the first argument."""
     folder, names = Path(sys.argv[1]), sys.argv[2:]
+    if "to-no-avail" in names:
+        run_to_no_avail(folder)
     for case in (*QUICK, *SLOW):
         for suffix, resume in (("", False), ("-resumed", True)):
             if case.name + suffix not in names:

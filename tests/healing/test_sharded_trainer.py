@@ -76,6 +76,11 @@ def test_two_processes_with_half_of_everything_are_one_with_all(tmp_path):
     assert_same(case, first, whole(case, tmp_path / "again.work", resume=True))
 
 
+def test_training_to_no_avail(tmp_path):
+    """Early stopping, no gain, and a loss that is no number: ``run_to_no_avail`` checks in each process."""
+    sharded(TORCHRUN, tmp_path, "to-no-avail")
+
+
 @pytest.mark.slow
 def test_all_kinds_of_models(tmp_path):
     """Dense, one term and four; with and without a teacher; both precisions."""
