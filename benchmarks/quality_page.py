@@ -155,7 +155,9 @@ def rivals_picture(results: Row, tokens: int) -> str:
         rows = [row for row in distilled(results) if row["way"] in COMPARED and row["distilled"] == tokens]
     half = {row["way"]: ratio(row, results) for row in rows if row["removed"] == 0.5}
     ordered = sorted(half, key=lambda way: half[way])
-    figures = ", ".join(f"{short(half[way])} times ({way})" for way in dict.fromkeys((*ordered[:2], *ordered[-1:])))
+    ours, others = ([way for way in ordered if (way in METHODS) == own][:1] for own in (True, False))
+    figures = ", ".join(f"{short(half[way])} times ({way})" for way in (*ours, *others))
+    figures += ", the best of others" if others else ""
     when = f"the same training on {tokens:,} tokens" if tokens else "no training"
     return lines(
         curves(rows, results, "million parameters"),
@@ -219,6 +221,8 @@ def notes(results: Row) -> str:
         )
     if any(way.endswith("int4") for way in (*results, *(row["way"] for row in results["rows"]))):
         found.append("`int4` is torchao's too, in groups of 32 inputs.")
+        if "Q4" in results["model"]:
+            found.append("The original was in 4-bit groups of 32 once, so that it loses nothing by `int4`.")
     if results.get("lambada_tokens", results["tokens"]) != results["tokens"]:
         tokens = results["lambada_tokens"]
         found.append("LAMBADA is measured on " + (f"{tokens:,} tokens." if tokens else "all of its passages."))

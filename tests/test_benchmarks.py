@@ -16,7 +16,7 @@ DRAWN = [
     ("demo", [], ["quickstart.md"], ["demo.svg"]),
     ("decomposition", [], ["decomposition.md"], ["decomposition.svg"]),
     ("healing", [], ["healing-curves.md"], ["healing-curves-512x256.svg", "healing-curves-256x256.svg"]),
-    ("quality", ["--out", "smollm2"], ["quality-smollm2.md"], ["quality-smollm2.svg"]),
+    ("quality", ["--out", "smollm2"], ["quality-smollm2.md"], ["quality-smollm2.svg", "quality-smollm2-rivals.svg"]),
     ("quality", ["--out", "demo"], ["quality-demo.md"], ["quality-demo.svg"]),
     ("engines", [], ["deployment.md"], []),
     ("sizes", [], ["sizes.md"], ["sizes.svg"]),

@@ -127,14 +127,19 @@ def results(name: str) -> dict:
 def quality_lines() -> list[str]:
     """The README's rows on quality, as the measured figures give them."""
     measured = results("quality-smollm2")
-    half = {row["way"]: row for row in measured["rows"] if row["removed"] == 0.5}
+    rows = [row for row in measured["rows"] if not row.get("distilled")]
+    half = {row["way"]: row for row in rows if row["removed"] == 0.5}
     shown = {
         "the original": measured["base"],
         "the original with 8-bit weights": measured["int8"],
         "krony": half["neurons"],
         "krony, `--effort tuned`": half["neurons, global, all weights tuned"],
+        "Wanda's score, the best of the other pruning methods that were measured": half["wanda"],
         "Van Loan, the start that the paper uses": half["van-loan"],
     }
+    others = [row for way, row in half.items() if not way.startswith(("neurons", "svd", "van-loan", "prune"))]
+    best = min(others, key=lambda row: row["sets"]["OpenWebText"]["perplexity"])
+    assert best["way"] == "wanda" and len(others) >= 5
     made = []
     for name, row in shown.items():
         perplexity = row["sets"]["OpenWebText"]["perplexity"]
