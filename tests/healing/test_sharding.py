@@ -1,14 +1,19 @@
 """Where sharding is refused, and how a model is split."""
 
+import copy
+
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from healing_runs import heal, text
 from krony import KronyConfig, KronyError, compress
 from krony.healing import sharding
 from krony.healing.options import HealOptions
-from krony.healing.sharding import _layers, check_sharding, placement
+from krony.healing.sharding import _layers, check_sharding, gather, placement, sharded_copy
 from krony.runtime import distributed
 from small_models import gpt2, llama
 
@@ -104,3 +109,44 @@ def test_groups_are_whole_layers(build):
 )
 def test_what_is_split(shape, processes, dim):
     assert placement(nn.Parameter(torch.empty(shape)), processes).dim == dim
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process: what is sharded is whole, and handled as shards are."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_a_sharded_copy(alone, ids, build):
+    """Takes whole tensors, gives them back, and leaves the model that it was made of as it was."""
+    model = build()
+    compress(model, KronyConfig("keep=0.5", init="van-loan", scalars=True))
+    before = copy.deepcopy(model.state_dict())
+    sharded = sharded_copy(model, "cpu")
+    groups = [module for module in sharded.modules() if isinstance(module, FSDPModule)]
+    assert groups == [sharded, *(sharded.transformer.h if build is gpt2 else sharded.model.layers)]
+    assert all(isinstance(p, DTensor) and p.requires_grad for p in sharded.parameters())
+    torch.testing.assert_close(sharded(ids).logits, model(ids).logits)
+    changed = {name: value * 1.5 for name, value in before.items()}
+    assert not sharded.load_state_dict(changed, strict=False).unexpected_keys
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    gather(sharded, model)
+    assert all(torch.equal(value, changed[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(sharded(ids).logits, model(ids).logits)
+
+
+def test_a_teacher_of_several_dtypes(alone, ids):
+    """MLPs in float32 in a model of bfloat16; without gradients a group may mix them."""
+    teacher = llama().bfloat16()
+    for layer in teacher.model.layers:
+        layer.mlp.float()
+        layer.mlp.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+        layer.mlp.register_forward_hook(lambda _, __, output: output.bfloat16())
+    sharded = sharded_copy(teacher, "cpu", trains=False)
+    assert not any(p.requires_grad for p in sharded.parameters()) and all(p.requires_grad for p in teacher.parameters())
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(sharded(ids).logits, teacher(ids).logits)
