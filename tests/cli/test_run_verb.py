@@ -275,3 +275,10 @@ def test_several_processes_are_refused(refused, monkeypatch):
 def test_a_large_file_is_no_recipe(refused, tmp_path):
     (tmp_path / "r.yaml").write_text("#" * (1 << 21))
     assert "is no recipe: it is larger" in refused("run", tmp_path / "r.yaml")
+
+
+def test_names_are_printed_as_they_are_written(krony, refused, tmp_path, recipe):
+    """A colon on both sides of a word is an emoji to the library that prints."""
+    name = recipe(out="d:x:out", heal=None, eval=None)
+    assert "krony compress" in (said := krony("run", name, "--dry-run").out) and "d:x:out/compressed" in said
+    assert "'a:b:c'" in refused("compress", "demo", tmp_path / "out", "--scheme", "keep=0.5", "--calibration", "a:b:c")

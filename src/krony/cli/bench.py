@@ -68,6 +68,8 @@ def run(
     """
     to = Output(json_to)
     _check_files(plot, report)
+    if random and drafts.draft is not None:
+        raise KronyError("--random makes weights that no draft agrees with: leave out --random or --draft")
     if device == "auto":
         raise KronyError("--device auto spreads a model over devices, and bench measures on one: name it, such as cuda")
     settings = replace(

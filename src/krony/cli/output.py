@@ -36,7 +36,7 @@ def complain(sentence: str, *, kind: str = "error", style: str = "red") -> None:
     """Prints an error or a warning on one line of stderr; does nothing if the terminal is gone."""
     from rich.console import Console
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
     with suppress(OSError):  # after SIGHUP there may be no terminal
         console.print(f"{kind}:", printable(sentence), style=style, markup=False)
 
@@ -74,7 +74,7 @@ class Output:
             check_file(Path(json_to), inside=out)  # fails now, not after hours of work
         self.json_to = json_to
         first = os.environ.get("RANK", "0") == "0"  # only the first of several processes prints
-        self.console = Console(stderr=json_to == "-", highlight=False, soft_wrap=True, quiet=not first)
+        self.console = Console(stderr=json_to == "-", highlight=False, soft_wrap=True, quiet=not first, emoji=False)
         if not self.console.is_terminal:
             self.console.width = 200  # in a file or a pipe nothing is cut off
 
@@ -111,7 +111,7 @@ class Output:
         from rich.markup import escape
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        console = Console(stderr=True, quiet=self.console.quiet)
+        console = Console(stderr=True, quiet=self.console.quiet, emoji=False)
         where, times = TextColumn("{task.completed}/{task.total}"), (TimeElapsedColumn(), TimeRemainingColumn())
         columns = (TextColumn("{task.description}"), BarColumn(), where, *times)
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
