@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
-from krony.data.hub import refuse_test_split, stream_texts
+from krony.data.hub import HubSet, refuse_test_split, stream_texts
 from krony.data.sets import PYTHON_DOCS, TEST_SETS, join_documents, read_file
 from krony.data.text_files import names_file
 from krony.errors import KronyError
@@ -132,8 +132,9 @@ def looks_wider(tokens: np.ndarray) -> bool:
 
 
 def _stream(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None) -> np.ndarray:
+    HubSet.parse(data)  # what is no name at all needs no other advice
     if max_tokens is None:
-        raise KronyError(f"{data} is no file, and of a data set on the hub max_tokens says how much is read")
+        raise KronyError(f"{data} is no file, and a data set on the hub is streamed: max_tokens says how much is read")
     pieces: list[Tensor] = []
     have = 0
     for text in stream_texts(data):
