@@ -7,9 +7,10 @@ YAML's own types play no part, so ``5%``, ``1e-4`` and ``no`` mean what they mea
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import yaml
@@ -21,12 +22,8 @@ from krony.data.text_files import read_text
 from krony.errors import KronyError
 from krony.storage.paths import check_regular
 
-VERBS: dict[str, Callable[..., Any]] = {
-    "compress": compress.run,
-    "heal": heal.run,
-    "eval": evaluate.run,
-    "export": export.run,
-}
+# the modules of the verbs that can be sections: ``run`` is the verb, ``check`` refuses its options before any work
+VERBS: dict[str, ModuleType] = {"compress": compress, "heal": heal, "eval": evaluate, "export": export}
 SEVERAL = ("export",)  # sections that may be a list
 OWN = ("json", "dry-run", "resume", "report")  # options that a run sets itself, or that make no sense in it
 LARGEST = 1 << 20  # bytes
@@ -155,8 +152,8 @@ def _schema_keys(verb: str) -> list[str]:
 
 def _parameters(verb: str) -> Iterator[tuple[str, tuple[str, Any, Any]]]:
     """Every parameter that can be a key: its name; and its key, its type and pydantic's field."""
-    hints = get_type_hints(VERBS[verb], include_extras=True)
-    for name, parameter in inspect.signature(VERBS[verb]).parameters.items():
+    hints = get_type_hints(VERBS[verb].run, include_extras=True)
+    for name, parameter in inspect.signature(VERBS[verb].run).parameters.items():
         kind, info = _split(hints[name])
         if not isinstance(info, OptionInfo):
             continue

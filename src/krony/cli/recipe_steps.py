@@ -7,13 +7,12 @@ import inspect
 import json
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from krony.cli import compress, evaluate, export, heal
 from krony.cli.output import Output
 from krony.cli.recipe_file import VERBS, Recipe, Section
 from krony.errors import KronyError
@@ -23,12 +22,6 @@ from krony.runtime.signals import Stopped
 from krony.storage.files import write_json, write_text
 from krony.storage.locks import WORK
 
-CHECKS: dict[str, Callable[..., Any]] = {
-    "compress": compress.check,
-    "heal": heal.check,
-    "eval": evaluate.check,
-    "export": export.check,
-}
 RECIPE, FIGURES, VERSIONS = "recipe.yaml", "figures.json", "requirements.txt"
 
 
@@ -107,10 +100,10 @@ class Run:
     def check(self) -> None:
         """Raises KronyError for options that their verb refuses, before any work."""
         for step in self.steps:
-            command, wanted = self.commands[step.section.verb], CHECKS[step.section.verb]
+            command, verb = self.commands[step.section.verb], VERBS[step.section.verb]
             with self._blamed(step), command.make_context(f"krony {step.section.verb}", step.words[1:]) as context:
-                made = getattr(VERBS[step.section.verb], "made", lambda _, values: values)(context, context.params)
-                wanted(**{name: made[name] for name in inspect.signature(wanted).parameters})
+                made = verb.run.made(context, context.params) if hasattr(verb.run, "made") else context.params
+                verb.check(**{name: made[name] for name in inspect.signature(verb.check).parameters})
 
     def done(self) -> dict[str, Any]:
         """What earlier runs finished: step -> its record and figures. Raises KronyError if OUT is another recipe's."""
@@ -198,8 +191,8 @@ class _Blamed:
             sentence = f"{self.where} is not finished: krony run {self.file} continues there"
             raise Stopped(int(str(error.code)) - 128, sentence) from None
         if isinstance(error, KronyError):
-            key = ". In a recipe that is keep-anyway: true" if "--keep-anyway" in str(error) else ""
-            raise type(error)(f"{self.where}: {error}{key}") from None
+            as_keys = " (in a recipe an option is a key, without the dashes)" if " --" in str(error) else ""
+            raise type(error)(f"{self.where}: {error}{as_keys}") from None
 
 
 def comparison(done: Mapping[str, Any]) -> Table | None:
