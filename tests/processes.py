@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+LIMIT = 120  # seconds after which a process that waits for another is taken for hanging
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -63,15 +64,18 @@ class Process(CONTEXT.Process):
 
     def ended(self) -> tuple[int, str]:
         """Waits, and returns the exit code, as ``subprocess`` has it, and what it printed on stderr."""
-        self.join()
+        self.join(LIMIT)
+        if self.is_alive():
+            self.kill()
+            raise AssertionError(f"still running after {LIMIT} s:\n{self.printed('err')[-2000:]}")
         return self.exitcode, self.printed("err")
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
 
-def together(count: int, folder: Path, work: Callable[..., object], *arguments: Any, **options: Any) -> list[str]:
-    """Runs ``work`` in ``count`` processes that know of each other, as torchrun starts them; what each printed."""
+def started(count: int, folder: Path, work: Callable[..., object], *arguments: Any, **options: Any) -> list[Process]:
+    """``count`` processes that run ``work`` and know of each other, as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -82,6 +86,12 @@ def together(count: int, folder: Path, work: Callable[..., object], *arguments: 
         environment = known | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         one = Process(folder / str(rank), work, *arguments, environment=environment if count > 1 else {}, **options)
         processes.append(one)
+    return processes
+
+
+def together(count: int, folder: Path, work: Callable[..., object], *arguments: Any, **options: Any) -> list[str]:
+    """As ``started``, until all have ended well; what each printed."""
+    processes = started(count, folder, work, *arguments, **options)
     ends = [process.ended() for process in processes]
     assert [code for code, _ in ends] == [0] * count, "\n".join(said[-2000:] for _, said in ends)
     return [process.printed() for process in processes]

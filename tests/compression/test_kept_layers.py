@@ -6,11 +6,11 @@ import signal
 import pytest
 import torch
 
-from forked_runs import Run
 from krony import KronyConfig, KronyError, compress
 from krony.compression import compress as compression
 from krony.compression.reconstruction import reconstruct
 from krony.runtime.signals import Interrupt, interruptible
+from processes import Process
 from small_models import BUILDERS, gpt2
 
 CONFIG = KronyConfig("keep=0.5", reconstruct=5)
@@ -73,7 +73,7 @@ def stop(ids, cache) -> None:
 
 
 def test_after_sigkill_too(ids, tmp_path, trained):
-    assert Run(tmp_path, 1, stop, ids, tmp_path / "cache").ended() == [-9]
+    assert Process(tmp_path / "process", stop, ids, tmp_path / "cache").ended()[0] == -signal.SIGKILL
     done = compressed(ids, tmp_path / "cache")
     assert trained["count"] == 1
     check_same(done, compressed(ids, None))

@@ -3,21 +3,19 @@
 import os
 import random
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from forked_runs import Run
 from healing_runs import TINY, heal, text
 from krony import KronyConfig, compress
-from krony.cli import app
 from krony.healing import trainer
 from krony.healing.checkpoints import find_last
 from krony.models import precision
 from krony.runtime.signals import Interrupt
+from processes import krony, started, together
 from small_models import gpt2
 
 ROWS = 121  # 29 steps of 4 rows; validated, and saved, at every second
@@ -133,12 +131,12 @@ def shared(work: Path, stops: dict[int, tuple[int, signal.Signals]], resume: boo
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     """At a step where a validation is due; resumed, two processes end as two that nothing stopped."""
     (tmp_path / "whole").mkdir()
-    Run(tmp_path, 2, shared, tmp_path / "whole", {}).check()
+    together(2, tmp_path / "first", shared, tmp_path / "whole", {})
     work = tmp_path / "stopped"
-    stopped = Run(tmp_path, 2, shared, work, {1: (16, signal.SIGTERM)})
-    assert stopped.ended() == [143, 143], stopped.printed()
+    ends = [process.ended() for process in started(2, tmp_path / "second", shared, work, {1: (16, signal.SIGTERM)})]
+    assert [code for code, _ in ends] == [143, 143], ends
     assert find_last(work).name == "checkpoint-16"
-    Run(tmp_path, 2, shared, work, {}, True).check()
+    together(2, tmp_path / "third", shared, work, {}, True)
     check_same(torch.load(work / "out.pt"), torch.load(tmp_path / "whole/out.pt"))
 
 
@@ -147,12 +145,11 @@ def command(gpt2_folder, tmp_path):
     """The arguments of ``krony heal``."""
     (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{"one two three four " * 8} {i}"}}\n' for i in range(40)))
     options = ["--data", tmp_path / "text.jsonl", "--length", 32, "--device", "cpu", "--epochs", 2]
-    return ["krony", "heal", *map(str, [gpt2_folder, tmp_path / "out", *options])]
+    return ["heal", *map(str, [gpt2_folder, tmp_path / "out", *options])]
 
 
-def verb(command: list[str], work: Path) -> None:
+def dying(command: list[str], work: Path) -> None:
     """``krony heal``; the second process is killed as soon as there is a checkpoint."""
-    sys.argv = command
     if os.environ["RANK"] == "1":
         inner = trainer.ShowProgress.on_step_end
 
@@ -162,39 +159,32 @@ def verb(command: list[str], work: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         trainer.ShowProgress.on_step_end = on_step_end
-    app.main()
+    krony(*command)
 
 
 def test_the_death_of_a_process_ends_the_others_with_a_sentence(command, tmp_path):
     """In a run without torchrun, which would end the others itself."""
-    run = Run(tmp_path, 2, verb, command, tmp_path / "out.work")
-    assert run.ended() == [2, -9], run.printed()
-    said = " ".join(run.files[0].read_text().split())
+    (code, said), (killed, _) = (p.ended() for p in started(2, tmp_path / "run", dying, command, tmp_path / "out.work"))
+    assert (code, killed) == (2, -signal.SIGKILL), said
     last = find_last(tmp_path / "out.work")
-    assert (
-        f"process 0 ends because another process of this run has, which may have said why; resume from {last}" in said
-    )
+    words = f"process 0 ends because another process of this run has, which may have said why; resume from {last}"
+    assert words in " ".join(said.split())
     assert "Traceback" not in said and not (tmp_path / "out").exists()
-    again = Run(tmp_path, 2, verb_alone, [*command, "--resume"])
-    again.check()
+    together(2, tmp_path / "again", krony, *command, "--resume")
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-def verb_alone(command: list[str]) -> None:
-    sys.argv = command
-    app.main()
+def without_text(command: list[str]) -> None:
+    """``krony heal``; the text's name is wrong in the second process."""
+    if os.environ["RANK"] == "1":
+        command[command.index("--data") + 1] += "l"
+    krony(*command)
 
 
 def test_what_one_process_alone_finds_wrong_is_what_it_says(command, tmp_path):
     """The text is missing on its machine; the other ends as well, and nothing is left."""
-    run = Run(tmp_path, 2, without_text, command)
-    assert run.ended() == [2, 2], run.printed()
-    said = [" ".join(file.read_text().split()) for file in run.files]
+    ends = [process.ended() for process in started(2, tmp_path / "run", without_text, command)]
+    assert [code for code, _ in ends] == [2, 2], ends
+    said = [" ".join(err.split()) for _, err in ends]
     assert "No such file or directory" in said[1] and "another process of this run has" in said[0], said
     assert not (tmp_path / "out").exists()
-
-
-def without_text(command: list[str]) -> None:
-    if os.environ["RANK"] == "1":
-        command[command.index("--data") + 1] += "l"
-    verb_alone(command)
