@@ -43,16 +43,20 @@ def fenced(name: str, language: str) -> list[str]:
 def workplace(tmp_path, monkeypatch, tokenizer):
     """A folder where ``gpt2`` is a model of GPT-2 124M's MLPs with little else, and the named sets are files."""
     import torch
+    from tokenizers import Tokenizer
     from transformers import GPT2LMHeadModel
 
     from krony.kronecker import schemes
 
     monkeypatch.chdir(tmp_path)
     config = GPT2Config(
-        n_layer=2, n_embd=48, n_head=4, n_positions=512, vocab_size=257, bos_token_id=256, eos_token_id=256
+        n_layer=2, n_embd=48, n_head=4, n_positions=512, vocab_size=258, bos_token_id=256, eos_token_id=256
     )
     torch.manual_seed(0)
+    stored = json.loads(tokenizer.backend_tokenizer.to_str())
+    stored["model"]["vocab"]["th"], stored["model"]["merges"] = 257, [["t", "h"]]  # llama.cpp needs a merge
     own = copy.deepcopy(tokenizer)
+    own._tokenizer = Tokenizer.from_str(json.dumps(stored))
     own.unk_token = own.eos_token  # as GPT-2's
     for name in ("gpt2", "smollm2"):
         GPT2LMHeadModel(config).save_pretrained(name)
@@ -90,7 +94,10 @@ def run(command: str, monkeypatch, capsys) -> None:
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_every_command_runs(name, workplace, monkeypatch, capsys):
+def test_every_command_and_all_python_runs(name, workplace, monkeypatch, capsys):
+    """The commands in their order, then the Python, which uses what they wrote."""
+    from krony.data import sets
+
     commands = COMMAND.findall("\n".join(fenced(name, "")))
     assert commands
     for text in fenced(name, "yaml"):
@@ -98,15 +105,7 @@ def test_every_command_runs(name, workplace, monkeypatch, capsys):
         Path("recipe.yaml").write_text(small)
     for command in [*BEFORE[name], *commands]:
         run(command, monkeypatch, capsys)
-
-
-@pytest.mark.parametrize("name", GUIDES)
-def test_the_python_runs(name, workplace, monkeypatch, capsys):
-    from krony.data import sets
-
     monkeypatch.setattr(sets, "_from_hub", lambda name, *_: ["some words"] * 9)
-    for command in BEFORE[name]:
-        run(command, monkeypatch, capsys)
     for code in fenced(name, "python"):
         if "torchao" in code and find_spec("torchao") is None:
             continue  # which only benchmarks install

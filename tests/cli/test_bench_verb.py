@@ -91,6 +91,7 @@ def test_a_draft(krony, refused, gpt2_folder, compressed, tmp_path):
     assert "drafted at a time" in done.err and done.json["verdicts"][-1].startswith("drafts: no verdict")
     for words in ("0", "two", "1,-4", ""):
         assert "--draft-tokens" in refused("bench", gpt2_folder, "--draft", compressed, "--draft-tokens", words)
+    assert "--draft-tokens works with --draft" in refused("bench", gpt2_folder, "--draft-tokens", "3")
     assert "leave out --random or --draft" in refused("bench", gpt2_folder, "--random", "--draft", compressed)
     assert "has another tokenizer" in refused("bench", gpt2_folder, "--draft", "demo", *options)
     assert "no such folder" in refused("bench", gpt2_folder, "--draft", tmp_path / "none", *options)

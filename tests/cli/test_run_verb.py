@@ -162,6 +162,21 @@ def test_a_folder_of_others_is_left_alone(refused, recipe, tmp_path):
         ({"eval": {"count": "twice"}}, "line 10: eval: --count twice"),
         ({"export": {"to": "paper"}}, "line 13: export: export to 'paper' is unknown"),
         ({"export": [{"to": "dense"}, {"to": "dense"}]}, "line 14: two exports to dense"),
+        ({"compress": {"scheme": "keep=0.5", "calibration": "none.txt"}}, "line 3: compress: none.txt can't be read"),
+        ({"heal": {"data": "a:b:c"}}, "line 6: heal: 'a:b:c' names no data set"),
+        ({"heal": {"data": "text.jsonl", "teacher": "nobody"}}, "nobody: there is no such folder"),
+        (
+            {"compress": {"scheme": "keep=0.5", "init": "svd", "calibration": "text.jsonl"}, "export": {"to": "slim"}},
+            "export: slim leaves out neurons that init neurons with epsilon 0 drops, and here compress has init svd",
+        ),
+        (
+            {
+                "compress": {"scheme": "keep=0.5", "calibration": "text.jsonl"},
+                "heal": {"data": "text.jsonl", "recipe": "paper"},
+                "export": {"to": "slim"},
+            },
+            "export: slim leaves out neurons that healing brings back if it trains the right factors: freeze: right",
+        ),
     ],
 )
 def test_mistakes_are_found_before_any_work(refused, recipe, tmp_path, changes, sentence):
@@ -184,7 +199,10 @@ def test_mistakes_are_found_before_any_work(refused, recipe, tmp_path, changes, 
         ("model: demo\nout: x\nbench:\n  rounds: 1\n", "line 4: bench: it is one of model, out, compress"),
         ("model: demo\nout: x\nmodel: y\n", "line 3: model is there twice"),
         ("model: demo\nout: x\ncompress: keep=0.5\n", "line 3: compress needs options"),
-        ("model: demo\nout: x\ncompress:\n  scheme: a\n  seeds: 1\n", "line 5: seeds: krony compress has no such"),
+        (
+            "model: demo\nout: x\ncompress:\n  scheme: a\n  seeds: 1\n",
+            "line 5: seeds: krony compress has no such option: did you mean seed?",
+        ),
         ("model: demo\nout: x\ncompress:\n  seed: one\n", "line 4: seed: one: input should be a valid integer"),
         ("model: demo\nout: x\ncompress:\n  seed: 1.5\n", "line 4: seed: 1.5: input should be a valid integer"),
         ("model: demo\nout: x\ncompress:\n  cache: 7\n", "line 4: cache: 7: input should be a valid boolean"),

@@ -65,6 +65,12 @@ def test_a_name_of_another_form(data, tokenizer):
         krony.calibration_set(data, tokenizer)
 
 
+def test_python_docs_has_no_splits(tokenizer):
+    for data in ("python-docs:x", "python-docs@train"):
+        with pytest.raises(KronyError, match="python-docs has no configurations and no splits"):
+            krony.calibration_set(data, tokenizer)
+
+
 def test_the_test_split_is_for_eval_alone(known, tokenizer):
     for read in (
         lambda: krony.calibration_set("some/set@test", tokenizer),

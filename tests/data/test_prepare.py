@@ -172,7 +172,7 @@ def test_mistakes(file, tokenizer, tmp_path):
         ((str(file), tokenizer, out), {"val_share": 1.0}, "the val share is 1.0: it is a share"),
         (("wikitext-2", tokenizer, out), {}, "wikitext-2 is a test set"),
         ((str(tmp_path / "a.bin"), tokenizer, out), {}, "is prepared already: prepare takes text"),
-        ((str(tmp_path / "none.jsonl"), tokenizer, out), {}, "there is no such file"),
+        ((str(tmp_path / "none.jsonl"), tokenizer, out), {}, "No such file"),
         ((str(file), tokenizer, file), {}, "is a file: name a folder"),
         (("some/set", tokenizer, out), {}, "no data set of that name can be read from the hub"),
     ]:

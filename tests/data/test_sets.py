@@ -78,6 +78,8 @@ def test_a_missing_file_a_folder_and_an_unknown_name(tmp_path):
         load_texts("wikitext-4")
     with pytest.raises(KronyError, match=r"wiki.test.tokens can't be read"):
         load_texts("wikitext-2", tmp_path)
+    with pytest.raises(KronyError, match="the name of a text is empty"):
+        load_texts("")
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may read everything")

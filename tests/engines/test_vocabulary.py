@@ -71,11 +71,13 @@ def test_llama_cpp_makes_the_same_tokens(byte_level, of_type, llama_cpp, tmp_pat
         assert engine.tokens(text) == tokenizer(text)["input_ids"], text
 
 
-def test_tokenizers_of_another_kind(of_type, words, tmp_path):
+def test_tokenizers_of_another_kind(of_type, words, tokenizer, tmp_path):
     model = of_type("gpt2")
     word = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), eos_token="a")
     with pytest.raises(KronyError, match="writes byte-pair encoding, and this tokenizer is of another kind"):
         write_gguf(model, word, tmp_path / "m.gguf")
+    with pytest.raises(KronyError, match="doesn't load a tokenizer without merges"):
+        write_gguf(model, tokenizer, tmp_path / "m.gguf")
     large = copy.deepcopy(words)
     large.add_tokens(["one more"])
     with pytest.raises(KronyError, match="the tokenizer has ids up to 4096, and the model 4096 tokens"):

@@ -34,7 +34,7 @@ Validation = Annotated[
     typer.Option(
         metavar="TEXT",
         help="Text that chooses the best state; python-docs is its held-out part.",
-        show_default="documents held out of --data",
+        show_default="documents held out of --data; the held-out part of python-docs",
     ),
 ]
 RecipeName = Annotated[str, typer.Option(help="quick, or the paper's: paper, paper-small (4 epochs), paper-final.")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -132,11 +133,20 @@ def _sentence(file: Path, verb: str, error: ValidationError, lines: dict[str, in
     first = error.errors(include_url=False)[0]
     key = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
-        what = "a run sets this itself" if key in OWN else f"krony {verb} has no such option"
-        return KronyError(f"{file}, line {lines[key]}: {key}: {what}: it is one of {', '.join(_schema_keys(verb))}")
+        return KronyError(f"{file}, line {lines[key]}: {key}: {_unknown(verb, key)}")
     if first["type"] == "missing":
         return KronyError(f"{file}, line {line}: {verb} needs {key}")
     return KronyError(f"{file}, line {lines[key]}: {key}: {first['input']}: {first['msg'].lower()}")
+
+
+def _unknown(verb: str, key: str) -> str:
+    """Why a verb has no such key, and which may be meant."""
+    if key in OWN:
+        return "a run sets this itself: leave it out"
+    keys = _schema_keys(verb)
+    near = get_close_matches(key, keys, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(keys)}"
+    return f"krony {verb} has no such option: {hint}"
 
 
 def _schema(verb: str) -> type[BaseModel]:

@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from krony.cli.output import Output
+from krony.cli.recipe_checks import MODELS, check_slim, check_texts, values
 from krony.cli.recipe_file import VERBS, Recipe, Section
+from krony.config import KronyConfig
 from krony.errors import KronyError
+from krony.models.source import ModelSource
 from krony.pages import Table
 from krony.runtime.hardware import machine
 from krony.runtime.signals import Stopped
 from krony.storage.files import write_json, write_text
 from krony.storage.locks import WORK
 
+NAMED_BY = ("to", "type", "multiple-of")  # options of an export, from which its folder is named
 RECIPE, FIGURES, VERSIONS = "recipe.yaml", "figures.json", "requirements.txt"
 
 
@@ -59,8 +63,7 @@ class Step:
     @property
     def reads(self) -> list[str]:
         """The files and folders that the options name."""
-        values = [value if isinstance(value, list) else [value] for value in self.section.options.values()]
-        names = sorted({name for value in values for name in value if isinstance(name, str)})
+        names = sorted({name for name in values(self.section, tuple(self.section.options)) if isinstance(name, str)})
         return [name for name in names if Path(name).exists()]
 
 
@@ -76,7 +79,7 @@ def steps_of(recipe: Recipe) -> list[Step]:
             models = {"eval": model} if model == recipe.model else {"eval-original": recipe.model, "eval": model}
             made += [Step(name=name, section=section, model=each, out=None) for name, each in models.items()]
         else:
-            name = "-".join(str(section.options[key]) for key in ("to", "type") if key in section.options) or "dense"
+            name = "-".join(str(section.options[key]) for key in NAMED_BY if key in section.options) or "dense"
             file = f"{name}.pt" if name == "reference" else name
             made.append(Step(name=name, section=section, model=model, out=recipe.out / file))
     names = [step.name for step in made]
@@ -98,12 +101,25 @@ class Run:
         self._digests: dict[str, str] = {}  # of what was read once: a model can be large
 
     def check(self) -> None:
-        """Raises KronyError for options that their verb refuses, before any work."""
+        """Raises KronyError for what can be known to fail before any work, options that their verb refuses included."""
+        config: KronyConfig | None = None
+        heals: list[Section] = []
         for step in self.steps:
             command, verb = self.commands[step.section.verb], VERBS[step.section.verb]
             with self._blamed(step), command.make_context(f"krony {step.section.verb}", step.words[1:]) as context:
                 made = verb.run.made(context, context.params) if hasattr(verb.run, "made") else context.params
-                verb.check(**{name: made[name] for name in inspect.signature(verb.check).parameters})
+                checked = verb.check(**{name: made[name] for name in inspect.signature(verb.check).parameters})
+                check_texts(step.section)
+                if step.section.verb == "compress":
+                    config = checked
+                elif step.section.verb == "heal":
+                    heals.append(step.section)
+                elif config is not None and step.section.options.get("to") == "slim":
+                    check_slim(config, heals)
+        for name in dict.fromkeys(
+            [self.recipe.model, *(n for step in self.steps for n in values(step.section, MODELS))]
+        ):
+            ModelSource.find(name)
 
     def done(self) -> dict[str, Any]:
         """What earlier runs finished: step -> its record and figures. Raises KronyError if OUT is another recipe's."""

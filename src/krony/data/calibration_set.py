@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
 from krony.data.hub import first_texts, refuse_test_split
-from krony.data.sets import LONGEST_TOKEN, PYTHON_DOCS, TEST_SETS, join_documents, read_file
+from krony.data.python_docs import PYTHON_DOCS
+from krony.data.sets import LONGEST_TOKEN, TEST_SETS, join_documents, read_file
 from krony.data.text_files import names_file
 from krony.errors import KronyError
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from krony.data.python_docs import PYTHON_DOCS
 from krony.data.text_files import names_file
 from krony.errors import KronyError
 from krony.storage.hub import ask, revision
@@ -38,6 +39,8 @@ class HubSet:
         if found is None:
             raise KronyError(f"{data!r} names no data set: on the hub it is name[:configuration][@split]")
         name, configuration, own = found.groups()
+        if name == PYTHON_DOCS:
+            raise KronyError(f"{data!r}: {PYTHON_DOCS} has no configurations and no splits: leave out what follows it")
         return cls(HUB_NAMES.get(name, name), (configuration,) if configuration else (), own or split)
 
 
@@ -73,7 +76,7 @@ def hub_set(data: str, *, split: str = "train", streaming: bool = False) -> Any:
 
 def read_as(data: str) -> str:
     """What is read under this name, in words: of a set on the hub the repository, the split and the revision."""
-    if data == "python-docs" or names_file(data):
+    if data == PYTHON_DOCS or names_file(data):
         return data
     named = HubSet.parse(data)
     name, commit = ":".join((named.repository, *named.configuration)), revision(named.repository)

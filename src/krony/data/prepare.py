@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
 from krony.data.hub import hub_set
+from krony.data.python_docs import PYTHON_DOCS
 from krony.data.rows import BIN, refuse_test_set
-from krony.data.sets import PYTHON_DOCS, read_file
+from krony.data.sets import check_named, read_file
 from krony.errors import KronyError
 from krony.runtime.progress import Progress, silent
 from krony.runtime.signals import Pending, deferred
@@ -185,13 +186,9 @@ def how_to_resume(out: Path) -> str:
 def check_data(data: str) -> None:
     """Raises KronyError where ``data`` can't be what ``prepare`` takes, without reading it."""
     refuse_test_set(data)
-    path = Path(data)
-    if path.suffix.lower() == ".bin":
+    if Path(data).suffix.lower() == ".bin":
         raise KronyError(f"{data} is prepared already: prepare takes text")
-    if path.suffix and not path.exists():
-        raise KronyError(f"{data}: there is no such file")
-    if path.exists() and not path.is_dir():
-        check_regular(path)
+    check_named(data)
 
 
 def _documents(data: str) -> Dataset:

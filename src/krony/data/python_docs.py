@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from pydoc_data.topics import topics as _topics
 
+PYTHON_DOCS = "python-docs"  # what this text is called
 PARTS = ("calibration", "held-out")
 
 

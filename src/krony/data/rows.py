@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
 from krony.data.hub import HubSet, refuse_test_split, stream_texts
-from krony.data.sets import PYTHON_DOCS, TEST_SETS, join_documents, read_file
+from krony.data.python_docs import PYTHON_DOCS
+from krony.data.sets import TEST_SETS, join_documents, read_file
 from krony.data.text_files import names_file
 from krony.errors import KronyError
 from krony.storage.paths import check_regular

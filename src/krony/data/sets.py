@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
-from krony.data.hub import first_texts, load_split
+from krony.data.hub import HubSet, first_texts, load_split
+from krony.data.python_docs import PYTHON_DOCS
 from krony.data.text_files import names_file, read_documents, read_text
 from krony.errors import KronyError
+from krony.storage.paths import check_regular
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,6 @@ TEST_SETS = {
     "wikitext-103": TestSet("wikitext-103/wiki.test.tokens", ("Salesforce/wikitext", "wikitext-103-v1")),
     "lambada": TestSet("lambada/lambada_test_plain_text.txt", ("cimec/lambada", None), last_word=True),
 }
-PYTHON_DOCS = "python-docs"
 ON_HUB = frozenset("/:@")  # one of them is in every name on the hub, so that "wikitext-3" is a misspelt name
 LONGEST_TOKEN = 64  # characters; an average token of text has four
 PIECE = 8_000_000  # characters tokenised at once, because a tokenizer needs some hundred bytes for each
@@ -44,6 +45,22 @@ def names() -> list[str]:
         ['wikitext-2', 'wikitext-103', 'lambada', 'python-docs']
     """
     return [*TEST_SETS, PYTHON_DOCS]
+
+
+def check_named(data: str) -> None:
+    """Raises KronyError for a name that no text can have: a file that isn't there, or a wrong form of a hub name.
+
+    Examples:
+        >>> check_named("missing.txt")
+        Traceback (most recent call last):
+        krony.errors.KronyError: missing.txt can't be read: No such file or directory
+    """
+    if data in names():
+        return
+    if names_file(data):
+        check_regular(Path(data))
+    else:
+        HubSet.parse(data)
 
 
 def load_texts(data: str, data_dir: Path | None = None, *, tokens: int | None = None) -> list[str]:

@@ -66,12 +66,14 @@ def read_documents(path: Path) -> list[str]:
 
 
 def names_file(data: str) -> bool:
-    """Whether ``data`` is a file's name, and not that of a data set on the hub.
+    """Whether ``data`` is a file's name, and not that of a data set on the hub. Raises KronyError for an empty name.
 
     Examples:
         >>> [names_file(data) for data in ("train.txt", "openwebtext", "some/set.v2@train")]
         [True, False, False]
     """
+    if not data.strip():
+        raise KronyError("the name of a text is empty: name a text or jsonl file, python-docs, or a set on the hub")
     path = Path(data)
     return path.exists() or (bool(path.suffix) and not {"@", ":"} & set(data))
 

@@ -45,7 +45,9 @@ def write_vocabulary(writer: GGUFWriter, model: PreTrainedModel, tokenizer: PreT
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(split_name(stored))
-        writer.add_token_merges([" ".join(pair) for pair in _merges(stored)])
+        if not (merges := _merges(stored)):
+            raise KronyError("llama.cpp doesn't load a tokenizer without merges, whose tokens are single bytes")
+        writer.add_token_merges([" ".join(pair) for pair in merges])
     tokens, kinds = _tokens(stored, size)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)

@@ -118,7 +118,7 @@ class DraftOptions:
         draft_text: text whose beginnings are continued; of ``python-docs`` the held-out part.
 
     Raises:
-        KronyError: ``draft_tokens`` are no numbers from 1.
+        KronyError: ``draft_tokens`` are no numbers from 1, or there is no draft to which an option belongs.
     """
 
     draft: str | None = option(
@@ -129,6 +129,12 @@ class DraftOptions:
 
     def __post_init__(self) -> None:
         numbers("--draft-tokens", self.draft_tokens)
+        if self.draft is None:
+            for name in ("draft_tokens", "draft_text"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise KronyError(
+                        f"--{name.replace('_', '-')} works with --draft, which names the model that drafts"
+                    )
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.data import python_docs
 from krony.data.calibration_set import digest
+from krony.data.python_docs import PYTHON_DOCS
 from krony.data.rows import BIN, Rows, load_rows, refuse_test_set, rows_of
-from krony.data.sets import PYTHON_DOCS, join_documents, read_file
+from krony.data.sets import join_documents, read_file
 from krony.data.text_files import names_file
 from krony.errors import KronyError, KronyWarning
 from krony.runtime import distributed
@@ -102,7 +103,8 @@ def load_text(
 
     Args:
         data: a text or jsonl file, ``python-docs`` (its calibration part), a ``.bin``, a set on the hub, or rows.
-        val: the same kinds; ``python-docs`` is its held-out part. None holds documents out of ``data``.
+        val: the same kinds; ``python-docs`` is its held-out part. None holds documents out of ``data``, and takes
+            this part for ``python-docs``.
         reader: how the model reads text.
         max_tokens: take the first so many tokens of ``data``. Validation takes at most a tenth as many, or 16 rows if
             they are more.
@@ -112,6 +114,8 @@ def load_text(
     """
     if max_tokens is not None and max_tokens < 1:
         raise KronyError(f"max_tokens is {max_tokens}: it takes a number from 1")
+    if val is None and str(data) == PYTHON_DOCS:
+        val = PYTHON_DOCS  # its topics quote each other, so that only its held-out part is new text
     if val is None:
         train, validation = _hold_out(data, reader, max_tokens)
     else:

@@ -55,7 +55,9 @@ def export_model(model: PreTrainedModel, to: str = "dense") -> PreTrainedModel:
         'Conv1D'
     """
     if to not in FORMS:
-        raise KronyError(f"export to {to!r} is unknown: it is one of {', '.join(FORMS)}")
+        raise KronyError(
+            f"export to {to!r} is unknown: it is one of {', '.join(FORMS)}, and krony export writes others"
+        )
     if to == "slim":
         return slim(model).model
     _check_compressed(model)
@@ -87,12 +89,7 @@ def slim(model: PreTrainedModel, multiple_of: int = 1, *, padded: bool = True) -
     width = -(-len(alive[widest]) // multiple_of) * multiple_of
     full = min(group.sites[-1].in_features for group in downs.values())
     if (width if padded else min(map(len, alive.values()))) >= full:
-        why = "is not compressed" if widest not in compressed else f"uses {len(alive[widest])} of its {full} neurons"
-        rounded = "" if width == len(alive[widest]) else f", {width} when rounded up"
-        raise KronyError(
-            f"export to slim can't remove neurons exactly: {widest} {why}{rounded}. It needs init neurons with epsilon "
-            "0 in every layer; --to dense always works"
-        )
+        raise _nothing_to_remove(widest, len(alive[widest]), full, compressed=widest in compressed)
     attribute = _width_attribute(model)
     model = model.dequantize()
     padding = 0
@@ -104,6 +101,20 @@ def slim(model: PreTrainedModel, multiple_of: int = 1, *, padded: bool = True) -
         padding += (own - len(alive[name])) * (sum(up.in_features for up in ups) + down.out_features)
     setattr(model.config, attribute, width)
     return Slim(model=model, width=width, padding=padding, kept=tuple(map(len, alive.values())))
+
+
+def _nothing_to_remove(layer: str, used: int, full: int, *, compressed: bool) -> KronyError:
+    """The sentence for a model whose widest layer stays as wide as it is."""
+    if used < full:
+        return KronyError(
+            f"export to slim keeps the {used} neurons that are used in {layer}, and rounded up they are all {full}: "
+            "choose a smaller multiple"
+        )
+    why = "all of them are used" if compressed else "nothing is compressed"
+    return KronyError(
+        f"export to slim removes neurons, and {why} in {layer}: it needs init neurons with epsilon 0 in every layer; "
+        "--to dense always works"
+    )
 
 
 def padding_sentence(kept: Sequence[int], width: int, padding: int) -> str:
@@ -119,7 +130,10 @@ def _check_compressed(model: PreTrainedModel) -> None:
     if any(name.endswith("base_layer") for name, _ in model.named_modules()):
         raise KronyError("this model has adapters of PEFT on its layers: take them off first, by peft's unload()")
     if not kronecker_layers(model):
-        raise KronyError("this model has no Kronecker layers: there is nothing to export")
+        raise KronyError(
+            "this model is plain already: it has no Kronecker layers that could be made dense or slim (krony compress "
+            "makes them)"
+        )
 
 
 def _alive(model: PreTrainedModel, down: str) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from krony.data.calibration_set import LENGTH, TOKENS, digest, documents_in, pack
-from krony.data.sets import PYTHON_DOCS, TEST_SETS
+from krony.data.python_docs import PYTHON_DOCS
+from krony.data.sets import TEST_SETS
 from krony.errors import KronyError
 
 SHARE = 10  # a tenth of the text is held back
