@@ -58,6 +58,25 @@ def test_what_is_measured_is_the_compressed_models_loss(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_costs_are_computed_once_for_all_sizes(tmp_path, monkeypatch):
+    from krony.compression import allocation
+    from krony.sizing import sizes as module
+
+    asked = []
+
+    def counted(*arguments, **options):
+        asked.append(options)
+        return allocation.cost_curves(*arguments, **options)
+
+    monkeypatch.setattr(module, "cost_curves", counted)
+    sizes = Sizes(gpt2(), CONFIG, rows(1), rows(2, count=6), cache=tmp_path)
+    for keep in (0.25, 0.5, 0.75):
+        sizes.measure(sizes.size(keep))
+    monkeypatch.setattr(allocation, "cost_curves", None)  # not computed anywhere else
+    sizes.measure(sizes.size(0.375))
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("init", ["van-loan", "flap"])  # the costs of flap order neurons, and are no loss
 def test_an_initialisation_without_costs_is_refused(init):
     with pytest.raises(KronyError, match=rf"sizes are compared with init neurons, and the init is {init}"):

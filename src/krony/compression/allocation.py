@@ -23,19 +23,25 @@ from krony.runtime.progress import Progress
 
 
 def allocate(
-    model: nn.Module, settled: CompressionPlan, moments: Iterable[Moments | None], progress: Progress
+    model: nn.Module,
+    settled: CompressionPlan,
+    moments: Iterable[Moments | None],
+    progress: Progress,
+    curves: Sequence[Tensor] | None = None,
 ) -> dict[str, KronShape]:
     """The split of every matrix, by name; layers that stay dense are left out.
 
     With ``allocation="uniform"`` these are ``settled.shapes``. With ``"global"``, ``moments`` holds one record per
-    group. Raises KronyError if the budget has less than one portion per layer.
+    group; ``curves`` are the cost curves where they are known. Raises KronyError if the budget has less than one
+    portion per layer.
     """
     groups, config, shapes = settled.groups, settled.config, settled.shapes
     if config.allocation == "uniform":
         return shapes
     first = shapes[groups[0].sites[0].name]  # (groups, width) ⊗ (r, 1), k factors
     width, unit = first.rows, portion(first.rows, config.multiple_of)
-    curves = cost_curves(model, settled, moments, progress, least=unit)
+    if curves is None:
+        curves = cost_curves(model, settled, moments, progress, least=unit)
     kept = allocate_widths(curves, unit, first.m1 * first.factors * len(groups), config.max_width)
     allocated = {}
     for group, count in zip(groups, kept, strict=True):

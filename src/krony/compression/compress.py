@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -78,13 +78,30 @@ def compress(
         >>> [layer.name for layer in report.layers]
         ['transformer.h.0.mlp.c_fc', 'transformer.h.0.mlp.c_proj']
     """
-    start = time.perf_counter()
     _check_arguments(model, config)
-    settled = plan(model, config)
     ids = _token_ids(calibration, tokenizer, config)
+    return compress_on(model, config, ids, cache=cache, progress=progress)
+
+
+def compress_on(
+    model: PreTrainedModel,
+    config: KronyConfig,
+    ids: Tensor | None,
+    *,
+    curves: Sequence[Tensor] | None = None,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> CompressionReport:
+    """``compress`` on token ids ``(sequences, length)``, or without text.
+
+    ``curves``: what ``cost_curves`` gave for this model, text and configuration but for the scheme; the allocation of
+    several sizes then computes them once. Raises KronyError.
+    """
+    start = time.perf_counter()
+    settled = plan(model, config)
     original = copy.deepcopy(model).eval() if config.tune else model  # the teacher, and the reference for all errors
     moments = _moments(original, settled, ids, cache, progress)
-    shapes = allocate(model, settled, moments, progress)
+    shapes = allocate(model, settled, moments, progress, curves)
     kept = KeptLayers(getattr(moments, "folder", None), config, shapes)
     tuned = None
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from krony.compression.allocation import allocate_widths, cost_curves
-from krony.compression.compress import compress
+from krony.compression.compress import compress_on
 from krony.compression.moments import Calibration
 from krony.compression.plan import CompressionPlan, plan, portion, size_of
 from krony.config import KronyConfig
@@ -113,7 +113,8 @@ class Sizes:
         """The perplexity of this size on the held-back text, relative to the original's."""
         if size.scheme not in self.measured:
             model = copy.deepcopy(self.model)
-            compress(model, self.config_of(size), calibration=self.ids, cache=self.cache, progress=self.progress)
+            curves = self._curves if self.config.allocation == "global" else None
+            compress_on(model, self.config_of(size), self.ids, curves=curves, cache=self.cache, progress=self.progress)
             self.measured[size.scheme] = self.compare(model)
         return self.measured[size.scheme]
 
