@@ -1,5 +1,6 @@
 """Export to plain models: the same logits, and no krony needed."""
 
+import itertools
 import subprocess
 import sys
 
@@ -58,19 +59,29 @@ def test_widths_are_rounded_up(ids):
     torch.testing.assert_close(exported.model(ids).logits, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["slim", "dense"])
-def test_it_loads_where_krony_is_not(model, ids, tmp_path, form):
-    compress(model, KronyConfig("keep=0.5"), calibration=ids)
-    expected = model(ids).logits
-    export_model(model, form).save_pretrained(tmp_path)
+LOGITS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+ids, *folders = sys.argv[1:]
+for folder in folders:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.save(model(torch.load(ids)).logits, folder + "/logits.pt")
+assert "krony" not in sys.modules
+"""
+
+
+def test_what_is_exported_loads_where_krony_is_not(ids, tmp_path):
+    """One process for all, because it takes seconds until it has imported transformers."""
     torch.save(ids, tmp_path / "ids.pt")
-    code = (
-        "import sys, torch; from transformers import AutoModelForCausalLM as M\n"
-        f"model = M.from_pretrained({str(tmp_path)!r}); ids = torch.load({str(tmp_path / 'ids.pt')!r})\n"
-        f"torch.save(model(ids).logits, {str(tmp_path / 'logits.pt')!r}); assert 'krony' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-6)
+    expected = {}
+    for (family, build), form in itertools.product(BUILDERS.items(), ("slim", "dense")):
+        compress(model := build(), KronyConfig("keep=0.5"), calibration=ids)
+        folder = tmp_path / f"{family}-{form}"
+        expected[folder] = model(ids).logits
+        export_model(model, form).save_pretrained(folder)
+    subprocess.run([sys.executable, "-c", LOGITS, tmp_path / "ids.pt", *expected], check=True, capture_output=True)
+    for folder, logits in expected.items():
+        torch.testing.assert_close(torch.load(folder / "logits.pt"), logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
