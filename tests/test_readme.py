@@ -102,7 +102,8 @@ def test_every_command_and_all_python_runs(name, workplace, monkeypatch, capsys)
     assert commands
     for text in fenced(name, "yaml"):
         small = text.replace("300000", "8192").replace("eval:\n", "eval:\n  data-dir: data\n")
-        Path("recipe.yaml").write_text(small)
+        named = re.match(r"# (\S+\.yaml)\n", small)
+        Path(named[1] if named else "recipe.yaml").write_text(small)
     for command in [*BEFORE[name], *commands]:
         run(command, monkeypatch, capsys)
     monkeypatch.setattr(sets, "_from_hub", lambda name, *_: ["some words"] * 9)

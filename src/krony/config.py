@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from krony.errors import KronyError
+from krony.kronecker.layer_schemes import LayerSchemes
 from krony.options import option
 
 if TYPE_CHECKING:
@@ -28,7 +31,10 @@ class KronyConfig:
     Every attribute is an option of ``krony compress``; ``krony compress --help`` explains each in one sentence.
 
     Attributes:
-        scheme: the size: ``81M``, ``1536x768``, ``1024x256:4``, ``keep=0.5`` (see ``krony.kronecker.schemes``).
+        scheme: the size: ``81M``, ``1536x768``, ``1024x256:4``, ``keep=0.5`` (see ``krony.kronecker.schemes``). Or one
+            per layer: a mapping of patterns of layer names to schemes, such as ``{"transformer.h.*.mlp": "keep=0.5",
+            "transformer.h.0": "dense"}``, or a YAML file that holds one (see ``krony.kronecker.layer_schemes``). It
+            says which layers are replaced, so ``modules`` and ``layers`` keep their defaults.
         init: how the factors get their first values, one of ``krony.init.registry.INITIALISATIONS``.
         allocation: ``uniform`` treats all layers the same (the paper); ``global`` shares one budget among the layers
             by what the loss needs.
@@ -66,10 +72,12 @@ class KronyConfig:
         False
     """
 
-    scheme: str = option(
+    scheme: str | Mapping[str, str] | LayerSchemes = option(
         "",
-        "Size: 81M, 96M (GPT-2 124M only), 1536x768, 1024x256:4 or keep=0.5. krony schemes MODEL lists them.",
+        "Size: 81M, 96M (GPT-2 124M only), 1536x768, 1024x256:4 or keep=0.5. krony schemes MODEL lists them. Or "
+        "FILE.yaml, which says it per layer.",
         show_default=False,
+        type=str,
     )
     init: str = option(
         "neurons",
@@ -114,10 +122,10 @@ class KronyConfig:
             if self.scheme:
                 raise KronyError(f"scheme {self.scheme!r} and keep={keep} both set the size: give one of them")
             object.__setattr__(self, "scheme", f"keep={keep:g}")
-        if not isinstance(self.scheme, str):
-            raise KronyError(f"scheme is {self.scheme!r}, not text: write '81M', '1536x768' or 'keep=0.5'")
+        object.__setattr__(self, "scheme", _parsed(self.scheme))
         _check_choice("allocation", self.allocation, ALLOCATIONS)
         _check_choice("reinit", self.reinit, (None, "all"))
+        self._check_per_layer()
         self._check_scalars()
         self._check_epsilon()
         self._check_widths()
@@ -130,6 +138,20 @@ class KronyConfig:
             raise KronyError("tune_all says what tune trains, and tune is 0 steps: give it a number of steps")
         if self.tune and self.reinit:
             raise KronyError("tune trains towards the original, and reinit draws its weights at random: drop one")
+
+    def _check_per_layer(self) -> None:
+        if not isinstance(self.scheme, LayerSchemes):
+            return
+        if self.allocation == "global":
+            raise KronyError(
+                "allocation global shares one budget among the layers, and a scheme per layer says what each gets: "
+                "use allocation uniform"
+            )
+        for name in ("modules", "layers"):
+            if getattr(self, name) != {"modules": "mlp", "layers": "all"}[name]:
+                raise KronyError(
+                    f"{name} chooses what is replaced, and a scheme per layer does so too: leave {name} out"
+                )
 
     def _check_scalars(self) -> None:
         if self.scalar_init is not None and self.scalars is False:
@@ -175,7 +197,14 @@ class KronyConfig:
         """Scheme, init, seed, and every option that differs from its default: what it takes to repeat the work."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         always = ("scheme", "init", "seed")
+        if isinstance(self.scheme, LayerSchemes):
+            # pairs, because config.json is written with its keys sorted, and the last pattern that matches decides
+            values["scheme"] = [list(pair) for pair in self.scheme.patterns.items()], None
         return {name: value for name, (value, default) in values.items() if name in always or value != default}
+
+    def scheme_for(self, name: str) -> str:
+        """The scheme of the layer of this name; with a scheme per layer ``dense`` for one that stays as it is."""
+        return self.scheme.scheme_for(name) if isinstance(self.scheme, LayerSchemes) else str(self.scheme)
 
     def has_scalars(self, factors: int) -> bool:
         """Whether a sum of ``factors`` products carries scalars (the paper: where there is more than one)."""
@@ -193,6 +222,22 @@ def options_of(effort: str) -> dict[str, Any]:
     """
     _check_choice("effort", effort, tuple(EFFORTS))
     return EFFORTS[effort]
+
+
+def _parsed(scheme: object) -> str | LayerSchemes:
+    """The scheme, or those of all layers. Raises KronyError for what is neither."""
+    if isinstance(scheme, Mapping):
+        return LayerSchemes(dict(scheme))
+    if isinstance(scheme, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in scheme):
+        return LayerSchemes(dict(scheme))  # as config.json records it
+    if isinstance(scheme, (str, Path)) and Path(scheme).suffix:
+        from krony.data.scheme_file import is_scheme_file, read_scheme_file  # torch is heavy
+
+        if is_scheme_file(scheme):
+            return read_scheme_file(Path(scheme))
+    if not isinstance(scheme, (str, LayerSchemes)):
+        raise KronyError(f"scheme is {scheme!r}, not text: write '81M', '1536x768', 'keep=0.5' or a mapping per layer")
+    return scheme
 
 
 def _check_choice(name: str, value: str | None, known: tuple[str | None, ...]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import krony as library
@@ -78,6 +79,54 @@ def test_what_it_was_made_with_is_kept(krony, gpt2_folder, tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     assert "token weighting `False`" in card and "tune `2`" in card and "seed `7`" in card
     assert f"calibrated on 320 tokens of {tmp_path / 't.txt'}" in card
+
+
+@pytest.fixture
+def layers(tmp_path):
+    """A scheme file for the small GPT-2."""
+    (tmp_path / "layers.yaml").write_text('"*.mlp": keep=0.5\ntransformer.h.0: dense\n"*.1.attn.c_attn": 72x24:2\n')
+    return tmp_path / "layers.yaml"
+
+
+def test_a_scheme_file_gives_the_same_model_from_memory_and_from_the_files(krony, gpt2_folder, tmp_path, layers):
+    options = ("--scheme", layers, "--init", "van-loan", "--json", "-")
+    foretold = krony("compress", gpt2_folder, tmp_path / "none", *options, "--dry-run").json
+    made = {
+        way: krony("compress", gpt2_folder, tmp_path / way, *options, f"--{way}") for way in ("stream", "no-stream")
+    }
+    assert {done.code for done in made.values()} == {0} and not (tmp_path / "none").exists()
+    sizes = {(each["name"], *each["left"], each["factors"]) for each in foretold["layers"]}
+    assert sizes == {
+        ("transformer.h.1.attn.c_attn", 72, 24, 2),
+        ("transformer.h.1.mlp.c_fc", 96, 48, 1),
+        ("transformer.h.1.mlp.c_proj", 48, 96, 1),
+        ("transformer.h.2.mlp.c_fc", 96, 48, 1),
+        ("transformer.h.2.mlp.c_proj", 48, 96, 1),
+    }
+    for way, done in made.items():
+        assert {(each["name"], *each["left"], each["factors"]) for each in done.json["layers"]} == sizes
+        assert done.json["params_after"] == foretold["params_after"] and done.json["scheme"] == str(layers)
+        config = json.loads((tmp_path / way / "config.json").read_text())["quantization_config"]
+        assert len(config["modules"]) == len(sizes)
+        assert config["made_with"]["scheme"][1] == ["transformer.h.0", "dense"]
+        assert "schemes `*.mlp: keep=0.5`, `transformer.h.0: dense`" in (tmp_path / way / "README.md").read_text()
+    first, second = (load_file(tmp_path / way / "model.safetensors") for way in made)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_scheme_file_in_a_recipe_and_what_it_refuses(krony, refused, gpt2_folder, tmp_path, layers):
+    recipe = tmp_path / "r.yaml"
+    out = tmp_path / "out"
+    recipe.write_text(f"model: {gpt2_folder}\nout: {out}\ncompress: {{scheme: {layers}, init: van-loan}}\n")
+    assert krony("run", recipe).code == 0
+    assert len(json.loads((out / "figures.json").read_text())["steps"]["compressed"]["figures"]["layers"]) == 5
+    layers.write_text('"*.mlp": keep=0.25\n')  # the step is done with another file of this name
+    assert f"from {layers}, which has changed since" in refused("run", recipe)
+    layers.write_text('"*.mlp": keep=0.5\n\n"*.nothing": dense\n')
+    said = refused("compress", gpt2_folder, tmp_path / "no", "--scheme", layers, "--init", "van-loan")
+    assert f"error: {layers}, line 3: *.nothing matches no linear layer" in said and not (tmp_path / "no").exists()
+    said = refused("compress", gpt2_folder, tmp_path / "no", "--scheme", layers, "--params", "1M")
+    assert "compress needs one size" in said
 
 
 def test_a_dry_run_of_low_rank_and_of_the_shipped_model(krony, gpt2_folder, tmp_path):

@@ -39,7 +39,7 @@ def preview(
         for name, shape in shapes.items()
     ]
     config = plan.config
-    figures = {"scheme": config.scheme, "init": config.init, "params_before": before, "params_after": after}
+    figures = {"scheme": str(config.scheme), "init": config.init, "params_before": before, "params_after": after}
     to.json(figures | costs | {"stream": stream is not None, "layers": layers})
 
 

@@ -19,16 +19,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from typer.models import ArgumentInfo, OptionInfo
 
 from krony.cli import compress, evaluate, export, heal
-from krony.data.text_files import read_text
+from krony.data.yaml_files import EMPTY, keys, line, read_yaml, text
 from krony.errors import KronyError
-from krony.storage.paths import check_regular
 
 # the modules of the verbs that can be sections: ``run`` is the verb, ``check`` refuses its options before any work
 VERBS: dict[str, ModuleType] = {"compress": compress, "heal": heal, "eval": evaluate, "export": export}
 SEVERAL = ("export",)  # sections that may be a list
 OWN = ("json", "dry-run", "resume", "report")  # options that a run sets itself, or that make no sense in it
-LARGEST = 1 << 20  # bytes
-EMPTY = ("", "~", "null")  # how YAML writes that there is no value
 LIST = "tag:yaml.org,2002:seq"
 
 Options = dict[str, Any]
@@ -76,20 +73,13 @@ def read_recipe(file: Path) -> Recipe:
     Raises KronyError, naming the line, for what is no YAML, a section or an option that there isn't, or a value of
     another type than the option's.
     """
-    check_regular(file)
-    if file.stat().st_size > LARGEST:
-        raise KronyError(f"{file} is no recipe: it is larger than {LARGEST:,} bytes")
-    try:
-        root = yaml.compose(read_text(file), yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise KronyError(f"{file}{where}: this is no YAML: {getattr(error, 'problem', None) or error}") from None
-    top = _keys(file, root, "a recipe has the keys model, out, and a section for each verb")
+    root = read_yaml(file, "recipe")
+    top = keys(file, root, "a recipe has the keys model, out, and a section for each verb")
     if unknown := [key for key in top if key not in ("model", "out", *VERBS)]:
-        line = top[unknown[0]].start_mark.line + 1
-        raise KronyError(f"{file}, line {line}: {unknown[0]}: it is one of model, out, {', '.join(VERBS)}")
-    named = {key: _text(file, top[key], key) if key in top else None for key in ("model", "out")}
+        raise KronyError(
+            f"{file}, line {line(top[unknown[0]])}: {unknown[0]}: it is one of model, out, {', '.join(VERBS)}"
+        )
+    named = {key: text(file, top[key], key) if key in top else None for key in ("model", "out")}
     for key, value in named.items():
         if value is None:
             raise KronyError(
@@ -115,27 +105,31 @@ def _sections(file: Path, verb: str, node: yaml.Node) -> Iterator[Section]:
     """The section of a verb, or those of its list. Raises KronyError."""
     nodes = node.value if verb in SEVERAL and node.tag == LIST else [node]
     for each in nodes:
-        lines = {key: value.start_mark.line + 1 for key, value in _keys(file, each, _needs_options(verb)).items()}
-        values = {key: _plain(value) for key, value in _keys(file, each, _needs_options(verb)).items()}
-        line = each.start_mark.line + (0 if lines and each is node else 1)
+        nodes_by_key = keys(file, each, _needs_options(verb))
+        lines = {key: line(value) for key, value in nodes_by_key.items()}
+        values = {key: _plain(value) for key, value in nodes_by_key.items()}
+        begin = line(each) - (1 if lines and each is node else 0)
         try:
             known = _schema(verb).model_validate({k: v for k, v in values.items() if v is not None})
         except ValidationError as error:
-            raise _sentence(file, verb, error, lines, line) from None
+            raise _sentence(file, verb, error, lines, begin) from None
         options = known.model_dump(by_alias=True, exclude_unset=True)
         off = {field.alias for field in type(known).model_fields.values() if field.default is False}
         kept = {key: options[key] for key in values if key in options and not (key in off and options[key] is False)}
-        yield Section(verb=verb, options=kept, line=line)  # without what has no --no- form, and is off anyway
+        yield Section(verb=verb, options=kept, line=begin)  # without what has no --no- form, and is off anyway
 
 
-def _sentence(file: Path, verb: str, error: ValidationError, lines: dict[str, int], line: int) -> KronyError:
+def _sentence(file: Path, verb: str, error: ValidationError, lines: dict[str, int], begin: int) -> KronyError:
     """The first mistake that pydantic found, with its line."""
     first = error.errors(include_url=False)[0]
     key = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         return KronyError(f"{file}, line {lines[key]}: {key}: {_unknown(verb, key)}")
     if first["type"] == "missing":
-        return KronyError(f"{file}, line {line}: {verb} needs {key}")
+        return KronyError(f"{file}, line {begin}: {verb} needs {key}")
+    if isinstance(first["input"], yaml.Node):
+        file_of = ": name a file that holds it" if key == "scheme" else ""
+        return KronyError(f"{file}, line {lines[key]}: {key} takes a value, and this is a mapping{file_of}")
     return KronyError(f"{file}, line {lines[key]}: {key}: {first['input']}: {first['msg'].lower()}")
 
 
@@ -193,31 +187,8 @@ def _words(name: str, value: Any) -> list[str]:
     return [part for word in words for part in ([f"--{name}={word}"] if word.startswith("-") else [f"--{name}", word])]
 
 
-def _keys(file: Path, node: yaml.Node | None, needs: str) -> dict[str, yaml.Node]:
-    """The keys of a mapping. Raises KronyError where it is none, or has a key twice."""
-    if isinstance(node, yaml.ScalarNode) and node.value in EMPTY:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
-        where = "" if node is None else f", line {node.start_mark.line + 1}"
-        raise KronyError(f"{file}{where}: {needs}")
-    found: dict[str, yaml.Node] = {}
-    for key, value in node.value:
-        name = str(key.value)
-        if name in found:
-            raise KronyError(f"{file}, line {key.start_mark.line + 1}: {name} is there twice")
-        found[name] = value
-    return found
-
-
 def _needs_options(verb: str) -> str:
     return f"{verb} needs options, each on a line such as {_schema_keys(verb)[0]}: value"
-
-
-def _text(file: Path, node: yaml.Node, key: str) -> str:
-    """The text of a value. Raises KronyError for a list or a mapping."""
-    if not isinstance(node, yaml.ScalarNode):
-        raise KronyError(f"{file}, line {node.start_mark.line + 1}: {key} is a name")
-    return str(node.value)
 
 
 def _plain(node: yaml.Node) -> Any:

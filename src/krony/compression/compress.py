@@ -126,7 +126,7 @@ def compress_on(
     progress(len(settled.groups), len(settled.groups), "done")
     quantizer.attach_quantizer(model, made_with(config, ids))
     return CompressionReport(
-        scheme=config.scheme,
+        scheme=str(config.scheme),
         init=config.init,
         params_before=settled.params_before,
         params_after=count_parameters(model),

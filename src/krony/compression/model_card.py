@@ -43,7 +43,7 @@ def model_card(source: str, report: CompressionReport, text: str = "") -> str:
     ``source`` is the name of the original model. ``text`` says which text was read and why, such as ``calibrated on
     49,152 tokens of …``.
     """
-    how = _options(report.made_with | {"scheme": report.scheme, "init": report.init}) + (f", {text}" if text else "")
+    how = _options({"scheme": report.scheme, "init": report.init} | report.made_with) + (f", {text}" if text else "")
     return f"""{_front_matter(source)}
 # {_title(source)}, compressed with krony
 
@@ -86,7 +86,13 @@ def _range(numbers: list[str]) -> str:
 
 def _options(made_with: dict[str, Any]) -> str:
     """The options of a compression in words."""
-    first = f"scheme `{made_with.get('scheme')}`, initialisation `{made_with.get('init')}`"
+    scheme = made_with.get("scheme")
+    if isinstance(scheme, list):  # per layer
+        said = "schemes " + ", ".join(f"`{pattern}: {one}`" for pattern, one in scheme)
+        said += " (the last that matches a layer decides)"
+    else:
+        said = f"scheme `{scheme}`"
+    first = f"{said}, initialisation `{made_with.get('init')}`"
     others = {name: value for name, value in made_with.items() if name not in SAID_ELSEWHERE}
     return first + "".join(f", {name.replace('_', ' ')} `{value}`" for name, value in others.items())
 

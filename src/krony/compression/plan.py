@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -14,7 +16,18 @@ from krony.errors import KronyError
 from krony.init.registry import INITIALISATIONS
 from krony.kronecker import schemes
 from krony.kronecker.algebra import KronShape
-from krony.models.surgery import Group, count_parameters, embedding_shape, find_groups, is_tied, model_shape
+from krony.kronecker.layer_schemes import DENSE, LayerSchemes
+from krony.models.surgery import (
+    Group,
+    Site,
+    count_parameters,
+    embedding_shape,
+    find_groups,
+    groups_of,
+    is_tied,
+    linear_names,
+    model_shape,
+)
 
 LIBRARIES = 600 * 1000**2  # bytes of a Python process that has imported torch and transformers
 
@@ -83,9 +96,8 @@ def plan(model: PreTrainedModel, config: KronyConfig) -> CompressionPlan:
     """
     if not config.scheme:
         raise KronyError("a size is missing: KronyConfig(keep=0.5) keeps half of the neurons of every MLP")
-    groups = find_groups(model, config.modules, config.layers)
-    mlps = find_groups(model) if config.modules == "mlp" else groups
-    schemes.check_name(config.scheme, model_shape(model, mlps))
+    groups = chosen_groups(model, config)
+    _check_names(model, groups, config)
     if config.allocation == "global":
         check_global(groups, config)
         check_share(groups, config)
@@ -136,10 +148,46 @@ def within(model: PreTrainedModel, config: KronyConfig, parameters: int) -> Kron
     return replace(config, scheme=scheme)
 
 
+def chosen_groups(model: PreTrainedModel, config: KronyConfig) -> list[Group]:
+    """The layers that ``config`` chooses, in the order of the model. Raises KronyError if there are none."""
+    if not isinstance(config.scheme, LayerSchemes):
+        return find_groups(model, config.modules, config.layers)
+    chosen = config.scheme.choose(linear_names(model))
+    try:
+        return groups_of(model, chosen)
+    except KronyError as error:  # a tied head
+        raise KronyError(f"{config.scheme}: {error}: give it {DENSE}") from None
+
+
 def uniform_shapes(groups: list[Group], config: KronyConfig) -> dict[str, KronShape]:
-    """The split of every matrix when all layers have the same scheme. Raises KronyError if a layer doesn't fit."""
-    shape = config.initialisation.shape
-    return {site.name: shape(site.shape(config.scheme)) for group in groups for site in group.sites}
+    """The split of every matrix before any allocation. Raises KronyError if a layer doesn't fit its scheme."""
+    return {site.name: config.initialisation.shape(_shape(site, config)) for group in groups for site in group.sites}
+
+
+def _check_names(model: PreTrainedModel, groups: list[Group], config: KronyConfig) -> None:
+    """Raises KronyError for one of the paper's names where the model isn't GPT-2 124M."""
+    for site in (site for group in groups for site in group.sites):
+        if (scheme := config.scheme_for(site.name)) in schemes.PAPER_NAMES:
+            with _blamed(site, config):
+                mlps = find_groups(model) if config.modules == "mlp" else groups
+                schemes.check_name(scheme, model_shape(model, mlps))
+
+
+def _shape(site: Site, config: KronyConfig) -> KronShape:
+    """The split that the scheme means for a layer. Raises KronyError if it does not fit."""
+    with _blamed(site, config):
+        return site.shape(config.scheme_for(site.name))
+
+
+@contextmanager
+def _blamed(site: Site, config: KronyConfig) -> Iterator[None]:
+    """Errors in the block name the pattern, and its line, that decides about this layer, where each has its scheme."""
+    try:
+        yield
+    except KronyError as error:
+        if isinstance(config.scheme, LayerSchemes) and (pattern := config.scheme.deciding(site.name)):
+            raise KronyError(f"{config.scheme.where(pattern)}: {error}") from None
+        raise
 
 
 def check_global(groups: list[Group], config: KronyConfig) -> None:
@@ -163,7 +211,7 @@ def check_share(groups: list[Group], config: KronyConfig) -> None:
     """Raises KronyError if allocation global has less than one portion per layer."""
     if _kept_by_allocation(groups, config) is not None:
         return
-    shape = groups[0].sites[0].shape(config.scheme)
+    shape = _shape(groups[0].sites[0], config)
     unit = portion(shape.rows, config.multiple_of)
     if config.max_width is not None and config.max_width < unit:
         raise KronyError(f"max_width is {config.max_width}, and every layer keeps at least {unit} neurons: raise it")
@@ -206,7 +254,7 @@ def _extra_of_allocation(groups: list[Group], config: KronyConfig) -> int:
     """Parameters that allocation adds in right factors and scalars, less those that ``max_width`` saves."""
     kept, extra = _kept_by_allocation(groups, config) or 0.0, 0.0
     for site in (site for group in groups for site in group.sites):
-        shape = site.shape(config.scheme)
+        shape = _shape(site, config)
         shape = shape.transposed if site.is_turned else shape  # (groups, width) ⊗ (r, 1), k factors
         unit = portion(shape.rows, config.multiple_of)
         each = shape.rows // unit + config.has_scalars(2)  # per portion: its right factor and its scalar
@@ -216,7 +264,7 @@ def _extra_of_allocation(groups: list[Group], config: KronyConfig) -> int:
 
 def _kept_by_allocation(groups: list[Group], config: KronyConfig) -> float | None:
     """The mean number of neurons that a layer keeps; None if it is less than one portion."""
-    shape = groups[0].sites[0].shape(config.scheme)
+    shape = _shape(groups[0].sites[0], config)
     unit = portion(shape.rows, config.multiple_of)
     total = shape.m1 * shape.factors * len(groups) // unit * unit
     ceiling = min(shape.rows, config.max_width or shape.rows) // unit * unit

@@ -93,6 +93,11 @@ def check_for(name: str) -> Check:
         if not is_mlp:
             raise KronyError(f"{names[-1]}: init {name} needs complete MLPs; for single layers use van-loan or als")
         shape = shapes[0]
+        if {*shapes[:-1], shapes[-1].transposed} != {shape}:
+            raise KronyError(
+                f"{names[0]}: init {name} keeps the same neurons in all matrices of an MLP, and their schemes differ: "
+                "give them one, or use init als or van-loan"
+            )
         if shape.n2 != 1:
             raise KronyError(
                 f"{names[0]}: init {name} keeps complete neurons, and a left factor of {shape.m1}x{shape.n1} splits "

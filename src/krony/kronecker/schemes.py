@@ -101,9 +101,31 @@ def resolve(scheme: str, rows: int, columns: int) -> KronShape:
         >>> str(resolve("keep=0.75", 3072, 768)), str(resolve("81M", 3072, 768))
         ('768x768:3', '768x768')
     """
+    written = check_written(scheme)
+    if isinstance(written, Fraction):
+        return _keep(scheme, written, rows, columns)
+    m1, n1, factors = written
+    return KronShape.split(rows, columns, m1, n1, factors)
+
+
+def check_written(scheme: str) -> Fraction | tuple[int, int, int]:
+    """What a scheme says without a matrix: the fraction to keep, or rows and columns of the left factor, and factors.
+
+    Raises KronyError if it is misspelt.
+
+    Examples:
+        >>> check_written("keep=0.5"), check_written("80M")
+        (Fraction(1, 2), (1024, 256, 2))
+    """
     text = PAPER_NAMES.get(scheme, scheme)
     if text.startswith("keep="):
-        return _keep(text, rows, columns)
+        try:
+            wanted = Fraction(text.removeprefix("keep="))
+        except (ValueError, ZeroDivisionError):
+            wanted = Fraction(0)
+        if not 0 < wanted < 1:
+            raise KronyError(f"scheme {text!r}: keep= takes a fraction between 0 and 1, such as keep=0.5")
+        return wanted
     match = re.fullmatch(r"(\d+)x(\d+)(?::(\d+))?", text)
     if match is None:
         raise KronyError(
@@ -111,16 +133,10 @@ def resolve(scheme: str, rows: int, columns: int) -> KronShape:
             f"a fraction such as keep=0.5, or one of {', '.join(PAPER_NAMES)}"
         )
     m1, n1, factors = (int(g or 1) for g in match.groups())
-    return KronShape.split(rows, columns, m1, n1, factors)
+    return m1, n1, factors
 
 
-def _keep(text: str, rows: int, columns: int) -> KronShape:
-    try:
-        wanted = Fraction(text.removeprefix("keep="))
-    except (ValueError, ZeroDivisionError):
-        raise KronyError(f"scheme {text!r}: keep= takes a fraction between 0 and 1, such as keep=0.5") from None
-    if not 0 < wanted < 1:
-        raise KronyError(f"scheme {text!r}: keep= takes a fraction between 0 and 1, such as keep=0.5")
+def _keep(text: str, wanted: Fraction, rows: int, columns: int) -> KronShape:
     options = [
         (abs(Fraction(k, r) - wanted), r, k)
         for r in range(2, min(rows, KEEP_GROUP) + 1)

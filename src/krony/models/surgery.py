@@ -7,6 +7,7 @@ Every matrix outside this file is ``(out, in)``. GPT-2's ``Conv1D`` stores ``(in
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -111,19 +112,37 @@ def find_groups(model: nn.Module, modules: str = "mlp", layers: str = "all") -> 
     Raises:
         KronyError: nothing matches, the expression or the range is malformed, or a layer shares its weight.
     """
-    mlps = [mlp for name, module in model.named_modules() if (mlp := _mlp(name, module))]
-    if modules == "mlp":
-        groups = mlps
-        if not groups:
-            raise KronyError(_no_mlp(model))
-    else:
-        groups = _matching(model, modules, mlps)
+    groups = _mlps(model) if modules == "mlp" else _matching(model, modules)
+    if not groups:
+        raise KronyError(_no_mlp(model))
     chosen = [g for g in groups if is_chosen(g.layer, layers)]
     if not chosen:
         numbers = sorted({g.layer for g in groups if g.layer is not None})
         available = f"the layers {numbers[0]}-{numbers[-1]} of this model" if numbers else f"{groups[0].sites[0].name}"
         raise KronyError(f"layers {layers!r} chooses none of {available}")
     return chosen
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The names of all linear layers that krony can replace, in the order of the model."""
+    return [name for name, module in model.named_modules() if is_linear(module)]
+
+
+def groups_of(model: nn.Module, chosen: Collection[str]) -> list[Group]:
+    """The groups of these linear layers; an MLP whose matrices are all among them is one group.
+
+    Raises KronyError if one of them shares its weight.
+    """
+    _refuse_tied(model, sorted(chosen))
+    mlps = _mlps(model)
+    complete = {s.name: g for g in mlps if all(s.name in chosen for s in g.sites) for s in g.sites}
+    sites = {s.name: s for g in mlps for s in g.sites}
+    groups = [
+        complete.get(name) or Group((sites.get(name) or _site(name, model.get_submodule(name), "other"),))
+        for name in linear_names(model)
+        if name in chosen
+    ]
+    return list(dict.fromkeys(groups))
 
 
 def is_chosen(layer: int | None, layers: str) -> bool:
@@ -291,6 +310,10 @@ def _site(name: str, module: nn.Module, role: Role) -> Site:
     return Site(name, role, *linear_size(module))
 
 
+def _mlps(model: nn.Module) -> list[Group]:
+    return [mlp for name, module in model.named_modules() if (mlp := _mlp(name, module))]
+
+
 def _mlp(name: str, module: nn.Module) -> Group | None:
     """The MLP whose matrices are children of ``module``; None if there is none."""
     children = dict(module.named_children())
@@ -302,21 +325,17 @@ def _mlp(name: str, module: nn.Module) -> Group | None:
     return None
 
 
-def _matching(model: nn.Module, pattern: str, mlps: list[Group]) -> list[Group]:
+def _matching(model: nn.Module, pattern: str) -> list[Group]:
     """Groups of the linear layers whose names match; an MLP whose matrices all match stays one group."""
     try:
         expression = re.compile(pattern)
     except re.error as error:
         raise KronyError(f"modules {pattern!r} is not a regular expression: {error}") from None
-    names = {n: m for n, m in model.named_modules() if is_linear(m)}
+    names = linear_names(model)
     chosen = {n for n in names if expression.search(n)}
     if not chosen:
         raise KronyError(f"modules {pattern!r} matches no linear layer; there are, for example, {_examples(names)}")
-    _refuse_tied(model, sorted(chosen))
-    complete = {s.name: g for g in mlps if all(s.name in chosen for s in g.sites) for s in g.sites}
-    sites = {s.name: s for g in mlps for s in g.sites}
-    groups = [complete.get(n) or Group((sites.get(n) or _site(n, names[n], "other"),)) for n in names if n in chosen]
-    return list(dict.fromkeys(groups))
+    return groups_of(model, chosen)
 
 
 def _refuse_tied(model: nn.Module, chosen: list[str]) -> None:
@@ -330,7 +349,7 @@ def _refuse_tied(model: nn.Module, chosen: list[str]) -> None:
             raise KronyError(f"{name} shares its weight ({' = '.join(shared)}), so it can't be replaced on its own")
 
 
-def _examples(names: dict[str, nn.Module]) -> str:
+def _examples(names: Iterable[str]) -> str:
     return ", ".join(list(names)[:4]) or "none at all"
 
 
@@ -338,7 +357,7 @@ def _no_mlp(model: nn.Module) -> str:
     """Why no MLP was found in this model, and what to do instead: the text of an error."""
     if layers := kronecker_layers(model):
         return f"this model is compressed already ({len(layers)} layers): compress the original instead"
-    names = {n: m for n, m in model.named_modules() if is_linear(m)}
+    names = linear_names(model)
     for name, module in model.named_modules():
         if stacked := [key for key, value in module.named_parameters(recurse=False) if value.ndim == 3]:
             return (

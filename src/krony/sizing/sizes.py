@@ -94,7 +94,7 @@ class Sizes:
         first = self.groups[0].sites[0]
         shape = settled.shapes[first.name]
         kept = shape.m1 * shape.factors / first.out_features
-        return Size(scheme=settled.config.scheme, keep=kept, params=settled.params_after)
+        return Size(scheme=str(settled.config.scheme), keep=kept, params=settled.params_after)
 
     def predicted(self, size: Size) -> float:
         """By how many nats per token the loss rises, by the second-order costs of the dropped neurons.

@@ -113,7 +113,7 @@ def _report(stream: Stream, journal: Journal, calibration: Tensor | None, start:
     vars(stream.target.config).pop("quantization_config", None)  # from an earlier run of this plan
     quantizer.attach_quantizer(stream.target, made_with(stream.config, calibration))
     return CompressionReport(
-        scheme=stream.config.scheme,
+        scheme=str(stream.config.scheme),
         init=stream.config.init,
         params_before=stream.settled.params_before,
         params_after=stream.settled.params_after,
@@ -264,6 +264,7 @@ def _key(stream: Stream, ids: Tensor | None, shard_size: int) -> dict[str, Any]:
         "source": str(stream.folder.resolve()),
         "files": hashlib.blake2b(repr(stamps).encode(), digest_size=16).hexdigest(),
         **asdict(stream.config),
+        "scheme": stream.config.non_default_options()["scheme"],  # without the lines of its file
         "dtype": str(stream.source.dtype),
         "calibration": text,
         "shard_size": shard_size,
