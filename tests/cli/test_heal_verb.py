@@ -26,6 +26,22 @@ def options(tmp_path) -> tuple:
     return ("--data", tmp_path / "text.jsonl", "--length", 32, "--learning-rate", 0.003, "--max-tokens", 6000)
 
 
+def test_the_scalars_of_a_healed_model_are_shown_and_drawn(krony, refused, gpt2_folder, tmp_path, options):
+    made = krony("compress", gpt2_folder, tmp_path / "in", "--scheme", "48x48:2", "--init", "van-loan")
+    assert made.code == 0
+    options += ("--scalar-learning-rate", 0.05, "--json", "-")
+    healed = krony("heal", tmp_path / "in", tmp_path / "out", *options)
+    assert healed.code == 0, healed.err
+    shown = krony("inspect", tmp_path / "out", "--trajectory", "--plot", tmp_path / "s.svg", "--json", "-")
+    assert shown.code == 0 and shown.json["scalars"] == healed.json["scalars"] and len(shown.json["scalars"]) == 6
+    last = AutoModelForCausalLM.from_pretrained(tmp_path / "out").transformer.h[0].mlp.c_fc.scalars
+    points = shown.json["scalars"]["transformer.h.0.mlp.c_fc"]
+    assert any(values == pytest.approx(last.tolist(), abs=1e-6) for _, values in points)  # the best state's
+    assert "the 12 scalars go from" in (tmp_path / "s.svg").read_text()
+    assert "holds no scalars.json" in refused("inspect", tmp_path / "in", "--trajectory")
+    assert "leave --base out" in refused("inspect", tmp_path / "out", "--trajectory", "--base", gpt2_folder)
+
+
 def test_heal(krony, compressed, gpt2_folder, tmp_path, options):
     options += ("--teacher", gpt2_folder, "--hidden", 1, "--control", gpt2_folder, "--json", tmp_path / "h.json")
     done = krony("heal", compressed, tmp_path / "out", *options)

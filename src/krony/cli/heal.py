@@ -247,6 +247,7 @@ class _Job:
     def write(self, model: PreTrainedModel, figures: dict[str, Any]) -> None:
         """Writes OUT with its card and logs, and removes the work folder."""
         from krony.compression.model_card import healed_card
+        from krony.evaluation.trajectory import write_trajectories
         from krony.healing.chain import THEN
         from krony.healing.checkpoints import explain_write_errors, keep_logs
         from krony.models.quantizer import recorded_options
@@ -257,6 +258,8 @@ class _Job:
             (folder / "README.md").write_text(
                 healed_card(self.model, figures, recorded_options(model.config)), encoding="utf-8"
             )
+            if figures["scalars"]:
+                write_trajectories(folder, figures["scalars"])
             keep_logs(self.work, folder)
             keep_logs(self.work / THEN, folder / THEN)
             if self.control is not None:

@@ -9,6 +9,7 @@ import typer
 
 from krony.cli.options import Json, Model
 from krony.cli.output import Output, quiet_libraries
+from krony.errors import KronyError
 
 
 def run(
@@ -19,6 +20,12 @@ def run(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="A picture: the error by layer, or the norm without --base.")
     ] = None,
+    trajectory: Annotated[
+        bool,
+        typer.Option(
+            "--trajectory", help="The scalars over the training by krony heal instead: a table, --plot draws them."
+        ),
+    ] = False,
     json_to: Json = None,
 ) -> None:
     """Look into MODEL: norms as in the paper's Table 4, singular values, scalars, forward paths, and errors."""
@@ -27,6 +34,11 @@ def run(
 
     if plot is not None:
         check_file(plot, ".svg")
+    if trajectory:
+        if base is not None:
+            raise KronyError("--trajectory shows what krony heal wrote down, and compares nothing: leave --base out")
+        _show_trajectory(to, model, plot)
+        return
     from krony.evaluation.inspection import inspect_model
     from krony.evaluation.inspection_tables import explanations, picture, table
     from krony.models.loading import load_model
@@ -40,3 +52,16 @@ def run(
     for sentence in explanations(views):
         to.say(sentence)
     to.json({"model": model, "base": base, "layers": [view.to_json() for view in views]})
+
+
+def _show_trajectory(to: Output, model: str, plot: Path | None) -> None:
+    """Prints, draws and writes the scalars of a healed model over its training."""
+    from krony.evaluation.trajectory import picture, read_trajectories, table
+    from krony.storage.files import write_text
+
+    scalars = read_trajectories(Path(model))
+    if plot is not None:
+        write_text(plot, picture(scalars))
+    shown = table(scalars)
+    to.table(shown.columns, shown.rows)
+    to.json({"model": model, "scalars": scalars})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +20,7 @@ from krony.runtime.progress import Progress, silent
 from krony.storage.files import write_json
 from krony.storage.tensor_files import read_json
 
+T = TypeVar("T")
 DONE = "trained.json"  # in a work folder: the report of a recipe after which another follows
 THEN = "then"  # in a work folder: the work folder of the next recipe
 
@@ -91,14 +92,15 @@ def _held_report(
     held = read_json(work / DONE)
     restore_start(model, work / THEN)
     pairs = {name: [(int(tokens), loss) for tokens, loss in held[name]] for name in ("curve", "validation")}
-    return HealReport(**held | pairs)
+    scalars = {name: [(int(tokens), values) for tokens, values in points] for name, points in held["scalars"].items()}
+    return HealReport(**held | pairs | {"scalars": scalars})
 
 
 def _joined(first: HealReport, second: HealReport) -> HealReport:
     """The report of two trainings, of which the second started from the best state of the first."""
 
-    def after(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-        return [(tokens + first.tokens, loss) for tokens, loss in points]
+    def after(points: list[tuple[int, T]]) -> list[tuple[int, T]]:
+        return [(tokens + first.tokens, value) for tokens, value in points]
 
     return HealReport(
         tokens=first.tokens + second.tokens,
@@ -108,4 +110,5 @@ def _joined(first: HealReport, second: HealReport) -> HealReport:
         loss_after=second.loss_after,
         curve=first.curve + after(second.curve),
         validation=first.validation + after(second.validation),
+        scalars={name: points + after(second.scalars[name]) for name, points in first.scalars.items()},
     )

@@ -25,6 +25,7 @@ class Recipe:
             are equal.
         final_rate: the learning rate of the last step.
         factor_rate: the highest learning rate of factors and scalars; None for ``learning_rate``.
+        scalar_rate: the highest learning rate of the scalars; None for that of the factors.
         inherited_rate: the highest learning rate of all other parameters; None for ``learning_rate``.
         warm_up: steps over which the learning rate rises, at most a fifth of all steps.
         weight_decay: decay of the factors; nothing else decays. 0.1 is the published code's.
@@ -51,6 +52,9 @@ class Recipe:
     factor_rate: float | None = option(
         None, "The highest for factors and scalars.", flag="factor-learning-rate", panel=CHANGES
     )
+    scalar_rate: float | None = option(
+        None, "The highest for scalars, instead of the factors'.", flag="scalar-learning-rate", panel=CHANGES
+    )
     inherited_rate: float | None = option(
         None, "The highest for all other parameters.", flag="inherited-learning-rate", panel=CHANGES
     )
@@ -68,7 +72,7 @@ class Recipe:
         for name in ("sequences", "batch", "length", "evaluations", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise KronyError(f"{name} is {getattr(self, name)}: it takes a number from 1")
-        for name in ("learning_rate", "factor_rate", "inherited_rate", "epochs", "temperature"):
+        for name in ("learning_rate", "factor_rate", "scalar_rate", "inherited_rate", "epochs", "temperature"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise KronyError(f"{name} is {value}: it takes a number above 0")

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from krony.healing.scalars import Trajectories
 from krony.pages import Table, shown
 
 
@@ -21,6 +22,7 @@ class HealReport:
         loss_after: loss of the model as the run leaves it: that of the best state, which may be the first.
         curve: tokens seen, and the training loss up to there.
         validation: tokens seen, and the validation loss there.
+        scalars: per layer that has scalars, tokens seen and the scalar of each factor there.
     """
 
     tokens: int
@@ -30,6 +32,7 @@ class HealReport:
     loss_after: float
     curve: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
+    scalars: Trajectories = field(default_factory=dict)
 
     @property
     def improved(self) -> bool:
@@ -56,6 +59,7 @@ class HealReport:
             "perplexity_after": perplexity(self.loss_after),
             "curve": [list(point) for point in self.curve],
             "validation": [list(point) for point in self.validation],
+            "scalars": {name: [list(point) for point in points] for name, points in self.scalars.items()},
         }
 
     def __str__(self) -> str:

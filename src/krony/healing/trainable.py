@@ -118,9 +118,10 @@ def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     scalars = {id(layer.scalars) for layer in layers if layer.scalars is not None}
     training = [p for p in model.parameters() if p.requires_grad]
     factor_rate, other_rate = recipe.factor_rate or recipe.learning_rate, recipe.inherited_rate or recipe.learning_rate
+    scalar_rate = recipe.scalar_rate or factor_rate
     groups = [
         {"params": [p for p in training if id(p) in factors], "weight_decay": recipe.weight_decay, "lr": factor_rate},
-        {"params": [p for p in training if id(p) in scalars], "weight_decay": 0.0, "lr": factor_rate},
+        {"params": [p for p in training if id(p) in scalars], "weight_decay": 0.0, "lr": scalar_rate},
         {"params": [p for p in training if id(p) not in factors | scalars], "weight_decay": 0.0, "lr": other_rate},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, betas=(0.9, 0.95))

@@ -19,6 +19,7 @@ from krony.healing.checkpoints import find_last
 from krony.healing.distillation import distil
 from krony.healing.flops import peak, training_flops
 from krony.healing.recipes import Recipe
+from krony.healing.scalars import log_of
 from krony.healing.trainable import adamw
 from krony.healing.validation import validation_loss
 from krony.models.comparison import Comparison
@@ -44,10 +45,12 @@ class HealingTrainer(Trainer):
         self.logged: tuple[float, int] | None = None  # when the last loss was logged, and at which step
 
     def log(self, logs: dict[str, float], *arguments: Any) -> None:
-        """Adds the FLOP/s since the last loss to a loss, and as ``mfu`` their share of the peak where it is known.
+        """Adds to a loss every scalar, the FLOP/s since the last one, and as ``mfu`` their share of a known peak.
 
-        Time in which the model is validated and saved counts too.
+        Time in which the model is validated and saved counts too. Scalars are also logged before the first step.
         """
+        if "loss" in logs or self.state.global_step == 0:
+            logs |= log_of(self.model)
         if "loss" in logs and self.logged is not None:
             now, (before, step) = time.perf_counter(), self.logged
             steps, self.logged = self.state.global_step - step, (now, self.state.global_step)

@@ -42,6 +42,7 @@ from krony.healing.distillation import check_teacher
 from krony.healing.options import DEFAULTS, HealOptions
 from krony.healing.recipes import RECIPES, Recipe
 from krony.healing.report import HealReport
+from krony.healing.scalars import trajectories
 from krony.healing.sharded_trainer import ShardedTrainer
 from krony.healing.sharding import check_same, check_sharding, is_sharding
 from krony.healing.trainable import full_precision, trainable
@@ -218,6 +219,7 @@ def _report(state: TrainerState, tokens_per_step: int, loss: float, seconds: flo
         loss_after=loss,
         curve=curve,
         validation=losses[:-1],  # the last entry is the best state's, whenever that was
+        scalars=trajectories(state.log_history, tokens_per_step),
     )
 
 
