@@ -1,12 +1,15 @@
 """Pictures hold what they were given, cover no data with their legends, and adapt to light and dark pages."""
 
+import base64
+import io
 import itertools
 import re
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
-from krony.pictures import COLOURS, FAINT, bars, lines
+from krony.pictures import COLOURS, FAINT, bars, heatmaps, lines
 
 CURVES = {"neurons": [(1, 1.5), (2, 1.2)], "van-loan": [(1, 516_862.0), (2, 1_363.0)], "svd": [(1, 124.9), (2, 7.9)]}
 
@@ -82,6 +85,33 @@ def test_logarithmic_bars_start_at_the_level():
             xs = [float(x) for x in re.findall(r"[ML] ([-\d.]+)", element.get("d"))]
             lengths.append(max(xs) - min(xs))
     assert sorted(lengths)[0] == 0 and sorted(lengths)[1] > 100
+
+
+def pixels(svg: str) -> list[list[tuple[int, int, int, int]]]:
+    """The red, green, blue and alpha of every cell of each matrix in a picture; the last image is the colour bar's."""
+    found = []
+    for packed in re.findall(r'xlink:href="data:image/png;base64,\s*([^"]+)"', svg):
+        image = Image.open(io.BytesIO(base64.b64decode(packed))).convert("RGBA")
+        found.append([[image.getpixel((x, y)) for x in range(image.width)] for y in range(image.height)])
+    return found
+
+
+def test_cells_have_the_colour_of_their_sign_and_the_opacity_of_their_size():
+    options = {"title": "t", "axis": "entry", "x": "column", "y": "row"}
+    svg = heatmaps({"one": [[1.0, 0.0], [-1.0, 0.5]], "two": [[0.0] * 2] * 2}, **options, columns=2, signed=True)
+    assert {"one", "two", "entry", "column", "row", "t"} <= words(svg)
+    blue, vermilion = ([int(pair[0][i : i + 2], 16) for i in (1, 3, 5)] for pair in COLOURS[:2])
+    image = next(p for p in pixels(svg) if len(p) >= 2 and max(c[3] for row in p for c in row) == 255)
+    high, wide = len(image) // 2, len(image[0]) // 2
+    (one, nothing), (minus, half) = ([image[y * high][x * wide] for x in (0, 1)] for y in (0, 1))
+    assert list(one) == pytest.approx([*blue, 255], abs=3) and list(minus) == pytest.approx([*vermilion, 255], abs=3)
+    assert nothing[3] <= 3 and half[3] == pytest.approx(128, abs=3)
+    assert not re.search(r'href="http', svg)
+
+
+def test_rows_and_columns_of_a_matrix_have_names():
+    svg = heatmaps({"a": [[0.0, 1.0], [1.0, 0.0]]}, title="t", axis="a", x="x", y="y", ticks=["0.0", "0.1"])
+    assert [text for text, *_ in texts(svg)].count("0.1") == 2
 
 
 def test_dark_pages_get_their_own_colours():

@@ -1,4 +1,4 @@
-"""Pictures as SVG, all in one style: curves, and bars.
+"""Pictures as SVG, all in one style: curves, bars, and matrices as coloured cells.
 
 Every picture has a title that says what it shows, and its legend below, where it covers no data. The background is
 transparent. Text and colours adapt to a light or dark page wherever the viewer knows which it is.
@@ -137,6 +137,73 @@ def bars(
     return _svg(draw, title, height=0.7 + row * len(places), legend=list(groups) if len(groups) > 1 else [])
 
 
+def heatmaps(
+    panels: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    title: str,
+    axis: str,
+    x: str,
+    y: str,
+    columns: int = 1,
+    signed: bool = False,
+    ticks: Sequence[str] | None = None,
+) -> str:
+    """Matrices as coloured cells, from 0 (transparent) to 1; ``signed``: from -1 in vermilion to 1 in blue.
+
+    Args:
+        panels: the rows of each matrix by its name, which stands above it. All have the same size.
+        title: what the picture shows; a sentence.
+        axis: what the colours mean, with the unit.
+        x: what the columns of a matrix are.
+        y: what its rows are.
+        columns: matrices beside each other.
+        signed: whether values may be negative.
+        ticks: the names of the rows, which are those of the columns too; numbers if there are none.
+
+    Examples:
+        >>> svg = heatmaps({"B": [[1.0, 0.0]]}, title="One half", axis="entry", x="column", y="row", signed=True)
+        >>> "One half" in svg
+        True
+    """
+    first = next(iter(panels.values()))
+    high, wide = len(first), len(first[0])
+    columns, rows = min(columns, len(panels)), math.ceil(len(panels) / columns)
+    cell = min(0.85 * (WIDTH - 0.6) / columns / wide, 1.6 / high if len(panels) > 1 else 4.5 / high, 0.6)  # inches
+
+    def fill(figure: Any) -> None:
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
+
+        ends = [to_rgba(COLOURS[0][0], 0.0), to_rgba(COLOURS[0][0], 1.0)]
+        if signed:
+            ends = [to_rgba(COLOURS[1][0], 1.0), to_rgba(COLOURS[1][0], 0.0), *ends]
+        places = [0.0, 0.5, 0.5, 1.0] if signed else [0.0, 1.0]
+        colours = LinearSegmentedColormap.from_list("krony", list(zip(places, ends, strict=True)))
+        scale = Normalize(-1.0 if signed else 0.0, 1.0)
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for index, axes in enumerate(grid.flat):
+            if index >= len(panels):
+                axes.set_axis_off()
+                continue
+            name, values = list(panels.items())[index]
+            axes.imshow(values, cmap=colours, norm=scale, interpolation="none")
+            axes.set_title(name, fontsize=8)
+            axes.tick_params(length=0, labelsize=8)
+            for side, count in (("x", wide), ("y", high)):
+                step = math.ceil(count * (0.16 if ticks is None else 0.14) / (cell * count))  # so that labels fit
+                marks = range(0, count, max(1, step))
+                getattr(axes, f"set_{side}ticks")(marks, [str(m) if ticks is None else ticks[m] for m in marks])
+            if ticks is not None:
+                axes.tick_params(axis="x", rotation=90)
+        figure.supxlabel(x, fontsize=9)
+        figure.supylabel(y, fontsize=9)
+        bar = figure.colorbar(ScalarMappable(scale, colours), ax=grid, location="right", shrink=0.8, aspect=30)
+        bar.set_label(axis, fontsize=9)
+        bar.ax.tick_params(labelsize=8)
+
+    return _figure(fill, title, height=max(1.4, rows * (cell * high + 0.45) + 0.5))
+
+
 def _label(name: str, points: Pairs, top: float | None) -> str:
     """The name of a curve, with the values that are above the picture."""
     above = [value for _, value in points if top is not None and value > top]
@@ -179,15 +246,31 @@ def _plain(value: float, _: object = None) -> str:
 
 def _svg(draw: Callable[[Any], None], title: str, *, height: float, legend: Sequence[str]) -> str:
     """A picture with its title above and its legend below; ``height`` is that of the axes, in inches."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # not pyplot: no window system, no state
-
     names = [textwrap.fill(name, 84) for name in legend]
     longest = max((len(name) for name in names), default=0)
     columns = 3 if longest <= 22 else 2 if longest <= 42 else 1
     rows = sum(1 + name.count("\n") for name in names) if columns == 1 else math.ceil(len(names) / columns)
+
+    def fill(figure: Any) -> None:
+        axes = figure.add_subplot()
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        if names:
+            handles, _ = axes.get_legend_handles_labels()
+            figure.legend(
+                handles, names, loc="outside lower left", ncols=columns, frameon=False, fontsize=9, handlelength=2.4
+            )
+
+    return _figure(fill, title, height=height + LINE * rows)
+
+
+def _figure(fill: Callable[[Any], None], title: str, *, height: float) -> str:
+    """A figure with its title above; ``height`` is that of all the rest, in inches."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # not pyplot: no window system, no state
+
     heading = textwrap.wrap(title, 78, break_on_hyphens=False)
-    size = (WIDTH, height + LINE * (len(heading) + rows) + 0.3)
     style: Any = {
         "svg.hashsalt": "krony",  # the same figures give the same file
         "svg.fonttype": "none",  # text is text
@@ -196,17 +279,9 @@ def _svg(draw: Callable[[Any], None], title: str, *, height: float, legend: Sequ
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK[0]),
     }
     with rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        draw(axes)
+        figure = Figure(figsize=(WIDTH, height + LINE * len(heading) + 0.3), layout="constrained")
+        fill(figure)
         figure.suptitle("\n".join(heading), x=0.01, ha="left", fontsize=11, fontweight="bold")
-        if names:
-            handles, _ = axes.get_legend_handles_labels()
-            figure.legend(
-                handles, names, loc="outside lower left", ncols=columns, frameon=False, fontsize=9, handlelength=2.4
-            )
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     return _adaptive(buffer.getvalue(), title)
