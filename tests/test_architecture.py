@@ -16,7 +16,7 @@ FLOORS = [
     ["init", "models", "data"],
     ["config"],
     ["compression", "engines", "evaluation", "healing"],
-    ["demo", "reproduce", "sizing", "streaming"],
+    ["demo", "interpretation", "reproduce", "sizing", "streaming"],
     ["cli"],
 ]
 # Not on a floor: they only start what the floors hold, by name.

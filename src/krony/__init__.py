@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from krony.healing.recipes import RECIPES as RECIPES
     from krony.healing.recipes import Recipe as Recipe
     from krony.healing.report import HealReport as HealReport
+    from krony.interpretation.interpret import interpret as interpret
+    from krony.interpretation.views import Interpretation as Interpretation
     from krony.kronecker.linear import KroneckerLinear as KroneckerLinear
     from krony.models.export import export_model as export_model
     from krony.models.loading import demo_model as demo_model
@@ -39,6 +41,7 @@ _MODULES = {
     "CompressionReport": "krony.compression.report",
     "Frontier": "krony.sizing.report",
     "HealReport": "krony.healing.report",
+    "Interpretation": "krony.interpretation.views",
     "Kept": "krony.sizing.within",
     "KroneckerLinear": "krony.kronecker.linear",
     "KronyConfig": "krony.config",
@@ -53,6 +56,7 @@ _MODULES = {
     "frontier": "krony.sizing.frontier",
     "heal": "krony.healing.heal",
     "inspect_model": "krony.evaluation.inspection",
+    "interpret": "krony.interpretation.interpret",
     "load_model": "krony.models.loading",
     "load_tokenizer": "krony.models.loading",
 }

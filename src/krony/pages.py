@@ -48,6 +48,9 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-siz
 th, td {{ padding: 0.3rem 0.7rem; text-align: right; border-bottom: 1px solid #8886; }}
 th:first-child, td:first-child {{ text-align: left; }}
 svg {{ max-width: 100%; height: auto; }}
+figure {{ margin: 1.5rem 0; }}
+figcaption, small {{ font-size: 0.85rem; opacity: 0.8; }}
+mark {{ background: #e69f0055; color: inherit; font-weight: 600; }}
 blockquote {{ margin: 0.5rem 0; padding-left: 1rem; border-left: 3px solid #8886; }}
 </style>
 </head>
@@ -62,6 +65,11 @@ blockquote {{ margin: 0.5rem 0; padding-left: 1rem; border-left: 3px solid #8886
 def paragraphs(*sentences: str) -> str:
     """Text as HTML paragraphs."""
     return "\n".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences)
+
+
+def figure(svg: str, caption: str) -> str:
+    """A picture with a caption below it; the caption is escaped."""
+    return f"<figure>\n{svg}\n<figcaption>{html.escape(caption)}</figcaption>\n</figure>"
 
 
 def shown(value: float) -> str:

@@ -106,7 +106,7 @@ def evaluate(
     window, stride = _window_and_stride(model, options)
     rows = load_texts(data, folder, tokens=max_tokens)
     ids = (join_rows if protocol == "paper" else join_documents)(rows, tokenizer, max_tokens)
-    _check_ids(data, ids, model)
+    check_ids(data, ids, model)
     accuracy = None
     with evaluating(model):
         perplexity, tokens = measure_perplexity(
@@ -248,7 +248,8 @@ def _window_and_stride(model: PreTrainedModel, options: EvaluationOptions) -> tu
     return window, stride
 
 
-def _check_ids(data: str, ids: Tensor, model: PreTrainedModel) -> None:
+def check_ids(data: str, ids: Tensor, model: PreTrainedModel) -> None:
+    """Raises KronyError unless token ids ``(n,)`` of the text ``data`` are the model's, and at least two."""
     if len(ids) < 2:
         raise KronyError(f"{data} has {len(ids)} tokens: there is nothing to predict")
     known, highest = model.get_input_embeddings().weight.shape[0], int(ids.max())

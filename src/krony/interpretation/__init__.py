@@ -1,0 +1,1 @@
+"""What each factor of a compressed model does on a text, and the page that shows it."""
