@@ -195,9 +195,10 @@ def picture(results: dict[str, Any]) -> str:
             curve = [(group[0][0], statistics.mean(point[3] for point in group)) for group in kept]
             series[f"from {said(start)}"] = list(dict(curve).items())
     ends = ", ".join(f"{name} to {points[-1][1]:.2f}" for name, points in series.items())
+    last = max(int(points[-1][0]) for points in series.values())  # the last place that is logged
     return lines(
         series,
-        title=f"After {results['tokens']:,} tokens the median scalar has come {ends}",
+        title=f"After {last:,} tokens the median scalar has come {ends}",
         x="tokens",
         y="median scalar",
         level=("4", GOAL),
