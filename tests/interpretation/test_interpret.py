@@ -1,6 +1,7 @@
 """What is said of factors agrees with dense float64 formulas, and with models changed by hand."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,8 +31,8 @@ def van_loan(model, scheme="48x24:3", **options):
     return model
 
 
-def rows(text, count):
-    ids = list(open(text, "rb").read())
+def rows(text, tokenizer, count):
+    ids = tokenizer(Path(text).read_text())["input_ids"]
     return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
 
 
@@ -68,7 +69,7 @@ def test_shares_against_the_dense_matrices_on_the_same_text(family, text, tokeni
         dense.get_submodule(name).register_forward_pre_hook(
             lambda _, args, name=name: inputs.setdefault(name, []).append(args[0][0, 1:].double().numpy())
         )
-    ids = torch.tensor([list(open(text, "rb").read())]).view(-1, LENGTH)[:4]
+    ids = rows(text, tokenizer, 4)
     with torch.no_grad():
         for row in ids:
             dense(row[None])
@@ -88,7 +89,7 @@ def test_ablation_against_a_model_without_the_factor(text, tokenizer):
     """Made by hand: a dense GPT-2 of transformers, one of whose matrices lacks one term."""
     model = van_loan(gpt2())
     seen = interpret(model, tokenizer, text, tokens=4 * LENGTH, ablation_tokens=2 * LENGTH)
-    ids, layer = rows(text, 2), kronecker_layers(model)["transformer.h.1.mlp.c_proj"]
+    ids, layer = rows(text, tokenizer, 2), kronecker_layers(model)["transformer.h.1.mlp.c_proj"]
     terms = [np.kron(*(p.detach().double().numpy() for p in pair)) for pair in zip(layer.weight, layer.coefficients(),
              strict=True)]  # fmt: skip
     dense = to_dense(model)
@@ -130,7 +131,7 @@ def test_a_planted_group_is_found_with_the_token_that_drives_it(text, tokenizer)
             parameter.zero_()  # each token's state is its own vector
         model.transformer.wpe.weight.zero_()
         block.ln_2.bias.zero_()
-        direction = block.ln_2(model.transformer.wte.weight[ord("q")])  # (48,)
+        direction = block.ln_2(model.transformer.wte.weight[tokenizer.convert_tokens_to_ids("q")])  # (48,)
         layer = KroneckerLinear(KronShape(48, 48, 4, 1))
         layer.weight.zero_()
         layer.weight[0, 17] = direction

@@ -54,8 +54,8 @@ class Energies:
         x = inputs[0].reshape(-1, self.layer.in_features)  # (length, in)
         if len(x) != self.length:
             raise KronyError(
-                f"{self.name} reads {len(x)} of {self.length} tokens, as an expert does: which ones isn't known, so its "
-                "factors can't be interpreted"
+                f"{self.name} reads {len(x)} of {self.length} tokens, as an expert does: which ones isn't known, so "
+                "its factors can't be interpreted"
             )
         outputs, energies = contributions(self.layer, x[1:], self.side)  # (k, t, out), (k, t, groups)
         stacked = outputs.transpose(0, 1)  # (t, k, out)
@@ -88,7 +88,5 @@ def contributions(layer: KroneckerLinear, x: Tensor, side: Side) -> tuple[Tensor
     mixed = torch.einsum("tjq,kpq->ktjp", x.to(dtype).view(-1, s.n1, s.n2), right)  # (k, t, n1, m2)
     outputs = torch.einsum("kij,ktjp->ktip", left, mixed)  # (k, t, m1, m2)
     if side == "outputs":
-        energies = outputs.square().sum(-1)  # (k, t, m1)
-    else:
-        energies = mixed.square().sum(-1) * left.square().sum(1)[:, None]  # (k, t, n1)
-    return outputs.flatten(2), energies
+        return outputs.flatten(2), outputs.square().sum(-1)  # (k, t, m1)
+    return outputs.flatten(2), mixed.square().sum(-1) * left.square().sum(1)[:, None]  # (k, t, n1)

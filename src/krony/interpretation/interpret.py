@@ -13,7 +13,7 @@ from krony.data.calibration_set import documents_in, pack
 from krony.data.python_docs import PYTHON_DOCS
 from krony.data.sets import TEST_SETS, load_texts
 from krony.errors import KronyError
-from krony.evaluation.interval import ratio_interval, sequence_losses
+from krony.evaluation.interval import Interval, ratio_interval, sequence_losses
 from krony.evaluation.perplexity import check_ids
 from krony.interpretation.ablation import without
 from krony.interpretation.energies import Energies
@@ -151,17 +151,15 @@ def _read_energies(
     return found
 
 
-def _ablate(
-    model: PreTrainedModel, layer: Layer, ids: Tensor, losses: Tensor | None
-) -> list[tuple[float, float, float] | None]:
+def _ablate(model: PreTrainedModel, layer: Layer, ids: Tensor, losses: Tensor | None) -> list[Interval | None]:
     """The ratio of perplexities without each factor, and its interval."""
-    found: list[tuple[float, float, float] | None] = []
+    found: list[Interval | None] = []
     for factor in range(layer.shape.factors):
         if losses is None:
             found.append(None)
             continue
         with without(layer, factor):
-            found.append(tuple(ratio_interval(sequence_losses(model, ids), losses)))
+            found.append(ratio_interval(sequence_losses(model, ids), losses))
     return found
 
 
@@ -180,7 +178,7 @@ class Words:
 
 
 def _view(
-    name: str, layer: Layer, energies: Energies | None, ratios: list[tuple[float, float, float] | None], words: Words
+    name: str, layer: Layer, energies: Energies | None, ratios: list[Interval | None], words: Words
 ) -> tuple[LayerFactors, list[Subspace]]:
     """A layer's factors, and the leading directions of each left factor on the side of the residual stream."""
     k = layer.shape.factors

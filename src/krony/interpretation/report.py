@@ -81,14 +81,14 @@ def _captions(seen: Interpretation) -> dict[str, str]:
         "can move between A and B, and only the pattern counts.",
         "rank": "Effective rank of each left factor: exp(−Σ p log p) with p = σ/Σσ over its singular values σ (Roy & "
         "Vetterli 2007).",
-        "share": "Share of the output energy: Σ⟨y_f, y⟩ / Σ‖y‖² over the tokens, with y_f = (s A ⊗ B) x and y their sum "
-        "without the bias. Shares add up to 1; a factor that works against the others has a negative one.",
+        "share": "Share of the output energy: Σ⟨y_f, y⟩ / Σ‖y‖² over the tokens, with y_f = (s A ⊗ B) x and y their "
+        "sum without the bias. Shares add up to 1; a factor that works against the others has a negative one.",
         "ablation": f"Perplexity without the factor, relative to the model's, on {seen.ablation_tokens:,} tokens.",
         "left": "Similarity of left factors across layers: the mean of cos² of the principal angles (Björck & Golub "
         "1973; Hu et al. 2021, section 7.2) between their leading singular directions, on the side of the residual "
         "stream. 1: the same subspace.",
-        "spans": "Similarity of what the right factors of a layer span, whichever factors stand for the matrix: the mean "
-        "of cos² of the principal angles between layers. 1: the same span.",
+        "spans": "Similarity of what the right factors of a layer span, whichever factors stand for the matrix: the "
+        "mean of cos² of the principal angles between layers. 1: the same span.",
         "groups": "Numbers that share a row or a column of A form a group; in an MLP these are hidden neurons, and the "
         "percentages say how much of ‖B‖² each has. Shown are the groups with most of a factor's energy, and the "
         "tokens where the factor acts most strongly on them, at most one in a sequence, with its energy relative to "
