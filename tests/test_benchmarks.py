@@ -15,6 +15,7 @@ SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 DRAWN = [
     ("demo", [], ["quickstart.md"], ["demo.svg"]),
     ("decomposition", [], ["decomposition.md"], ["decomposition.svg"]),
+    ("interpretability", [], ["interpretability.md"], ["interpretability-right.svg", "interpretability-ablation.svg"]),
     ("healing", [], ["healing-curves.md"], ["healing-curves-512x256.svg", "healing-curves-256x256.svg"]),
     ("quality", ["--out", "smollm2"], ["quality-smollm2.md"], ["quality-smollm2.svg", "quality-smollm2-rivals.svg"]),
     ("quality", ["--out", "demo"], ["quality-demo.md"], ["quality-demo.svg"]),
