@@ -15,10 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from common import DOCS, fill, results_of
 from pydantic import TypeAdapter
 
 from krony.interpretation.figures import ablations, by_kind, right_factors, similarity
+from krony.interpretation.subspaces import effective_rank
 from krony.interpretation.views import Interpretation
 from krony.pages import Table
 from krony.storage.files import write_text
@@ -51,9 +53,9 @@ def measure() -> dict:
 
 
 def table(seen: dict[str, Interpretation]) -> Table:
-    """One row for each kind of matrix."""
-    columns = ["matrices", "effective rank of A", "share of energy", "without one factor", "in layer 0"]
-    columns += ["A across layers (chance)", "spans of B (chance)"]
+    """One row for each kind of matrix. Noise is a Gaussian matrix of A's size, seed 0."""
+    columns = ["matrices", "effective rank of A", "of noise", "share of energy", "without one factor", "in layer 0"]
+    columns += ["largest share costs most", "A across layers (chance)", "spans of B (chance)"]
     rows = []
     for name, one in seen.items():
         for kind, layers in by_kind(one).items():
@@ -62,10 +64,16 @@ def table(seen: dict[str, Interpretation]) -> Table:
             first = [f.ratio for f in layers[0].factors if f.ratio is not None]
             ranks, shares = [f.effective_rank for f in factors], [f.share for f in factors]
             alike = {s.of: f"{s.across:.2f} ({s.chance:.2f})" for s in one.similarities if s.kind == kind}
+            agree = sum(
+                max(a.factors, key=lambda f: f.share) is max(a.factors, key=lambda f: f.ratio or 0) for a in layers
+            )
+            torch.manual_seed(0)
+            noise = effective_rank(torch.linalg.svdvals(torch.randn(layers[0].left, dtype=torch.float64)))
             rows.append(
                 [f"{name}, {kind}", f"{min(ranks):.0f} to {max(ranks):.0f} of {min(layers[0].left)}"]
+                + [f"{noise:.0f}"]
                 + [f"{min(shares):.0%} to {max(shares):.0%}", f"{min(later):.2f} to {max(later):.2f}"]
-                + [f"{min(first):.2f} to {max(first):.2f}", alike["left"], alike["right"]]
+                + [f"{min(first):.2f} to {max(first):.2f}", f"{agree} of {len(layers)}", alike["left"], alike["right"]]
             )
     return Table(columns, rows)
 
