@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -47,6 +48,8 @@ class ShardedTrainer(HealingTrainer):
             self.comparison = Comparison(whole, teacher, self.half)
             self.teacher = sharded_copy(teacher, device, trains=False)
             self.comparison.heads = self.comparison.heads and (_head(self.model), _head(self.teacher))
+        # autocast would keep a copy of every gathered weight until the end of a forward pass
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)  # not data parallel
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
