@@ -13,7 +13,7 @@ from healing_runs import heal, text
 from krony import KronyConfig, KronyError, compress
 from krony.healing import sharding
 from krony.healing.options import HealOptions
-from krony.healing.sharding import _layers, check_sharding, gather, placement, sharded_copy
+from krony.healing.sharding import check_sharding, decoder_layers, gather, placement, sharded_copy
 from krony.runtime import distributed
 from small_models import gpt2, llama
 
@@ -92,7 +92,7 @@ def test_groups_are_whole_layers(build):
     model = build()
     compress(model, KronyConfig("keep=0.5", init="van-loan"))
     stack = model.transformer.h if build is gpt2 else model.model.layers
-    assert _layers(model) == list(stack)
+    assert decoder_layers(model) == list(stack)
 
 
 @pytest.mark.parametrize(

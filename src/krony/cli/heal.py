@@ -55,6 +55,13 @@ MaxTokens = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Take the first N tokens of --data, and of --val at most a tenth."),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say tokens, steps and the memory that each process takes; no GPU, nothing loaded."),
+]
+WorldSize = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="With --dry-run: in N processes.", show_default="1")
+]
 
 
 @expand
@@ -72,6 +79,8 @@ def run(
     changes: RecipeChanges,
     options: HealOptions,
     dtype: Dtype = "auto",
+    dry_run: DryRun = False,
+    world_size: WorldSize = None,
     json_to: Json = None,
 ) -> None:
     """Train MODEL, and write its state of lowest validation loss to OUT.
@@ -81,7 +90,7 @@ def run(
     could not be trained.
     """
     to = Output(json_to, out)
-    recipes = check(recipe, then, changes, teacher, control)
+    recipes = check(recipe, then, changes, teacher, control, dry_run=dry_run, world_size=world_size)
     if options.freeze is None:
         options = replace(options, freeze=default_freeze(recipe))
     job = _Job(
@@ -102,6 +111,9 @@ def run(
     from krony.storage.locks import working_in
 
     quiet_libraries()
+    if dry_run:
+        job.preview(recipes, changes, (data, val, max_tokens), world_size or 1)
+        return
     distributed.init(training_device(options.device))
     with interruptible(job.how_to_resume), working_in(out) if distributed.is_first() else nullcontext():
         job.resume_or_start()
@@ -159,6 +171,17 @@ class _Job:
     def work(self) -> Path:
         """The folder for checkpoints and logs."""
         return self.out.with_name(f"{self.out.name}.work")
+
+    def preview(
+        self, recipes: list[Recipe], changes: dict[str, Any], text: tuple[str, str | None, int | None], processes: int
+    ) -> None:
+        """Says what a run in ``processes`` processes would take."""
+        from krony.cli.heal_preview import preview
+
+        length = _length(recipes[0], self.source.skeleton, changes)
+        recipes = [replace(each, length=length) for each in recipes]
+        asked: dict[str, Any] = {"text": text, "processes": processes, "dtype": self.dtype}
+        preview(self.to, self.source, self.teacher, recipes, self.options, **asked)
 
     def resume_or_start(self) -> None:
         """Finds out where to continue. Raises KronyError where OUT can't be written or belongs to another run."""
@@ -280,7 +303,14 @@ class _Job:
 
 
 def check(
-    recipe: str, then: str | None, changes: dict[str, Any], teacher: str | None, control: str | None
+    recipe: str,
+    then: str | None,
+    changes: dict[str, Any],
+    teacher: str | None,
+    control: str | None,
+    *,
+    dry_run: bool = False,
+    world_size: int | None = None,
 ) -> list[Recipe]:
     """The recipes that are trained by, the first with the changes of the command line. Raises KronyError."""
     taught = [f"--{key}" for key in ("temperature", "text", "hidden") if key in changes]
@@ -288,6 +318,10 @@ def check(
         raise KronyError(f"{', '.join(taught)} works with a teacher: name it with --teacher")
     if then is not None and control is not None:
         raise KronyError("--control trains by one recipe, and --then adds another: leave one of them out")
+    if world_size is not None and not dry_run:
+        raise KronyError("--world-size goes with --dry-run: torchrun and accelerate launch start several processes")
+    if dry_run and control is not None:
+        raise KronyError("--dry-run says what training MODEL takes: leave --control out, or name it as MODEL")
     later = {key: value for key, value in changes.items() if key == "batch"}
     return [find_recipe(recipe).changed(**changes), *([] if then is None else [find_recipe(then).changed(**later)])]
 

@@ -25,7 +25,8 @@ from krony.errors import KronyError
 # the modules of the verbs that can be sections: ``run`` is the verb, ``check`` refuses its options before any work
 VERBS: dict[str, ModuleType] = {"compress": compress, "heal": heal, "eval": evaluate, "export": export}
 SEVERAL = ("export",)  # sections that may be a list
-OWN = ("json", "dry-run", "resume", "report")  # options that a run sets itself, or that make no sense in it
+# options that a run sets itself, or that make no sense in it
+OWN = ("json", "dry-run", "world-size", "resume", "report")
 LIST = "tag:yaml.org,2002:seq"
 
 Options = dict[str, Any]

@@ -45,7 +45,7 @@ def check_sharding(model: PreTrainedModel, teacher: PreTrainedModel | None, opti
         _check_launch()
     for one in (model, teacher):
         if one is not None:
-            _layers(one)
+            decoder_layers(one)
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.bfloat16, torch.float16}
     if len(dtypes) > 1:  # halves are float32 while they train
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -89,7 +89,7 @@ def sharded_copy(model: PreTrainedModel, device: str, *, trains: bool = True) ->
         mine.eval().requires_grad_(False)
     mesh = init_device_mesh(device, (distributed.count(),))
     options: dict[str, Any] = {"mesh": mesh, "shard_placement_fn": lambda p: placement(p, mesh.size())}
-    for layer in reversed(_layers(mine)):
+    for layer in reversed(decoder_layers(mine)):
         fully_shard(layer, **options)
     fully_shard(mine, **options)
     mine.register_load_state_dict_pre_hook(_take_own_parts)
@@ -117,6 +117,24 @@ def placement(parameter: Tensor, processes: int) -> Shard:
         return Shard(0)
     equal = (dim for dim in range(1, parameter.ndim) if parameter.shape[dim] % processes == 0)
     return Shard(next(equal, 0))
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers of a model, outer ones first. Raises KronyError where they can't be groups by themselves."""
+    names = set(model._no_split_modules or ())
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = [layer for stack in stacks for layer in stack if type(layer).__name__ in names]
+    if not layers:
+        raise KronyError(f"{type(model).__name__} doesn't say which modules are its layers, so it can't be sharded")
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    around = [module for module in model.modules() if id(module) not in inside]
+    seen = {id(parameter) for module in around for parameter in module.parameters(recurse=False)}
+    for layer in layers:
+        own = {id(parameter) for parameter in layer.parameters()}
+        if own & seen:
+            raise KronyError(f"layers of this {type(model).__name__} share parameters, so it can't be sharded")
+        seen |= own
+    return layers
 
 
 @torch.no_grad()
@@ -149,24 +167,6 @@ def keep_whole_states(optimizer: torch.optim.Optimizer) -> None:
     """
     optimizer.register_state_dict_post_hook(_gather_states)
     optimizer.register_load_state_dict_pre_hook(_shard_states)
-
-
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers of a model, outer ones first. Raises KronyError where they can't be groups by themselves."""
-    names = set(model._no_split_modules or ())
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    layers = [layer for stack in stacks for layer in stack if type(layer).__name__ in names]
-    if not layers:
-        raise KronyError(f"{type(model).__name__} doesn't say which modules are its layers, so it can't be sharded")
-    inside = {id(module) for layer in layers for module in layer.modules()}
-    around = [module for module in model.modules() if id(module) not in inside]
-    seen = {id(parameter) for module in around for parameter in module.parameters(recurse=False)}
-    for layer in layers:
-        own = {id(parameter) for parameter in layer.parameters()}
-        if own & seen:
-            raise KronyError(f"layers of this {type(model).__name__} share parameters, so it can't be sharded")
-        seen |= own
-    return layers
 
 
 def _take_own_parts(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -39,12 +39,12 @@ def trainable(model: PreTrainedModel, frozen: Collection[str], *, checkpointing:
         for module, name, _ in rates:
             setattr(module, name, 0.0)
         if checkpointing:
-            _checkpointing(model, on=True)
+            gradient_checkpointing(model, on=True)
         with quiet():
             yield
     finally:
         if checkpointing:
-            _checkpointing(model, on=False)
+            gradient_checkpointing(model, on=False)
         for parameter, required in before:
             parameter.requires_grad_(required)
         for module, name, rate in rates:
@@ -77,7 +77,7 @@ def full_precision(model: PreTrainedModel) -> Iterator[None]:
             tensor.data = tensor.data.to(dtype)
 
 
-def _checkpointing(model: PreTrainedModel, *, on: bool) -> None:
+def gradient_checkpointing(model: PreTrainedModel, *, on: bool) -> None:
     """Switches gradient checkpointing; a release of transformers 5 renamed the method."""
     verb = "enable" if on else "disable"
     method = getattr(model, f"activation_checkpointing_{verb}", None) or getattr(

@@ -1,0 +1,104 @@
+"""What ``krony heal --dry-run`` says: tokens, steps, and the memory that each device needs."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from krony.cli.output import Output
+from krony.cli.preview import in_bytes
+from krony.errors import KronyError
+from krony.healing.footprint import footprint
+from krony.healing.options import HealOptions
+from krony.healing.recipes import Recipe
+from krony.healing.text import Reader, load_text
+from krony.models.loading import context_length
+from krony.models.source import ModelSource
+from krony.runtime.hardware import fast_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def preview(
+    to: Output,
+    source: ModelSource,
+    teacher: str | None,
+    recipes: list[Recipe],
+    options: HealOptions,
+    *,
+    text: tuple[str, str | None, int | None],
+    processes: int,
+    dtype: str,
+) -> None:
+    """Prints the run; no weight is read.
+
+    Args:
+        recipes: the recipes that the model is trained by in turn.
+        text: the names of the text to train and to validate on, and the most tokens.
+        processes: the number of devices, one process on each.
+        dtype: what ``--dtype`` says.
+
+    Raises:
+        KronyError: a recipe, text or options that don't fit the model or the number of devices.
+    """
+    model, original = _skeleton(source, dtype), None
+    if teacher is not None:
+        original = _skeleton(ModelSource.find(teacher), dtype)
+    for recipe in recipes:
+        _check(model, recipe, options, processes)
+    data, val, most = text
+    train, validation = load_text(data, val, Reader.of(model, source.tokenizer, recipes[0].length), max_tokens=most)
+    on_cpu = options.device == "cpu"
+    half = model.dtype == torch.float32 and not (on_cpu and fast_dtype("cpu") == torch.float32)
+    rows = [f"{len(part) * part.length:,}" for part in (train, validation)]
+    to.say(f"{rows[0]} tokens to train on, {rows[1]} to validate on")
+    found: list[dict[str, Any]] = []
+    for recipe in recipes:
+        steps = math.ceil(len(train) // recipe.sequences * recipe.epochs)
+        if not steps:
+            raise KronyError(f"{len(train)} rows to train on: one step of this recipe takes {recipe.sequences}")
+        memory = footprint(model, original, recipe, options, processes=processes, half=half)
+        tokens = steps * recipe.sequences * recipe.length
+        found.append({"tokens": tokens, "steps": steps, "memory": memory.to_json()})
+        to.say(
+            f"would train on {tokens:,} tokens in {steps:,} steps of {recipe.sequences} sequences of {recipe.length} "
+            f"tokens, {recipe.sequences // processes} of them on each device"
+        )
+    most_memory: dict[str, int] = max((each["memory"] for each in found), key=lambda memory: memory["peak"])
+    _show(to, most_memory, options, processes, on_cpu)
+    first, *later = found
+    to.json(first | {"then": later, "processes": processes, "shard": options.shard, "memory": most_memory})
+
+
+def _show(to: Output, memory: dict[str, int], options: HealOptions, processes: int, on_cpu: bool) -> None:
+    """Prints the memory."""
+    kind = "CPU" if on_cpu else "GPU"
+    how = "the weights sharded" if options.shard else "a copy of the model on each"
+    to.say(f"on {processes} {kind}{'' if processes == 1 else 's'}, {how}")
+    rows = [[name, in_bytes(size)] for name, size in memory.items() if name not in ("peak", "main")]
+    to.table([f"on each {kind}", "memory"], rows)
+    main = "" if on_cpu else f", and {in_bytes(memory['main'])} of the machine's main memory for each"
+    to.say(f"about {in_bytes(memory['peak'])} at the highest moment{main}; libraries and what an allocator loses add")
+
+
+def _skeleton(source: ModelSource, dtype: str) -> PreTrainedModel:
+    """The model on the meta device, in the dtype in which it is loaded."""
+    wanted = source.dtype(dtype)
+    stored = wanted if isinstance(wanted, torch.dtype) else getattr(source.config, "dtype", None)
+    return source.skeleton.to(stored or torch.float32)  # healing converts halves to float32
+
+
+def _check(model: PreTrainedModel, recipe: Recipe, options: HealOptions, processes: int) -> None:
+    if recipe.length > context_length(model):
+        raise KronyError(f"rows of {recipe.length} tokens: the model takes {context_length(model)}")
+    if recipe.sequences % processes:
+        raise KronyError(
+            f"{recipe.sequences} sequences per step can't be shared by {processes} processes: take a multiple"
+        )
+    if options.shard and processes == 1:
+        raise KronyError("shards are for several processes: say how many with --world-size")
+    if options.shard and options.compile:
+        raise KronyError("compile and shards don't go together: leave one of them out")
