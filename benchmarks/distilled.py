@@ -44,13 +44,13 @@ class Lesson:
             raise SystemExit(f"{options.calibration} has {ids.numel():,} tokens, and --distil takes {wanted:,}")
         self.train, self.held = Rows(ids.flatten().numpy(), length).split(HELD)
 
-    def train_on(self, model: PreTrainedModel, way: str, keep: float) -> dict[str, Any]:
+    def train_on(self, model: PreTrainedModel, way: str, keep: float, freeze: str | None = None) -> dict[str, Any]:
         """Trains ``model`` in place, and returns what its row says. A run that was interrupted resumes."""
         start, work = time.perf_counter(), self.work(way, keep)
         resume = find_last(work) is not None
         if not resume:
             shutil.rmtree(work, ignore_errors=True)  # one that ended before its first checkpoint
-        chosen = HealOptions(seed=self.options.seed, keep_anyway=True, resume=resume)
+        chosen = HealOptions(freeze=freeze, seed=self.options.seed, keep_anyway=True, resume=resume)
         train_on_rows(model, self.train, self.held, work=work, recipe=self.recipe, teacher=self.teacher, options=chosen)
         return {"distilled": self.options.distil, "seconds": time.perf_counter() - start, "resumed": resume}
 

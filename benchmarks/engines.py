@@ -3,15 +3,17 @@
     python benchmarks/engines.py [MODEL] [--calibration TEXT] [--out NAME] [--draw-only]
 
 Half of the neurons of MODEL (``demo`` by default) are removed. The original and the slim model are exported to GGUF,
-ONNX and OpenVINO, and run by llama.cpp, ONNX Runtime and OpenVINO beside transformers, on two threads. Each reads a
-prompt of 128 tokens and writes 64, ``REPEATS`` times in turn; the table has the medians. Agreement is how many of the
-greedy tokens are those of transformers, up to the first that isn't. Writes ``benchmarks/results/engines-NAME.json`` and
+ONNX and OpenVINO, and run by llama.cpp, ONNX Runtime and OpenVINO beside transformers, on two threads; and in bfloat16
+by transformers, also with torchao's 8-bit and 4-bit weights (``pip install --group bench``). Each reads a prompt of 128
+tokens and writes 64, ``REPEATS`` times in turn; the table has the medians. Agreement is how many of the greedy tokens
+are those of transformers in float32, up to the first that isn't. Writes ``benchmarks/results/engines-NAME.json`` and
 its table in ``docs/deployment.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import statistics
 import tempfile
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from common import DOCS, DRAW_ONLY, RESULTS, fill, quiet_transformers, read_results
 from llama_cpp import LlamaCpp
+from quality_bytes import BITS, quantised, tensor_bytes
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import krony
@@ -39,6 +42,9 @@ PROMPT, NEW, REPEATS, THREADS = 128, 64, 5, 2
 KEEP = 0.5
 ENGINES = {  # name -> form and type of the file
     "transformers": (None, "float32"),
+    "transformers, bfloat16": (None, "bfloat16"),
+    "torchao, int8": (None, "int8"),
+    "torchao, int4": (None, "int4"),
     "llama.cpp, f32": ("gguf", "f32"),
     "llama.cpp, q8_0": ("gguf", "q8_0"),
     "ONNX Runtime": ("onnx", "float32"),
@@ -46,7 +52,8 @@ ENGINES = {  # name -> form and type of the file
 }
 NOTE = """The spread is that of [`krony bench`](options.md#speed): of five runs, the distance of the slowest from the
 fastest, relative to the median. A gain within it may be chance, as most of those of the small model are. 8-bit weights
-leave the continuation of float32 after some tokens.
+leave the continuation of float32 after some tokens. torchao's weights are on top of bfloat16; its 4-bit weights
+have no fast product on this processor.
 """
 Run = tuple[list[int], float, float]  # the tokens, prompt tokens per second, new tokens per second
 
@@ -88,8 +95,9 @@ def started(engine: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     """The engine with the model, and the bytes of its files."""
     form, kind = ENGINES[engine]
     if form is None:
-        bytes_ = sum(p.numel() * p.element_size() for p in model.parameters())
-        return Loop(model, lambda: DynamicCache(config=model.config)), bytes_
+        made = model if kind == "float32" else copy.deepcopy(model).to(torch.bfloat16)
+        made = quantised(made, BITS[kind]) if kind in BITS else made
+        return Loop(made, lambda: DynamicCache(config=model.config)), tensor_bytes(made)
     if form == "gguf":
         write_gguf(model, tokenizer, folder / "model.gguf", kind)
         return in_llama_cpp(folder / "model.gguf"), (folder / "model.gguf").stat().st_size
@@ -148,7 +156,7 @@ def versions() -> dict[str, str]:
     """Those of the engines."""
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("transformers", "xllamacpp", "onnxruntime", "openvino")}
+    return {name: version(name) for name in ("transformers", "torchao", "xllamacpp", "onnxruntime", "openvino")}
 
 
 def speed(row: dict[str, Any], which: str, phase: str) -> float:

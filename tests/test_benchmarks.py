@@ -21,6 +21,7 @@ DRAWN = [
     ("quality", ["--out", "demo"], ["quality-demo.md"], ["quality-demo.svg"]),
     ("engines", [], ["deployment.md"], []),
     ("scalars", [], ["paper.md"], ["scalars.svg"]),
+    ("right_factors", [], ["paper.md"], []),
     ("sizes", [], ["sizes.md"], ["sizes.svg"]),
     ("speed", [], ["speed.md"], ["speed.svg"]),
     ("speed", ["--compile"], ["speed-compiled.md"], ["speed-compiled.svg"]),
