@@ -71,6 +71,8 @@ def workplace(tmp_path, monkeypatch, tokenizer):
         (tmp_path / "data" / name / file).write_text("some words and a last one\n" * 4)
     documents = [json.dumps({"text": f"document {number} has some words to train on. " * 60}) for number in range(40)]
     (tmp_path / "train.jsonl").write_text("\n".join(documents))
+    for part in ("train", "val"):  # which krony data prepare writes
+        (tmp_path / f"data/{part}.bin").write_bytes(bytes(2 * 40_000))
     return tmp_path
 
 
