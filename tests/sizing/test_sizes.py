@@ -1,6 +1,7 @@
 """Sizes of a model: predicted from the cost curves, measured on text that was held back."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_the_ladder_falls_and_its_parameters_are_those_of_the_models(build, tmp_
     assert [s.params for s in ladder] == sorted((s.params for s in ladder), reverse=True) and len(ladder) > 10
     assert ladder[0].params < count_parameters(model) and 0 < ladder[-1].keep < ladder[0].keep < 1
     for size in (ladder[0], ladder[len(ladder) // 2], ladder[-1]):
-        assert size.params == plan(model, sizes.config_of(size)).params_after
+        assert size.params == plan(model, replace(CONFIG, scheme=size.scheme)).params_after
 
 
 def test_the_prediction_rises_as_neurons_go_and_starts_from_the_cost_curves(tmp_path):
@@ -48,7 +49,7 @@ def test_what_is_measured_is_the_compressed_models_loss(tmp_path):
     size = sizes.size(0.25)
     found = sizes.measure(size)
     small = gpt2()
-    krony.compress(small, sizes.config_of(size), calibration=rows(1))
+    krony.compress(small, replace(CONFIG, scheme=size.scheme), calibration=rows(1))
     losses = []
     for one in (small, model):
         logits = one(rows(2, count=6)).logits[:, :-1].double().log_softmax(-1)

@@ -78,27 +78,29 @@ def compress(
         >>> [layer.name for layer in report.layers]
         ['transformer.h.0.mlp.c_fc', 'transformer.h.0.mlp.c_proj']
     """
-    _check_arguments(model, config)
+    if not isinstance(config, KronyConfig):
+        raise KronyError(f"compress takes a KronyConfig, such as KronyConfig('keep=0.5'), not {config!r}")
+    settled = plan(model, config)
     ids = _token_ids(calibration, tokenizer, config)
-    return compress_on(model, config, ids, cache=cache, progress=progress)
+    return compress_as_planned(model, settled, ids, cache=cache, progress=progress)
 
 
-def compress_on(
+def compress_as_planned(
     model: PreTrainedModel,
-    config: KronyConfig,
+    settled: CompressionPlan,
     ids: Tensor | None,
     *,
     curves: Sequence[Tensor] | None = None,
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> CompressionReport:
-    """``compress`` on token ids ``(sequences, length)``, or without text.
+    """``compress`` by a plan for this model, on token ids ``(sequences, length)``, or without text.
 
     ``curves``: what ``cost_curves`` gave for this model, text and configuration but for the scheme; the allocation of
     several sizes then computes them once. Raises KronyError.
     """
-    start = time.perf_counter()
-    settled = plan(model, config)
+    _check_weights(model)
+    start, config = time.perf_counter(), settled.config
     original = copy.deepcopy(model).eval() if config.tune else model  # the teacher, and the reference for all errors
     moments = _moments(original, settled, ids, cache, progress)
     shapes = allocate(model, settled, moments, progress, curves)
@@ -151,10 +153,8 @@ def made_with(config: KronyConfig, ids: Tensor | None) -> dict[str, object]:
     return options
 
 
-def _check_arguments(model: PreTrainedModel, config: KronyConfig) -> None:
-    """Raises KronyError if ``config`` is no KronyConfig, the device has no float64, or weights are not in memory."""
-    if not isinstance(config, KronyConfig):
-        raise KronyError(f"compress takes a KronyConfig, such as KronyConfig('keep=0.5'), not {config!r}")
+def _check_weights(model: PreTrainedModel) -> None:
+    """Raises KronyError if the device has no float64, or weights are not in memory."""
     if model.device.type == "mps":
         raise KronyError("mps has no float64, which the factors need: compress on the cpu, then move the model")
     offloaded = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from krony.compression.allocation import allocate_widths, cost_curves
-from krony.compression.compress import compress_on
+from krony.compression.compress import compress_as_planned
 from krony.compression.moments import Calibration
 from krony.compression.plan import CompressionPlan, plan, portion, size_of
+from krony.compression.report import CompressionReport
 from krony.config import KronyConfig
 from krony.errors import KronyError
 from krony.evaluation.interval import Interval, ratio_interval, sequence_losses
@@ -113,18 +114,19 @@ class Sizes:
         """The perplexity of this size on the held-back text, relative to the original's."""
         if size.scheme not in self.measured:
             model = copy.deepcopy(self.model)
-            curves = self._curves if self.config.allocation == "global" else None
-            compress_on(model, self.config_of(size), self.ids, curves=curves, cache=self.cache, progress=self.progress)
+            self.compress(model, size)
             self.measured[size.scheme] = self.compare(model)
         return self.measured[size.scheme]
+
+    def compress(self, model: PreTrainedModel, size: Size) -> CompressionReport:
+        """Compresses the original, or a copy of it, to this size in place."""
+        curves = self._curves if self.config.allocation == "global" else None
+        settled = self._plan(size.scheme)
+        return compress_as_planned(model, settled, self.ids, curves=curves, cache=self.cache, progress=self.progress)
 
     def compare(self, model: PreTrainedModel) -> Interval:
         """The perplexity of any model on the held-back text, relative to the original's."""
         return ratio_interval(sequence_losses(model, self.held, self.progress), self._original_losses)
-
-    def config_of(self, size: Size) -> KronyConfig:
-        """The configuration that makes this size."""
-        return replace(self.config, scheme=size.scheme)
 
     @cached_property
     def _original_losses(self) -> Tensor:

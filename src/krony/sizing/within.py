@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from krony.compression.compress import compress
 from krony.compression.report import CompressionReport
 from krony.config import KronyConfig
 from krony.data.calibration_set import LENGTH, TOKENS
@@ -117,7 +116,7 @@ def compress_within(
     with kept_in(cache) as folder:
         sizes = Sizes(model, config, ids, held, cache=folder, progress=progress)
         found = smallest(sizes, 1 + within)
-        report = compress(model, sizes.config_of(found.size), calibration=ids, cache=folder, progress=progress)
+        report = sizes.compress(model, found.size)
         return replace(found, report=report, measured=sizes.compare(model))
 
 
