@@ -270,9 +270,9 @@ class _Job:
     def write(self, model: PreTrainedModel, figures: dict[str, Any]) -> None:
         """Writes OUT with its card and logs, and removes the work folder."""
         from krony.compression.model_card import healed_card
-        from krony.evaluation.trajectory import write_trajectories
         from krony.healing.chain import THEN
         from krony.healing.checkpoints import explain_write_errors, keep_logs
+        from krony.healing.trajectory import write_trajectories
         from krony.models.quantizer import recorded_options
         from krony.storage.files import fresh_folder
 

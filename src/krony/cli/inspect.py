@@ -43,10 +43,15 @@ def run(
             show_default="python-docs with --report",
         ),
     ] = None,
-    text_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Read at most N tokens of it.")] = 8_192,
+    text_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Read at most N tokens of it.", show_default="8192")
+    ] = None,
     ablation_tokens: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Leave each factor out on N of these tokens; 0: leave none out.")
-    ] = 4_096,
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Leave each factor out on N of these tokens; 0: none.", show_default="4096"
+        ),
+    ] = None,
     json_to: Json = None,
 ) -> None:
     """Look into MODEL: norms as in the paper's Table 4, singular values, scalars, forward paths, and errors.
@@ -58,12 +63,16 @@ def run(
 
     if plot is not None:
         check_file(plot, ".svg")
+    lengths = {"--text-tokens": text_tokens, "--ablation-tokens": ablation_tokens}
     if trajectory:
-        for name, given in (("--base", base), ("--report", report), ("--text", text)):
-            if given is not None:
-                raise KronyError(f"--trajectory shows what krony heal wrote down, and nothing else: leave {name} out")
+        _refuse(
+            {"--base": base, "--report": report, "--text": text} | lengths,
+            "--trajectory shows what krony heal wrote down, and nothing else",
+        )
         _show_trajectory(to, model, plot)
         return
+    if report is None and text is None:
+        _refuse(lengths, "this reads no text without --report or --text")
     if report is not None:
         if report.is_file():
             raise KronyError(f"{report} exists: name a new file, or remove this one first")
@@ -74,12 +83,13 @@ def run(
 
     quiet_libraries()
     source = ModelSource.find(model)
+    compared = None if base is None else ModelSource.find(base)
     loaded = source.load()
     figures: dict[str, Any] = {"model": model, "base": base}
     if report is not None or text is not None:
         text = "python-docs" if text is None else text
         figures["factors"] = _interpret(to, source, loaded, text, report, text_tokens, ablation_tokens)
-    views = inspect_model(loaded, ModelSource.find(base).load() if base else None)
+    views = inspect_model(loaded, None if compared is None else compared.load())
     if plot is not None:
         write_text(plot, picture(views))
     shown = table(views)
@@ -89,24 +99,32 @@ def run(
     to.json(figures | {"layers": [view.to_json() for view in views]})
 
 
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """Raises KronyError for the first of these options that is given: it would do nothing."""
+    for name, value in options.items():
+        if value is not None:
+            raise KronyError(f"{why}: leave {name} out")
+
+
 def _interpret(
     to: Output,
     source: ModelSource,
     model: PreTrainedModel,
     text: str,
     report: Path | None,
-    tokens: int,
-    ablation_tokens: int,
+    tokens: int | None,
+    ablation_tokens: int | None,
 ) -> dict[str, Any]:
     """Looks at every factor, prints a table, writes the page, and returns the figures."""
-    from krony.interpretation.interpret import interpret
+    from krony.interpretation.interpret import ABLATION_TOKENS, TOKENS, interpret
     from krony.interpretation.report import explanations, interpretation_page, table
     from krony.storage.files import write_text
 
     with to.progress() as progress:
         seen = interpret(
-            model, source.tokenizer, text, tokens=tokens, ablation_tokens=ablation_tokens, progress=progress
-        )
+            model, source.tokenizer, text, tokens=TOKENS if tokens is None else tokens,
+            ablation_tokens=ABLATION_TOKENS if ablation_tokens is None else ablation_tokens, progress=progress,
+        )  # fmt: skip
     if report is not None:
         write_text(report, interpretation_page(source.name, seen))
     shown = table(seen)
@@ -118,7 +136,7 @@ def _interpret(
 
 def _show_trajectory(to: Output, model: str, plot: Path | None) -> None:
     """Prints, draws and writes the scalars of a healed model over its training."""
-    from krony.evaluation.trajectory import picture, read_trajectories, table
+    from krony.healing.trajectory import picture, read_trajectories, table
     from krony.storage.files import write_text
 
     scalars = read_trajectories(Path(model))

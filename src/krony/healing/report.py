@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from krony.healing.scalars import Trajectories
+from krony.healing.trajectory import Trajectories
 from krony.pages import Table, shown
 
 

@@ -1,4 +1,4 @@
-"""The scalars of a model during its training: as a log has them, and as trajectories (paper, section 6)."""
+"""The scalars of a model as a trainer logs them, and their trajectories from its log (paper, section 6)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from krony.healing.trajectory import Trajectories
 from krony.models.surgery import kronecker_layers
 
 PREFIX = "scalars/"  # before the layer's name and the factor's number, in TensorBoard and in a trainer's log
-
-# name of a layer -> tokens seen, and the scalar of each factor there
-Trajectories = dict[str, list[tuple[int, list[float]]]]
 
 
 def log_of(model: nn.Module) -> dict[str, float]:

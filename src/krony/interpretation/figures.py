@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from krony.interpretation.subspaces import kind_of
+from krony.interpretation.subspaces import kind_of, number_of
 from krony.interpretation.views import FactorView, Interpretation, LayerFactors, Similarity
 from krony.pictures import bars, heatmaps, lines
 
@@ -20,11 +20,6 @@ def by_kind(seen: Interpretation) -> dict[str, list[LayerFactors]]:
     return kinds
 
 
-def label(layer: LayerFactors) -> str:
-    """The number of a layer; its name where there is none."""
-    return next((part for part in layer.name.split(".") if part.isdigit()), layer.name)
-
-
 def right_factors(kind: str, layers: list[LayerFactors]) -> str:
     """Every right factor of a kind of matrix, divided by its norm, as coloured cells."""
     same = [layer for layer in layers if layer.right == layers[0].right]
@@ -32,7 +27,7 @@ def right_factors(kind: str, layers: list[LayerFactors]) -> str:
     for layer in same:
         for factor in layer.factors:
             norm = sum(x * x for row in factor.right for x in row) ** 0.5 or 1.0
-            panels[f"{label(layer)}.{factor.index}"] = [[x / norm for x in row] for row in factor.right]
+            panels[f"{number_of(layer.name)}.{factor.index}"] = [[x / norm for x in row] for row in factor.right]
     k = len(layers[0].factors)
     size = "x".join(map(str, layers[0].right))
     return heatmaps(
@@ -68,11 +63,14 @@ def _curves(
             if index < len(layer.factors) and (value := figure(layer.factors[index])) is not None
         ]
         if found:
-            yield f"factor {index}", [(float(label(layers[int(n)])) if _numbered(layers) else n, y) for n, y in found]
+            yield (
+                f"factor {index}",
+                [(float(number_of(layers[int(n)].name)) if _numbered(layers) else n, y) for n, y in found],
+            )
 
 
 def _numbered(layers: list[LayerFactors]) -> bool:
-    return all(label(layer).isdigit() for layer in layers)
+    return all(number_of(layer.name).isdigit() for layer in layers)
 
 
 def effective_ranks(kind: str, layers: list[LayerFactors]) -> str:
@@ -87,7 +85,9 @@ def shares(kind: str, layers: list[LayerFactors]) -> str:
     largest = max(
         ((factor.share, layer, factor) for layer in layers for factor in layer.factors), key=lambda one: one[0]
     )
-    title = f"Output energy of {kind}: the largest share is {largest[0]:.0%}, layer {label(largest[1])}, factor "
+    title = (
+        f"Output energy of {kind}: the largest share is {largest[0]:.0%}, layer {number_of(largest[1].name)}, factor "
+    )
     title += str(largest[2].index)
     return lines(dict(_curves(layers, lambda f: f.share)), title=title, x="layer", y="share of the output energy")
 
@@ -96,10 +96,8 @@ def ablations(kind: str, layers: list[LayerFactors]) -> str:
     """The perplexity without each factor relative to the model's, by layer."""
     ratios = [(factor.ratio, layer, factor) for layer in layers for factor in layer.factors if factor.ratio is not None]
     worst = max(ratios, key=lambda one: one[0])
-    title = (
-        f"Without one factor of {kind}: at most {worst[0]:.2f} times the perplexity (layer {label(worst[1])}, factor "
-        f"{worst[2].index})"
-    )
+    where = f"layer {number_of(worst[1].name)}, factor {worst[2].index}"
+    title = f"Without one factor of {kind}: at most {worst[0]:.2f} times the perplexity ({where})"
     if len(layers) == 1:
         lengths = {f"factor {factor.index}": ratio for ratio, _, factor in ratios}
         return bars({"": lengths}, title=title, axis="times the model's perplexity", level=1.0, log=True)

@@ -17,7 +17,7 @@ from krony.evaluation.interval import Interval, ratio_interval, sequence_losses
 from krony.evaluation.perplexity import check_ids
 from krony.interpretation.ablation import without
 from krony.interpretation.energies import Energies
-from krony.interpretation.subspaces import Subspace, effective_rank, leading, similarities, span
+from krony.interpretation.subspaces import Subspace, effective_rank, leading, number_of, similarities, span
 from krony.interpretation.views import Context, FactorView, GroupView, Interpretation, LayerFactors, Side
 from krony.kronecker.embedding import KroneckerEmbedding
 from krony.kronecker.linear import KroneckerLinear
@@ -86,7 +86,7 @@ def interpret(
         views.append(view)
         subspaces += bases
     spans = [
-        Subspace(layer=name, label=_number(name), basis=span(layer.right))
+        Subspace(layer=name, label=number_of(name), basis=span(layer.right))
         for name, layer in layers.items()
         if isinstance(layer, KroneckerLinear)
     ]
@@ -110,9 +110,8 @@ def read_rows(
     length = min(LENGTH, context_length(model))
     if tokens < length or (ablation_tokens and ablation_tokens < length):
         raise KronyError(f"{min(tokens, ablation_tokens or tokens)} tokens of text: at least {length} make a sequence")
-    documents = (
-        load_texts(text, tokens=tokens) if text in TEST_SETS else documents_in(text, tokens, "held-out")
-    )  # of a set on the hub the train split is read, as for --calibration
+    # of a set on the hub that isn't a test set the train split is read, as for --calibration
+    documents = load_texts(text) if text in TEST_SETS else documents_in(text, tokens, "held-out")
     ids = pack(documents, tokenizer, tokens=tokens, length=length, what=f"text {Path(text).name}")
     check_ids(text, ids.flatten(), model)
     return ids
@@ -206,7 +205,7 @@ def _view(
         )
         if energies is not None:  # the residual stream is on the other side than an MLP's hidden neurons
             stream = left.U if energies.side == "inputs" else left.Vh.T
-            bases.append(Subspace(layer=name, label=f"{_number(name)}.{f}", basis=leading(stream)))
+            bases.append(Subspace(layer=name, label=f"{number_of(name)}.{f}", basis=leading(stream)))
     return LayerFactors(
         name=name,
         left=layer.shape.left,
@@ -256,8 +255,3 @@ def _groups(energies: Energies, factor: int, right: Tensor, words: Words) -> lis
             )
         )
     return found
-
-
-def _number(name: str) -> str:
-    """The number of the transformer layer in a name; the name itself where there is none."""
-    return next((part for part in name.split(".") if part.isdigit()), name)

@@ -100,6 +100,16 @@ def kind_of(name: str) -> str:
     return re.sub(r"^.*?(?:^|\.)\d+\.", "", name)
 
 
+def number_of(name: str) -> str:
+    """The number of the transformer layer in a layer's name; the name itself where there is none.
+
+    Examples:
+        >>> number_of("transformer.h.3.mlp.c_fc"), number_of("lm_head")
+        ('3', 'lm_head')
+    """
+    return next((part for part in name.split(".") if part.isdigit()), name)
+
+
 def _compare(of: Literal["left", "right"], kind: str, members: Sequence[Subspace]) -> Similarity:
     pairs = [[cosines(one.basis, other.basis) for other in members] for one in members]
     means = [[angles.square().mean().item() for angles in row] for row in pairs]

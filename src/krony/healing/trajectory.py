@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from krony.errors import KronyError
@@ -15,8 +15,8 @@ from krony.storage.tensor_files import read_json
 FILE = "scalars.json"
 MOST = 14  # curves that a picture can show each
 
-# name of a layer -> pairs of the tokens seen and the scalar of each factor there
-Trajectories = Mapping[str, Sequence[tuple[int, Sequence[float]]]]
+# name of a layer -> tokens seen, and the scalar of each factor there
+Trajectories = dict[str, list[tuple[int, list[float]]]]
 
 
 def write_trajectories(folder: Path, scalars: Trajectories) -> None:
@@ -73,7 +73,7 @@ def _curves(scalars: Trajectories) -> Iterator[tuple[str, list[tuple[float, floa
 
 def _summary(scalars: Trajectories) -> dict[str, list[tuple[float, float]]]:
     """The median of each factor over the layers, and the smallest and the largest scalar of all."""
-    at: dict[int, list[Sequence[float]]] = {}
+    at: dict[int, list[list[float]]] = {}
     for points in scalars.values():
         for tokens, values in points:
             at.setdefault(tokens, []).append(values)

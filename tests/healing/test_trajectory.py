@@ -6,7 +6,7 @@ import re
 import pytest
 
 from krony import KronyError
-from krony.evaluation.trajectory import picture, read_trajectories, table, write_trajectories
+from krony.healing.trajectory import picture, read_trajectories, table, write_trajectories
 
 FEW = {"h.0.mlp.c_fc": [(0, [4.0, 1.0]), (512, [3.5, 1.25])]}
 MANY = {f"h.{n}.c_fc": [(0, [1.0 + n, 2.0]), (512, [2.0 + n, 3.0])] for n in range(9)}
