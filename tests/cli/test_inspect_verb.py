@@ -30,7 +30,7 @@ def test_pages_that_cannot_be_made(refused, compressed, gpt2_folder, tmp_path):
     assert "nothing in this model is compressed" in refused("inspect", gpt2_folder, *page)
     assert "empty.txt is empty" in refused("inspect", compressed, *page, "--text", tmp_path / "empty.txt")
     assert "no.txt can't be read" in refused("inspect", compressed, *page, "--text", tmp_path / "no.txt")
-    assert "none: there is no such folder" in refused("inspect", compressed, *page, "--base", tmp_path / "none")
+    assert "there is no such folder" in refused("inspect", compressed, *page, "--base", tmp_path / "none")
     for option in ("--text-tokens", "--ablation-tokens"):
         assert f"leave {option} out" in refused("inspect", compressed, "--base", gpt2_folder, option, 512)
     assert "leave --text out" in refused("inspect", compressed, "--trajectory", "--text", "python-docs")

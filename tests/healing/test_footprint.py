@@ -1,7 +1,6 @@
 """The memory of a run by arithmetic: against sums by hand, what autograd really saves, and what a process takes."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,52 +111,6 @@ def test_what_is_frozen_and_what_is_computed_again():
     again = footprint(model, None, RECIPE, HealOptions(gradient_checkpointing=True), processes=1, half=False)
     assert again.activations < 0.7 * whole.activations
     assert not any(p.is_meta for p in model.parameters()) and not model.is_gradient_checkpointing
-
-
-def test_the_verb(krony_dry_run):
-    done = krony_dry_run("--world-size", "2", "--shard")
-    assert done["processes"] == 2 and done["shard"] and done["steps"] * 2 * 32 == done["tokens"]
-    assert done["memory"]["peak"] < krony_dry_run("--world-size", "2")["memory"]["peak"]
-
-
-@pytest.fixture
-def krony_dry_run(gpt2_folder, tmp_path, monkeypatch, capsys):
-    from krony.cli.app import main
-
-    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "{"one two three four " * 8} {i}"}}\n' for i in range(40)))
-    given = ["--data", tmp_path / "text.jsonl", "--length", 32, "--teacher", gpt2_folder, "--dry-run", "--json", "-"]
-
-    def run(*more: str):
-        monkeypatch.setattr(sys, "argv", [*map(str, ["krony", "heal", gpt2_folder, tmp_path / "out", *given]), *more])
-        try:
-            main()
-        except SystemExit as end:
-            if end.code:
-                raise
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["text.jsonl"]
-        return json.loads(capsys.readouterr().out)
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [(["--world-size", "3"], "can't be shared by 3 processes"), (["--shard"], "say how many with --world-size")],
-)
-def test_mistakes(krony_dry_run, more, words, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        krony_dry_run(*more)
-    assert words in capsys.readouterr().err
-
-
-def test_a_number_of_devices_without_a_dry_run(gpt2_folder, tmp_path, monkeypatch, capsys):
-    from krony.cli.app import main
-
-    arguments = ["krony", "heal", gpt2_folder, tmp_path / "out", "--data", "python-docs", "--world-size", 2]
-    monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
-    with pytest.raises(SystemExit, match="2"):
-        main()
-    assert "--world-size goes with --dry-run" in capsys.readouterr().err
 
 
 def kept_results():

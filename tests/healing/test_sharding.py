@@ -49,34 +49,34 @@ def test_one_process_has_nobody_to_share_with(tmp_path, monkeypatch, word):
     ],
 )
 def test_a_launch_that_asks_for_something_else(launched, monkeypatch, name, value, words):
-    check_sharding(gpt2(), llama(), HealOptions())
+    check_sharding(gpt2(), llama(), HealOptions(), 2)
     monkeypatch.setenv(name, value)
     with pytest.raises(KronyError, match=words):
-        check_sharding(gpt2(), None, HealOptions())
+        check_sharding(gpt2(), None, HealOptions(), 2)
 
 
 def test_version_1_is_what_accelerate_takes_if_none_is_named(launched, monkeypatch):
     monkeypatch.delenv("FSDP_VERSION")
     with pytest.raises(KronyError, match="version 2"):
-        check_sharding(gpt2(), None, HealOptions())
+        check_sharding(gpt2(), None, HealOptions(), 2)
 
 
 def test_models_that_cannot_be_sharded(launched):
     mixed = gpt2()
     mixed.transformer.ln_f.double()
     with pytest.raises(KronyError, match="a model of float32 and float64 can't be sharded"):
-        check_sharding(mixed, None, SHARD)
-    check_sharding(gpt2(), mixed, SHARD)  # a teacher has no gradients to reduce
+        check_sharding(mixed, None, SHARD, 2)
+    check_sharding(gpt2(), mixed, SHARD, 2)  # a teacher has no gradients to reduce
     shared = gpt2()
     shared.transformer.h[1].mlp = shared.transformer.h[0].mlp
     with pytest.raises(KronyError, match="layers of this GPT2LMHeadModel share parameters"):
-        check_sharding(shared, None, SHARD)
+        check_sharding(shared, None, SHARD, 2)
     unknown = gpt2()
     unknown._no_split_modules = None
     with pytest.raises(KronyError, match="doesn't say which modules are its layers"):
-        check_sharding(unknown, None, SHARD)
+        check_sharding(unknown, None, SHARD, 2)
     with pytest.raises(KronyError, match="compile and shards don't go together"):
-        check_sharding(gpt2(), None, HealOptions(shard=True, compile=True))
+        check_sharding(gpt2(), None, HealOptions(shard=True, compile=True), 2)
 
 
 def test_processes_that_loaded_different_weights(monkeypatch):

@@ -9,12 +9,11 @@ import torch
 
 from krony.cli.output import Output
 from krony.cli.preview import in_bytes
-from krony.errors import KronyError
 from krony.healing.footprint import footprint
 from krony.healing.options import HealOptions
 from krony.healing.recipes import Recipe
 from krony.healing.text import Reader, load_text
-from krony.models.loading import context_length
+from krony.healing.training import check_run, check_settings
 from krony.models.source import ModelSource
 from krony.runtime.hardware import fast_dtype
 
@@ -47,19 +46,20 @@ def preview(
     model, original = _skeleton(source, dtype), None
     if teacher is not None:
         original = _skeleton(ModelSource.find(teacher), dtype)
+    own: dict[str, Any] = {"teacher": original, "options": options, "processes": processes}
     for recipe in recipes:
-        _check(model, recipe, options, processes)
+        check_settings(model, recipe.length, recipe=recipe, **own)
     data, val, most = text
     train, validation = load_text(data, val, Reader.of(model, source.tokenizer, recipes[0].length), max_tokens=most)
     on_cpu = options.device == "cpu"
     half = model.dtype == torch.float32 and not (on_cpu and fast_dtype("cpu") == torch.float32)
+    for recipe in recipes:
+        check_run(model, train, validation, recipe=recipe, **own)
     rows = [f"{len(part) * part.length:,}" for part in (train, validation)]
     to.say(f"{rows[0]} tokens to train on, {rows[1]} to validate on")
     found: list[dict[str, Any]] = []
     for recipe in recipes:
         steps = math.ceil(len(train) // recipe.sequences * recipe.epochs)
-        if not steps:
-            raise KronyError(f"{len(train)} rows to train on: one step of this recipe takes {recipe.sequences}")
         memory = footprint(model, original, recipe, options, processes=processes, half=half)
         tokens = steps * recipe.sequences * recipe.length
         found.append({"tokens": tokens, "steps": steps, "memory": memory.to_json()})
@@ -89,16 +89,3 @@ def _skeleton(source: ModelSource, dtype: str) -> PreTrainedModel:
     wanted = source.dtype(dtype)
     stored = wanted if isinstance(wanted, torch.dtype) else getattr(source.config, "dtype", None)
     return source.skeleton.to(stored or torch.float32)  # healing converts halves to float32
-
-
-def _check(model: PreTrainedModel, recipe: Recipe, options: HealOptions, processes: int) -> None:
-    if recipe.length > context_length(model):
-        raise KronyError(f"rows of {recipe.length} tokens: the model takes {context_length(model)}")
-    if recipe.sequences % processes:
-        raise KronyError(
-            f"{recipe.sequences} sequences per step can't be shared by {processes} processes: take a multiple"
-        )
-    if options.shard and processes == 1:
-        raise KronyError("shards are for several processes: say how many with --world-size")
-    if options.shard and options.compile:
-        raise KronyError("compile and shards don't go together: leave one of them out")

@@ -33,12 +33,17 @@ def is_sharding(options: HealOptions) -> bool:
     return options.shard or distributed.asks_for_shards()
 
 
-def check_sharding(model: PreTrainedModel, teacher: PreTrainedModel | None, options: HealOptions) -> None:
-    """Raises KronyError where a run is to be sharded and can't be, or not as its launcher asks."""
+def check_sharding(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, options: HealOptions, processes: int
+) -> None:
+    """Raises KronyError where a run in so many processes is to be sharded and can't be, or not as its launcher asks."""
     if not is_sharding(options):
         return
-    if distributed.count() == 1:
-        raise KronyError("shards are for several processes, and this is one: launch with torchrun, or without sharding")
+    if processes == 1:
+        raise KronyError(
+            "shards are for several processes, and this is one: launch with torchrun (for --dry-run say how many with "
+            "--world-size), or without sharding"
+        )
     if options.compile:
         raise KronyError("compile and shards don't go together: leave one of them out")
     if distributed.asks_for_shards():

@@ -135,9 +135,13 @@ def check_run(
     recipe: Recipe,
     teacher: PreTrainedModel | None,
     options: HealOptions,
+    processes: int | None = None,
 ) -> None:
-    """Raises KronyError where ``train_on_rows`` would, as far as that can be told before it starts."""
-    check_settings(model, train.length, recipe=recipe, teacher=teacher, options=options)
+    """Raises KronyError where ``train_on_rows`` would, as far as that can be told before it starts.
+
+    ``processes``: how many will share a step; None for those that are running.
+    """
+    check_settings(model, train.length, recipe=recipe, teacher=teacher, options=options, processes=processes)
     if len(train) < recipe.sequences:
         raise KronyError(f"{len(train)} rows to train on: one step of this recipe takes {recipe.sequences}")
     if not len(validation):
@@ -151,19 +155,21 @@ def check_settings(
     recipe: Recipe,
     teacher: PreTrainedModel | None,
     options: HealOptions,
+    processes: int | None = None,
 ) -> None:
     """Raises KronyError where rows of ``length`` tokens, recipe, teacher or options don't fit the model or machine."""
+    processes = distributed.count() if processes is None else processes
     with trainable(model, options.frozen):
         pass
     if length > context_length(model):
         raise KronyError(f"rows of {length} tokens: the model takes {context_length(model)}")
-    if recipe.sequences % distributed.count():
+    if recipe.sequences % processes:
         raise KronyError(
-            f"{recipe.sequences} sequences per step can't be shared by {distributed.count()} processes: take a multiple"
+            f"{recipe.sequences} sequences per step can't be shared by {processes} processes: take a multiple"
         )
     if teacher is not None:
         check_teacher(model, teacher, recipe)
-    check_sharding(model, teacher, options)
+    check_sharding(model, teacher, options, processes)
 
 
 def _run(trainer: HealingTrainer, last: str | None, work: Path, progress: Progress) -> float:
