@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from krony.runtime.hardware import machine
 from krony.storage.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,35 @@ END = "<!-- end -->"
 def read_results(name: str) -> dict[str, Any]:
     """The results of an earlier run, from ``benchmarks/results/NAME.json``."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+class Runs:
+    """Runs of a benchmark in a file, each kept as soon as it is measured, so that an interrupted benchmark resumes.
+
+    Args:
+        file: a JSON file; its runs stay, and more are added.
+        same: what has to be the same for all runs in a file, such as the number of tokens.
+
+    Attributes:
+        results: the content of the file, with ``runs``, ``machine`` and ``same``. More can be put in.
+    """
+
+    def __init__(self, file: Path, **same: Any) -> None:
+        self.file = file
+        self.results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"runs": []}
+        for name, value in same.items():
+            if self.results["runs"] and self.results[name] != value:
+                raise SystemExit(f"{file} holds runs with {name} {self.results[name]}: name another --out")
+        self.results |= same | {"machine": machine()}
+
+    def has(self, key: dict[str, Any]) -> bool:
+        """Whether there is a run with these values."""
+        return any(key.items() <= run.items() for run in self.results["runs"])
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Keeps a run."""
+        self.results["runs"].append(run)
+        write_json(self.file, self.results)
 
 
 def results_of(name: str, measure: Callable[[], dict[str, Any]], description: str | None) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import math
 import random
 import tempfile
@@ -29,7 +28,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common import DOCS, DRAW_ONLY, RESULTS, quiet_transformers, read_results
+from common import DOCS, DRAW_ONLY, RESULTS, Runs, quiet_transformers, read_results
 
 import krony
 from krony.data.calibration_set import pack
@@ -43,8 +42,7 @@ from krony.healing.training import train_on_rows
 from krony.healing.validation import validation_loss
 from krony.pages import Table
 from krony.pictures import lines
-from krony.runtime.hardware import machine
-from krony.storage.files import cache_folder, write_json, write_text
+from krony.storage.files import cache_folder, write_text
 
 SCHEMES = {"512x256": "half of the MLPs' parameters", "256x256": "a quarter of the MLPs' parameters"}
 INITS = ("neurons", "als", "van-loan", "prune", "random")
@@ -244,21 +242,19 @@ def main() -> None:
     if options.data_dir is None:
         parser.error("--data-dir names the folder with openwebtext/val.jsonl")
     quiet_transformers()
-    results = measure_missing(options, parser)
+    results = measure_missing(options)
     if options.out == RESULTS / "healing.json":
         write_page(results)
         for scheme in options.schemes:
             print(table(results, scheme).markdown())
 
 
-def measure_missing(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict:
+def measure_missing(options: argparse.Namespace) -> dict:
     """The results, with the runs that were not in the file; each is written as soon as it is measured."""
 
     sets = measured_text(options.data_dir, options.measured)
-    results: dict = json.loads(options.out.read_text()) if options.out.exists() else {"runs": []}
-    if results["runs"] and results["tokens"] != options.tokens:
-        parser.error(f"{options.out} holds runs of {results['tokens']} tokens: name another --out")
-    results |= {"machine": machine(), "tokens": options.tokens, "goal": GOAL}
+    runs = Runs(options.out, tokens=options.tokens, goal=GOAL)
+    results = runs.results
     results["measured"] = {name: len(rows) * LENGTH for name, rows in sets.items()}
     if "base" not in results:
         results["base"] = losses(krony.load_model("demo"), sets)
@@ -266,13 +262,11 @@ def measure_missing(options: argparse.Namespace, parser: argparse.ArgumentParser
     wanted += list(itertools.product(options.schemes, options.inits))
     for seed, (scheme, init) in itertools.product(options.seeds, wanted):
         rate = options.rate or RATES.get(init, CONTROL_RATE)
-        key = {"scheme": scheme, "init": init, "seed": seed}
-        if any(key.items() <= run.items() for run in results["runs"]):
+        if runs.has({"scheme": scheme, "init": init, "seed": seed}):
             continue
         start = time.perf_counter()
         run = measure(scheme, init, seed, rate, options)
-        results["runs"].append(run)
-        write_json(options.out, results)
+        runs.add(run)
         (_, before, _), (_, after, _) = run["points"][0], run["points"][-1]
         ratios = [math.exp(loss - results["base"][0]) for loss in (before, after)]
         spent = time.perf_counter() - start

@@ -22,14 +22,13 @@ import itertools
 from statistics import mean
 from typing import Any
 
-from common import DOCS, DRAW_ONLY, RESULTS, fill, quiet_transformers, read_results
+from common import DOCS, DRAW_ONLY, RESULTS, Runs, fill, quiet_transformers, read_results
 from distilled import Lesson
 
 import krony
 from krony.models.surgery import find_groups
 from krony.pages import Table
-from krony.runtime.hardware import machine
-from krony.storage.files import cache_folder, write_json
+from krony.storage.files import cache_folder
 
 STARTS, RIGHT = ("neurons", "van-loan"), ("right", "none")  # what is frozen
 PAGE, SCRIPT = "paper.md", "benchmarks/right_factors.py"
@@ -48,8 +47,11 @@ def scheme(width: int, inputs: int, factors: int) -> str:
     return f"{rows}x{inputs}:{factors}"
 
 
-def measure(options: argparse.Namespace, results: dict[str, Any]) -> None:
-    """Adds the missing runs to ``results``, each as soon as it is measured."""
+def measure_missing(options: argparse.Namespace) -> None:
+    """Measures the runs that are not in the results."""
+    runs = Runs(RESULTS / f"right-factors-{options.out}.json", tokens=options.distil, measured=options.measured)
+    results = runs.results
+    results["label"] = options.label or options.model
     tokenizer, original = krony.load_tokenizer(options.model), krony.load_model(options.model, dtype="float32")
     site = find_groups(original)[0].sites[0]
 
@@ -63,7 +65,7 @@ def measure(options: argparse.Namespace, results: dict[str, Any]) -> None:
         for init, factors in itertools.product(STARTS, options.factors):
             key = {"init": init, "factors": factors, "seed": seed}
             arms = [{"frozen": frozen, "rate": rate} for frozen in RIGHT for rate in options.rates]
-            missing = [arm for arm in arms if not any((key | arm).items() <= run.items() for run in results["runs"])]
+            missing = [arm for arm in arms if not runs.has(key | arm)]
             if not missing:
                 continue
             model = copy.deepcopy(original)
@@ -75,8 +77,7 @@ def measure(options: argparse.Namespace, results: dict[str, Any]) -> None:
                 trained, way = copy.deepcopy(model), f"{init}, {factors} factors, {arm['frozen']} frozen"
                 lesson.train_on(trained, way, 0.5, freeze=arm["frozen"])
                 run = key | arm | {"params": report.params_after, "start": start, "end": look(trained)}
-                results["runs"].append(run)
-                write_json(RESULTS / f"right-factors-{options.out}.json", results)
+                runs.add(run)
                 lesson.forget(way, 0.5)
                 ratios = [run[when] / results["base"] for when in ("start", "end")]
                 print(f"{way}, rate {arm['rate']:g}, seed {seed}: {ratios[0]:.3f} -> {ratios[1]:.3f}", flush=True)
@@ -156,13 +157,7 @@ def main() -> None:
         if not (options.calibration and options.val):
             parser.error("--calibration and --val name the texts")
         quiet_transformers()
-        path = RESULTS / f"right-factors-{options.out}.json"
-        results = read_results(path.stem) if path.exists() else {"runs": []}
-        asked = {"tokens": options.distil, "measured": options.measured}
-        if results["runs"] and {name: results[name] for name in asked} != asked:
-            parser.error(f"{path} holds runs with other numbers: name another --out")
-        results |= asked | {"label": options.label or options.model, "machine": machine()}
-        measure(options, results)
+        measure_missing(options)
     kept = sorted(path.stem for path in RESULTS.glob("right-factors-*.json"))
     fill(DOCS / PAGE, SCRIPT, "\n".join(section(read_results(name)) for name in kept))
 

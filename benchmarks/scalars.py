@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 import statistics
 import tempfile
@@ -29,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import DOCS, DRAW_ONLY, RESULTS, fill, quiet_transformers, read_results
+from common import DOCS, DRAW_ONLY, RESULTS, Runs, fill, quiet_transformers, read_results
 
 import krony
 from krony.data.python_docs import topics
@@ -41,8 +40,7 @@ from krony.healing.report import perplexity
 from krony.healing.training import train_on_rows
 from krony.pages import Table
 from krony.pictures import lines
-from krony.runtime.hardware import machine
-from krony.storage.files import write_json, write_text
+from krony.storage.files import write_text
 
 SCHEME, GOAL = "256x128:4", 4.0
 STARTS: tuple[float | None, ...] = (1.0, None, 4.0, 8.0)  # None: α
@@ -103,21 +101,15 @@ def wanted(seeds: Sequence[int]) -> list[dict[str, Any]]:
 
 def measure_missing(options: argparse.Namespace) -> dict[str, Any]:
     """The results, with the runs that were not in the file; each is written as soon as it is measured."""
-    file: Path = options.out
-    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"runs": []}
-    if results["runs"] and results["tokens"] != options.tokens:
-        raise SystemExit(f"{file} holds runs of {results['tokens']} tokens: name another --out")
-    results |= {"scheme": SCHEME, "tokens": options.tokens, "held": HELD, "length": LENGTH, "rate": RATE}
-    results["machine"] = machine()
+    runs = Runs(options.out, scheme=SCHEME, tokens=options.tokens, held=HELD, length=LENGTH, rate=RATE)
     for one in wanted(options.seeds):
-        if any(one.items() <= run.items() for run in results["runs"]):
+        if runs.has(one):
             continue
         begin = time.perf_counter()
-        results["runs"].append(measure(tokens=options.tokens, **one))
-        write_json(file, results)
-        last = results["runs"][-1]["points"][-1]
-        print(one, f"median {last[3]:.3f} in {time.perf_counter() - begin:.0f} s", flush=True)
-    return results
+        run = measure(tokens=options.tokens, **one)
+        runs.add(run)
+        print(one, f"median {run['points'][-1][3]:.3f} in {time.perf_counter() - begin:.0f} s", flush=True)
+    return runs.results
 
 
 def groups(results: dict[str, Any]) -> dict[tuple[float | None, float, bool], list[dict[str, Any]]]:
