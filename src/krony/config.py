@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from krony.errors import KronyError
-from krony.kronecker.layer_schemes import LayerSchemes
+from krony.kronecker.layer_schemes import LayerSchemes, is_file
 from krony.options import option
 
 if TYPE_CHECKING:
@@ -230,11 +230,10 @@ def _parsed(scheme: object) -> str | LayerSchemes:
         return LayerSchemes(dict(scheme))
     if isinstance(scheme, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in scheme):
         return LayerSchemes(dict(scheme))  # as config.json records it
-    if isinstance(scheme, (str, Path)) and Path(scheme).suffix:
-        from krony.data.scheme_file import is_scheme_file, read_scheme_file  # torch is heavy
+    if isinstance(scheme, (str, Path)) and is_file(scheme):
+        from krony.data.scheme_file import read_scheme_file  # heavy
 
-        if is_scheme_file(scheme):
-            return read_scheme_file(Path(scheme))
+        return read_scheme_file(Path(scheme))
     if not isinstance(scheme, (str, LayerSchemes)):
         raise KronyError(f"scheme is {scheme!r}, not text: write '81M', '1536x768', 'keep=0.5' or a mapping per layer")
     return scheme

@@ -9,18 +9,7 @@ from krony.errors import KronyError
 from krony.kronecker.layer_schemes import DENSE, LayerSchemes
 from krony.kronecker.schemes import check_written
 
-ENDINGS = (".yaml", ".yml")
 NEEDS = 'a scheme file has a pattern and its scheme on each line, such as "*.mlp": keep=0.5'
-
-
-def is_scheme_file(scheme: str | Path) -> bool:
-    """Whether this is a file's name and not a scheme.
-
-    Examples:
-        >>> is_scheme_file("layers.yaml"), is_scheme_file("1024x256:4")
-        (True, False)
-    """
-    return Path(scheme).suffix.lower() in ENDINGS
 
 
 def read_scheme_file(file: Path) -> LayerSchemes:

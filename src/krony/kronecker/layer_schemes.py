@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from krony.errors import KronyError
 
@@ -86,6 +87,16 @@ class LayerSchemes:
         if not chosen:
             raise KronyError(f"{self.file or 'scheme'}: every pattern says {DENSE}, so there is nothing to replace")
         return chosen
+
+
+def is_file(scheme: str | Path) -> bool:
+    """Whether this is the name of a file with a scheme per layer, and not a scheme (``krony.data.scheme_file``).
+
+    Examples:
+        >>> is_file("layers.yaml"), is_file("1024x256:4"), is_file("keep=0.5")
+        (True, False, False)
+    """
+    return Path(scheme).suffix.lower() in (".yaml", ".yml")
 
 
 def matches(pattern: str, name: str) -> bool:
