@@ -17,7 +17,7 @@ from transformers import GPT2Config
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "sizes", "options", "healing", "streaming",
-                                                        "deployment", "recipes", "paper"))]  # fmt: skip
+                                                        "large-models", "deployment", "recipes", "paper"))]  # fmt: skip
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^(krony .*?)(?:\s+#.*)?$", re.MULTILINE)
 # In place of the pages' numbers, for time.
@@ -26,6 +26,7 @@ ADDED = {"--calibration": "--calibration-tokens", "--effort": "--tune"}  # where
 # Texts and models that the guides speak of, made before their commands run.
 BEFORE = {"docs/healing.md": ["krony compress gpt2 gpt2-half --scheme keep=0.5 --calibration python-docs"]}
 BEFORE["docs/deployment.md"] = BEFORE["docs/streaming.md"] = BEFORE["docs/healing.md"]
+BEFORE["docs/large-models.md"] = ["krony compress gpt2 llama-half --scheme keep=0.5 --init van-loan"]
 BEFORE["README.md"] = BEFORE["docs/paper.md"] = []
 BEFORE["docs/recipes.md"] = BEFORE["docs/quickstart.md"] = BEFORE["docs/options.md"] = BEFORE["docs/sizes.md"] = []
 
@@ -58,7 +59,7 @@ def workplace(tmp_path, monkeypatch, tokenizer):
     own = copy.deepcopy(tokenizer)
     own._tokenizer = Tokenizer.from_str(json.dumps(stored))
     own.unk_token = own.eos_token  # as GPT-2's
-    for name in ("gpt2", "smollm2"):
+    for name in ("gpt2", "smollm2", "llama"):
         GPT2LMHeadModel(config).save_pretrained(name)
         own.save_pretrained(name)
     monkeypatch.setitem(schemes.PAPER_NAMES, "81M", "48x48")
