@@ -23,6 +23,7 @@ from krony.interpretation.figures import ablations, by_kind, right_factors, simi
 from krony.interpretation.subspaces import effective_rank
 from krony.interpretation.views import Interpretation
 from krony.pages import Table
+from krony.runtime.hardware import machine
 from krony.storage.files import write_text
 
 START = {
@@ -49,7 +50,7 @@ def measure() -> dict:
         for layer in factors["layers"]:
             for factor in layer["factors"]:
                 factor["singular_values"] = []  # hundreds for each
-    return found
+    return {"models": found, "machine": machine(), "seed": 0}
 
 
 def table(seen: dict[str, Interpretation]) -> Table:
@@ -81,7 +82,7 @@ def table(seen: dict[str, Interpretation]) -> Table:
 def main() -> None:
     """Measures, and writes the table and the pictures."""
     results = results_of("interpretability", measure, __doc__)
-    seen = {name: TypeAdapter(Interpretation).validate_python(one) for name, one in results.items()}
+    seen = {name: TypeAdapter(Interpretation).validate_python(one) for name, one in results["models"].items()}
     fill(DOCS / "interpretability.md", "benchmarks/interpretability.py", table(seen).markdown())
     van_loan = by_kind(seen["van-loan"])["mlp.c_fc"]
     write_text(DOCS / "interpretability-right.svg", right_factors("mlp.c_fc", van_loan))

@@ -35,6 +35,7 @@ from krony.healing.options import HealOptions
 from krony.healing.recipes import RECIPES, Recipe
 from krony.healing.training import train_on_rows
 from krony.models.source import empty_model
+from krony.runtime.hardware import machine
 
 SHAPES = {  # width, hidden width, layers, heads, key-value heads, vocabulary, tied: Llama 3.2 1B, Llama 2 7B and 70B
     "1B": (2048, 8192, 16, 32, 8, 128_256, True),
@@ -217,7 +218,9 @@ def draw(results: dict[str, Any]) -> None:
 
 def measure() -> dict[str, Any]:
     """Both tables."""
-    return {"computed": computed(), "measured": [measured(case) for case in CASES]}
+    return {
+        "computed": computed(), "measured": [measured(case) for case in CASES], "machine": machine(), "seed": 0,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
