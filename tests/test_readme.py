@@ -202,6 +202,16 @@ def test_the_figures_in_the_text_are_measured():
     assert healed.split(" | ")[2] in README.split("original's perplexity](docs/healing.md")[0][-20:]
 
 
+def test_the_drafts_figures_are_measured():
+    """By ``krony bench --draft … --json``, whose output is kept."""
+    drafts = results("drafts-smollm2")["drafts"]
+    assert [each["drafted"] for each in drafts] == [1, 2, 4] and all(each["same"] == 1 for each in drafts)
+    kept = "{:.0%}, {:.0%} and {:.0%}".format(*(each["accepted"] for each in drafts))
+    faster = "{:.2f}, {:.2f} and {:.2f}".format(*(each["ratio"] for each in drafts))
+    text = " ".join(page("docs/deployment.md").split())
+    assert f"{kept} are kept, and decoding is {faster} times as fast" in text
+
+
 def test_the_table_of_gpt2_is_what_schemes_prints():
     from krony.kronecker import schemes
 
