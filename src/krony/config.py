@@ -40,6 +40,8 @@ class KronyConfig:
             by what the loss needs.
         layers: ``all``, ``odd``, ``even``, or a zero-based inclusive range such as ``2-28``.
         modules: ``mlp``, or a regular expression searched in the names of linear layers.
+        split_attention: split attention matrices that hold Q, K and V in one, as GPT-2's ``c_attn`` does, into three
+            layers before anything is chosen; their names end in ``.q``, ``.k`` and ``.v``.
         rescale: adaptive normalisation (paper, 3.3.2) for ``van-loan`` and ``permuted``.
         scalars: a trainable scalar per factor; None adds them where there is more than one factor.
         scalar_init: value the scalars start at; the left factors are divided by it, so that the matrix stays the same.
@@ -89,6 +91,9 @@ class KronyConfig:
     )
     layers: str = option("all", "all, odd, even, or a zero-based inclusive range such as 2-28.")
     modules: str = option("mlp", "mlp, or a regular expression that matches names of linear layers.")
+    split_attention: bool = option(
+        False, "Split attention matrices that hold Q, K and V in one, such as GPT-2's c_attn: each has its own factors."
+    )
     rescale: bool = option(True, "Adaptive normalisation; for van-loan and permuted.")
     scalars: bool | None = option(None, "One trainable scalar per factor.", show_default="if more than one factor")
     scalar_init: float | None = option(None, "Value the scalars start at; the matrix stays the same.")
@@ -126,6 +131,11 @@ class KronyConfig:
         _check_choice("allocation", self.allocation, ALLOCATIONS)
         _check_choice("reinit", self.reinit, (None, "all"))
         self._check_per_layer()
+        if self.split_attention and self.modules == "mlp" and not isinstance(self.scheme, LayerSchemes):
+            raise KronyError(
+                "split_attention splits attention matrices, and modules mlp replaces none of them: choose them too, "
+                "such as modules='mlp|c_attn'"
+            )
         self._check_scalars()
         self._check_epsilon()
         self._check_widths()

@@ -13,7 +13,8 @@ from krony.interpretation.ablation import without
 from krony.interpretation.subspaces import cosines, effective_rank, span
 from krony.kronecker.algebra import KronShape
 from krony.kronecker.linear import KroneckerLinear
-from krony.models.surgery import kronecker_layers, put_in, to_dense
+from krony.models.dense import to_dense
+from krony.models.surgery import kronecker_layers, put_in
 from small_models import BUILDERS, gpt2, llama
 
 LENGTH = 64  # the context of the small models

@@ -30,6 +30,13 @@ from krony.kronecker.algebra import KronShape
 from krony.kronecker.embedding import KroneckerEmbedding, factorised
 from krony.kronecker.linear import KroneckerLinear
 from krony.models import quantizer
+from krony.models.split_attention import (
+    SplitAttention,
+    fused_attention,
+    split_attention,
+    splitting,
+    wholes_of,
+)
 from krony.models.surgery import (
     Group,
     count_parameters,
@@ -100,6 +107,19 @@ def compress_as_planned(
     several sizes then computes them once. Raises KronyError.
     """
     _check_weights(model)
+    sites = [site.name for group in settled.groups for site in group.sites]
+    with splitting(model, wholes_of(sites) if settled.config.split_attention else []):
+        return _compress(model, settled, ids, curves, cache, progress)
+
+
+def _compress(
+    model: PreTrainedModel,
+    settled: CompressionPlan,
+    ids: Tensor | None,
+    curves: Sequence[Tensor] | None,
+    cache: Path | None,
+    progress: Progress,
+) -> CompressionReport:
     start, config = time.perf_counter(), settled.config
     original = copy.deepcopy(model).eval() if config.tune else model  # the teacher, and the reference for all errors
     moments = _moments(original, settled, ids, cache, progress)
@@ -302,7 +322,11 @@ def _redrawn_weights(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
     """Random weights by name, as the model's class initialises a new model."""
     with torch.random.fork_rng(devices=[]):  # the new model is on the CPU
         torch.manual_seed(seed)
-        return type(model)(plain_config(model)).state_dict()
+        new = type(model)(plain_config(model))
+    split_attention(
+        new, [name for name in fused_attention(new) if isinstance(model.get_submodule(name), SplitAttention)]
+    )
+    return new.state_dict()
 
 
 def _copy_redrawn(model: PreTrainedModel, redrawn: dict[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from krony.init.registry import INITIALISATIONS
 from krony.kronecker import schemes
 from krony.kronecker.algebra import KronShape
 from krony.kronecker.layer_schemes import DENSE, LayerSchemes
+from krony.models.split_attention import fused_attention, splitting
 from krony.models.surgery import (
     Group,
     Site,
@@ -136,7 +137,7 @@ def within(model: PreTrainedModel, config: KronyConfig, parameters: int) -> Kron
 
     Raises KronyError if no scheme is small enough.
     """
-    groups = find_groups(model, config.modules, config.layers)
+    groups = chosen_groups(model, config)
     if config.allocation == "global":
         check_global(groups, config)
     scheme = schemes.for_budget(
@@ -149,7 +150,23 @@ def within(model: PreTrainedModel, config: KronyConfig, parameters: int) -> Kron
 
 
 def chosen_groups(model: PreTrainedModel, config: KronyConfig) -> list[Group]:
-    """The layers that ``config`` chooses, in the order of the model. Raises KronyError if there are none."""
+    """The layers that ``config`` chooses, in the order of the model; which may be parts of fused attention matrices.
+
+    Raises KronyError if there are none.
+    """
+    if not config.split_attention:
+        return _groups(model, config)
+    fused = fused_attention(model)
+    if not fused:
+        raise KronyError(
+            f"split_attention: {type(model).__name__} has no attention matrix that holds Q, then K, then V in one, as "
+            "those of GPT-2, MPT and Phi-3 do: leave it out"
+        )
+    with splitting(model, fused):
+        return _groups(model, config)
+
+
+def _groups(model: PreTrainedModel, config: KronyConfig) -> list[Group]:
     if not isinstance(config.scheme, LayerSchemes):
         return find_groups(model, config.modules, config.layers)
     chosen = config.scheme.choose(linear_names(model))

@@ -15,6 +15,7 @@ from krony.kronecker.assignment import assign
 from krony.kronecker.forward_path import choose_path
 from krony.kronecker.linear import KroneckerLinear
 from krony.models.fusion import FusedMLP
+from krony.models.split_attention import fused_attention, splitting, wholes_of
 from krony.models.surgery import find_groups, is_linear, kronecker_layers, original, take_out
 
 PREFILL = 512  # tokens that ``path`` is chosen for
@@ -88,16 +89,19 @@ def inspect_model(model: PreTrainedModel, base: PreTrainedModel | None = None) -
     names = list(compressed) or [site.name for group in find_groups(model) for site in group.sites]
     if base is not None and kronecker_layers(base):
         raise KronyError("the base is a compressed model itself: name the model that this one was made from")
-    orders = {} if base is None else _orders(model, base)
-    return [_view(model, name, compressed.get(name), base, orders.get(name)) for name in names]
+    if base is None:
+        return [_view(model, name, compressed.get(name)) for name in names]
+    with splitting(base, [whole for whole in wholes_of(names) if whole in fused_attention(base)]):
+        orders = _orders(model, base)
+        return [_view(model, name, compressed.get(name), base, orders.get(name)) for name in names]
 
 
 def _view(
     model: PreTrainedModel,
     name: str,
     layer: KroneckerLinear | None,
-    base: PreTrainedModel | None,
-    order: NeuronOrder | None,
+    base: PreTrainedModel | None = None,
+    order: NeuronOrder | None = None,
 ) -> LayerView:
     weight = take_out(model, name)[0].double() if layer is None else layer.dense_weight(torch.float64)
     values = torch.linalg.svdvals(weight)

@@ -20,7 +20,6 @@ from krony.kronecker.algebra import KronShape
 from krony.kronecker.embedding import KroneckerEmbedding
 from krony.kronecker.linear import KroneckerLinear
 from krony.kronecker.schemes import ModelShape, resolve
-from krony.models.fusion import unfuse
 
 if TYPE_CHECKING:  # this module is imported while transformers is being imported
     from transformers import PretrainedConfig, PreTrainedModel
@@ -221,24 +220,6 @@ def kronecker_layers(model: nn.Module) -> dict[str, KroneckerLinear]:
 def kronecker_embeddings(model: nn.Module) -> dict[str, KroneckerEmbedding]:
     """The factorised embeddings of a model, by dotted name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, KroneckerEmbedding)}
-
-
-def to_dense(model: PreTrainedModel) -> PreTrainedModel:
-    """Multiplies the factors of every compressed layer out, in place, and returns the model.
-
-    Each layer becomes one of the class that the uncompressed model has there, in the dtype and on the device of its
-    factors.
-    """
-    dense = original(model)
-    unfuse(model)
-    for name, layer in kronecker_layers(model).items():
-        bias = None if layer.bias is None else layer.bias.detach()
-        plain = plain_layer(dense.get_submodule(name), layer.dense_weight().detach(), bias)
-        put_in(model, name, plain.train(layer.training))
-    for name, embedding in kronecker_embeddings(model).items():
-        weight = embedding.dense_weight().detach()
-        put_in(model, name, nn.Embedding.from_pretrained(weight, freeze=False).train(embedding.training))
-    return model
 
 
 def original(model: PreTrainedModel) -> PreTrainedModel:

@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from krony.compression.allocation import allocate_widths, cost_curves
 from krony.compression.compress import compress_as_planned
 from krony.compression.moments import Calibration
-from krony.compression.plan import CompressionPlan, plan, portion, size_of
+from krony.compression.plan import CompressionPlan, chosen_groups, plan, portion, size_of
 from krony.compression.report import CompressionReport
 from krony.config import KronyConfig
 from krony.errors import KronyError
 from krony.evaluation.interval import Interval, ratio_interval, sequence_losses
 from krony.init.registry import INITIALISATIONS
 from krony.kronecker.schemes import KEEP_GROUP
-from krony.models.surgery import count_parameters, find_groups
+from krony.models.surgery import count_parameters
 from krony.runtime.progress import Progress, silent
 
 
@@ -61,7 +61,7 @@ class Sizes:
         if not config.initialisation.predicts_loss:
             names = ", ".join(name for name, init in INITIALISATIONS.items() if init.predicts_loss)
             raise KronyError(f"sizes are compared with init {names}, and the init is {config.init}")
-        self.groups = find_groups(model, config.modules, config.layers)
+        self.groups = chosen_groups(model, config)
         self.model, self.config, self.ids, self.held = model, config, ids, held
         self.cache, self.progress = cache, progress
         self.measured: dict[str, Interval] = {}

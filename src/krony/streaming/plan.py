@@ -142,6 +142,8 @@ def _obstacle(source: ModelSource, config: KronyConfig, device: str = "cpu") -> 
             return f"--{option} needs the gradient through the full model"
     if config.embedding is not None:
         return "--embedding unties the head, which is outside the layers"
+    if config.split_attention:
+        return "--split-attention makes layers that its files don't have"
     if config.reinit:
         return "--reinit draws the full model at random"
     if device == "auto":
