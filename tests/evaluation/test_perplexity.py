@@ -198,10 +198,13 @@ def evaluated(folder, options, processes, out):
     arguments = ["eval", str(folder), *options, "--json", str(out)]
     if processes == 2:  # with the real launcher; the others are forked, for time
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "1"}  # which only healing can use
         command = [sys.executable, *launcher, "-m", "krony", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
+        assert (
+            done.stderr.count("warning: ACCELERATE_USE_FSDP asks for shards, and krony heal alone works on them") == 1
+        )
         return json.loads(out.read_text()), done.stdout
     printed = together(processes, out.with_suffix(".processes"), krony, *arguments)
     return json.loads(out.read_text()), "".join(printed)

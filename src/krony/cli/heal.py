@@ -114,7 +114,7 @@ def run(
     if dry_run:
         job.preview(recipes, changes, (data, val, max_tokens), world_size or 1)
         return
-    distributed.init(training_device(options.device))
+    distributed.init(training_device(options.device), shards=True)
     with interruptible(job.how_to_resume), working_in(out) if distributed.is_first() else nullcontext():
         job.resume_or_start()
         models = job.load_models()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import warnings
 from datetime import timedelta
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from krony.errors import KronyError
+from krony.errors import KronyError, KronyWarning
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(minutes=10)  # how long a process waits for the others; gloo's own limit is half an hour
@@ -20,10 +21,14 @@ FSDP = "ACCELERATE_USE_FSDP"
 _taken = False  # the launcher has asked for FSDP
 
 
-def init(device: str = "cpu") -> str:
+def init(device: str = "cpu", *, shards: bool = False) -> str:
     """Connects to the other processes, if there are any, and returns this process's own device.
 
     From then on no process waits longer than ``PATIENCE`` for the others.
+
+    Args:
+        device: where the process computes, as ``--device`` says it.
+        shards: whether the work can be done on shards. Otherwise a warning says so where the launcher asks for them.
 
     Examples:
         >>> init("cpu")
@@ -36,6 +41,13 @@ def init(device: str = "cpu") -> str:
 
     state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
     atexit.register(_leave)
+    if asks_for_shards() and not shards and is_first():
+        warnings.warn(
+            f"{FSDP} asks for shards, and krony heal alone works on them: here every process holds the whole model, as "
+            "under torchrun",
+            KronyWarning,
+            stacklevel=2,
+        )
     return device if device == "cpu" else str(state.device)
 
 
