@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import AutoModelForCausalLM, CompileConfig, OPTConfig
 
 import krony
 from krony import KronyConfig, compress
@@ -174,6 +174,26 @@ def test_compiled_without_breaks_and_recompiles(family, scheme):
                     for tokens in (22, 30, 42, 17):
                         x = torch.randn(1, tokens, 48)
                         torch.testing.assert_close(run(x), mlp(x), rtol=1e-4, atol=1e-5)
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("family", list(BUILDERS))
+@pytest.mark.parametrize("scheme", ["keep=0.5", "48x48", "48x24:4"])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=GPU)])
+def test_compiled_decoding_gives_the_tokens_of_eager_decoding(family, scheme, device, ids):
+    """On a GPU ``reduce-overhead`` replays a CUDA graph for each new token: what it reads must not have been freed."""
+    wide = {"n_inner": 192} if family == "gpt2" else {"intermediate_size": 192}
+    model, ids = compressed(BUILDERS[family](**wide), scheme).to(device), ids.to(device)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    expected = model.generate(ids, **options, disable_compile=True)
+    torch._dynamo.reset()
+    compiled = CompileConfig(fullgraph=True, mode="reduce-overhead")
+    compiled._compile_all_devices = True  # generate compiles on GPUs only
+    for _ in range(2):  # the second call has graphs of the first
+        assert torch.equal(model.generate(ids, **options, compile_config=compiled), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_both_families_are_known():
