@@ -19,6 +19,7 @@ from krony.errors import KronyError
 from krony.init.base import Moments
 from krony.kronecker.algebra import KronShape
 from krony.models.surgery import take_out
+from krony.runtime import distributed
 from krony.runtime.progress import Progress
 
 
@@ -55,20 +56,22 @@ def cost_curves(
 ) -> list[Tensor]:
     """Per group the cost of dropping its n cheapest neurons, for n from 0 to its width less ``least``.
 
-    ``moments`` holds one record per group, with sensitivity.
+    ``moments`` holds one record per group, with sensitivity. Processes share the groups.
     """
     groups, config = settled.groups, settled.config
     width = groups[0].sites[0].out_features
     cost_curve = config.initialisation.cost_curve
     assert cost_curve is not None  # ``plan`` has refused initialisations without one
-    curves = []
+    curves: dict[int, Tensor] = {}
     for done, (group, known) in enumerate(zip(groups, moments, strict=True)):
         progress(done, len(groups), "allocation")
         assert known is not None and known.hidden is not None  # ``plan`` has refused single layers
+        if not distributed.does(done):
+            continue
         weight, bias = take_out(model, group.sites[-1].name)
         with sound_moments(group):
-            curves.append(cost_curve(weight, bias, known, width - least))
-    return curves
+            curves[done] = cost_curve(weight, bias, known, width - least).cpu()
+    return [distributed.result_of(index, curves.get(index)) for index in range(len(groups))]  # type: ignore[misc]
 
 
 def allocate_widths(costs: Sequence[Tensor], unit: int, budget: int, max_width: int | None = None) -> list[int]:

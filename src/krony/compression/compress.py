@@ -47,6 +47,7 @@ from krony.models.surgery import (
     put_in,
     untie,
 )
+from krony.runtime import distributed
 from krony.runtime.progress import Progress, silent
 
 
@@ -234,17 +235,22 @@ def _initialise(
     kept: KeptLayers,
     progress: Progress,
 ) -> dict[str, Replacement]:
-    """The new layers by name, trained if ``config.reconstruct`` is set; ``original`` does not change."""
+    """The new layers by name, trained if ``config.reconstruct`` is set; ``original`` does not change.
+
+    Processes share the groups.
+    """
     config, groups = settled.config, settled.groups
-    new: dict[str, Replacement] = {}
+    made: dict[int, dict[str, Replacement]] = {}
     texts: Iterator[Examples] = iter(())
     trained = bool(ids is not None and config.reconstruct)
     done = [trained and kept.has(index) for index in range(len(groups))]
     if ids is not None and trained:
-        left = [group for group, is_done in zip(groups, done, strict=True) if not is_done]
+        left = [group for index, group in enumerate(groups) if distributed.does(index) and not done[index]]
         texts = examples(original, left, ids, token_weighting=config.token_weighting, progress=progress)
     for index, (group, known) in enumerate(zip(groups, moments, strict=True)):
         progress(index, len(groups), group.sites[0].name)
+        if not distributed.does(index):
+            continue
         train: Callable[[dict[str, KroneckerLinear]], None] | None = None
         if done[index]:
             train = partial(kept.load, index)
@@ -252,11 +258,21 @@ def _initialise(
             train = partial(_reconstruct, original, group, next(texts), known, config)
         if not any(site.name in shapes for site in group.sites):
             continue  # allocation leaves this layer dense
-        made = replacements(original, group, shapes, config, known, train)
+        made[index] = replacements(original, group, shapes, config, known, train)
         if trained and not done[index]:
-            kept.save(index, {name: one.layer for name, one in made.items()})
-        new |= made
+            kept.save(index, {name: one.layer for name, one in made[index].items()})
+    new: dict[str, Replacement] = {}
+    for index in range(len(groups)):
+        new |= _from_its_process(index, made.pop(index, {}), original.device)
     return new
+
+
+def _from_its_process(index: int, made: dict[str, Replacement], device: torch.device) -> dict[str, Replacement]:
+    """The new layers of a group, from the process that made them; they travel by way of the CPU."""
+    if distributed.count() == 1:
+        return made
+    sent = distributed.result_of(index, {name: one.to("cpu") for name, one in made.items()})
+    return {name: one.to(device) for name, one in sent.items()}
 
 
 def _reconstruct(

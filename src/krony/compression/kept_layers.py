@@ -55,7 +55,7 @@ class KeptLayers:
 
     def save(self, index: int, layers: dict[str, KroneckerLinear]) -> None:
         """Keeps trained layers. Raises KronyError where they can't be written."""
-        if self.folder is None or not distributed.is_first():
+        if self.folder is None:
             return
         state: dict[str, torch.Tensor] = {
             f"{name}|{key}": value.contiguous()
@@ -66,7 +66,7 @@ class KeptLayers:
 
     def clear(self) -> None:
         """Removes what was kept; the compression is complete."""
-        if self.folder is not None and distributed.is_first():
+        if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, index: int) -> Path:

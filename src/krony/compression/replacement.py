@@ -21,11 +21,15 @@ from krony.models.surgery import Group, take_out
 
 @dataclass(frozen=True)
 class Replacement:
-    """A new layer, its initial factors, and its errors."""
+    """A new layer, its errors, and the place that each hidden neuron has in it, ``(n,)``: None for its own."""
 
     layer: KroneckerLinear
-    factors: Factors
     report: LayerReport
+    order: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Replacement:
+        """The same on another device."""
+        return Replacement(self.layer.to(device), self.report, None if self.order is None else self.order.to(device))
 
 
 def replacements(
@@ -53,7 +57,9 @@ def replacements(
     if train is not None:
         train(layers)
     return {
-        t.name: Replacement(layers[t.name], factors, _report(t, factors, layers[t.name], moments))
+        t.name: Replacement(
+            layers[t.name], _report(t, factors.order, factors.curve, layers[t.name], moments), factors.order
+        )
         for t, factors in zip(targets, initial, strict=True)
     }
 
@@ -83,8 +89,9 @@ def measured(
 ) -> dict[str, LayerReport]:
     """The present errors of the new layers of a group, by name."""
     return {
-        target.name: _report(target, new[target.name].factors, new[target.name].layer, moments)
+        target.name: _report(target, known.order, known.report.curve, known.layer, moments)
         for target in _targets(original, group, shapes)
+        for known in [new[target.name]]
     }
 
 
@@ -120,21 +127,25 @@ def _build(target: Target, factors: Factors, config: KronyConfig) -> KroneckerLi
     return layer
 
 
-def _report(target: Target, factors: Factors, layer: KroneckerLinear, moments: Moments | None) -> LayerReport:
+def _report(
+    target: Target,
+    order: Tensor | None,
+    curve: tuple[float, ...] | None,
+    layer: KroneckerLinear,
+    moments: Moments | None,
+) -> LayerReport:
     """The relative errors of the layer: of its matrix, and of its outputs on the calibration text."""
     second = None if moments is None else moments.of(target.role).matrix
     weight = target.weight.double()
     sizes = weight.norm().item(), 0.0 if second is None else _output_norm(weight, second)
     difference = layer.dense_weight(torch.float64)
-    if factors.order is not None:
-        places = factors.order.argsort()  # reorders Ŵ instead of C, which is larger
+    if order is not None:
+        places = order.argsort()  # reorders Ŵ instead of C, which is larger
         difference = difference[:, places] if target.role == "down" else difference[places]
     difference.sub_(weight)  # in place, because these are the largest matrices
     calibrated = None if second is None else relative(_output_norm(difference, second), sizes[1])
     error = relative(difference.norm().item(), sizes[0])
-    return LayerReport(
-        name=target.name, shape=target.shape, error=error, calibrated_error=calibrated, curve=factors.curve
-    )
+    return LayerReport(name=target.name, shape=target.shape, error=error, calibrated_error=calibrated, curve=curve)
 
 
 def _output_norm(weight: Tensor, second: Tensor) -> float:

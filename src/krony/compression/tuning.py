@@ -100,7 +100,7 @@ def _trained(model: PreTrainedModel, everything: bool) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def _training(model: PreTrainedModel, parameters: list[nn.Parameter]) -> Iterator[Callable[[], None]]:
-    """Within it the parameters are in float32 and have gradients, and dropout is off.
+    """Within it the parameters are in float32, or float64, and have gradients, and dropout is off.
 
     Yields a function that gives them their first values again; an exception does so too.
     """
@@ -111,7 +111,7 @@ def _training(model: PreTrainedModel, parameters: list[nn.Parameter]) -> Iterato
             parameter.data = value
 
     for parameter, value in zip(parameters, first, strict=True):
-        parameter.data = value.to(torch.float32, copy=True)
+        parameter.data = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
     try:
         with evaluating(model):
             for parameter in parameters:

@@ -84,10 +84,30 @@ def _take_request_for_shards() -> None:
 
 def from_first(value: Value) -> Value:
     """The value that the first process has. Every process has to call this."""
+    return from_process(0, value)
+
+
+def from_process(number: int, value: Value) -> Value:
+    """The value that the process of this number has; it can be pickled. Every process has to call this."""
     values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(values, device=torch.device(device()))
+        dist.broadcast_object_list(values, src=number, device=torch.device(device()))
     return values[0]
+
+
+def does(task: int) -> bool:
+    """Whether this process does the task of this number, where the processes take turns.
+
+    Examples:
+        >>> does(3)  # there is one process, which does them all
+        True
+    """
+    return task % count() == rank()
+
+
+def result_of(task: int, value: Value) -> Value:
+    """The result of a task, from the process that did it. Every process has to call this."""
+    return from_process(task % count(), value)
 
 
 def rank() -> int:
