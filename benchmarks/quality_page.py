@@ -183,9 +183,14 @@ def pictures(results: Row) -> dict[str, str]:
     made = {"": picture(results)}
     if any(row["way"] in RIVALS for row in untrained(results)):
         made["-rivals"] = rivals_picture(results, 0)
-    for tokens in sorted({row["distilled"] for row in distilled(results)}):
-        made[f"-distilled-{tokens}"] = rivals_picture(results, tokens)
-    return made
+    return made | {f"-distilled-{tokens}": rivals_picture(results, tokens) for tokens in drawn_tokens(results)}
+
+
+def drawn_tokens(results: Row) -> list[int]:
+    """The lengths of training that were measured at several sizes, so that there is a curve to draw."""
+    rows = distilled(results)
+    lengths = sorted({row["distilled"] for row in rows})
+    return [tokens for tokens in lengths if len({row["removed"] for row in rows if row["distilled"] == tokens}) > 1]
 
 
 def document(results: Row, name: str) -> str:
@@ -251,7 +256,7 @@ def distilled_part(results: Row, name: str) -> str:
         return ""
     shown = "\n".join(
         f"\n![after training on {tokens:,} tokens](quality-{name}-distilled-{tokens}.svg)"
-        for tokens in sorted({row["distilled"] for row in rows})
+        for tokens in drawn_tokens(results)
     )
     return f"""
 ## After the same training

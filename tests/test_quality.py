@@ -108,7 +108,10 @@ def test_the_page_shows_trained_rows_apart_with_their_spread():
     line = next(line for line in after.splitlines() if line.startswith("| 50%"))
     assert line.startswith("| 50% | 1,000 | wanda | 10 | 7.39 | 21.12 | 2.86 |")  # e², e^3.05, e^1.05
     assert line.endswith("| 2: 2.72 to 3.00 |")  # e^1.0, e^1.1
+    assert set(quality_page.pictures(results)) == {"", "-rivals"} and "-distilled-" not in page  # one size is no curve
+    results["rows"].append(made("wanda", 0, 3.5, distilled=1000) | {"removed": 0.25})
     assert set(quality_page.pictures(results)) == {"", "-rivals", "-distilled-1000"}
+    assert "quality-test-distilled-1000.svg" in quality_page.document(results, "test")
 
 
 def test_a_run_keeps_what_another_run_wrote_meanwhile():

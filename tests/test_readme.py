@@ -5,6 +5,7 @@ Commands and code run with a small model in GPT-2's place.
 
 import copy
 import json
+import math
 import re
 import shlex
 import sys
@@ -153,6 +154,20 @@ def quality_lines() -> list[str]:
         size = f"{row['params'] / 1e6:.1f}M | {row['bytes'] / 1e6:.0f}"
         made.append(f"| {name} | {size} | {figure(perplexity)} | {figure(ratio)} |")
     return made
+
+
+def test_the_sentence_on_distillation_is_measured():
+    measured = results("quality-smollm2")
+    base = measured["base"]["sets"]["OpenWebText"]["perplexity"]
+    ends = {
+        row["way"]: row["sets"]["OpenWebText"]["perplexity"] / base
+        for row in measured["rows"]
+        if row.get("distilled") == 131_072 and row["removed"] == 0.5 and row["seed"] == measured["seed"]
+    }
+    krony, best = ends.pop("neurons, global"), ends.pop(BEST_OTHER)
+    assert best <= min(ends.values(), default=math.inf)  # of the others that were distilled
+    sentence = f"krony is at {krony:.2f} times the original's perplexity, and optipfair at {best:.2f}."
+    assert sentence in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
 def figure(value: float) -> str:
