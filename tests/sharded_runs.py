@@ -120,5 +120,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    distributed.init(DEVICE)
+    distributed.init(DEVICE, shards=True)
     main()

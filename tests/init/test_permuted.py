@@ -17,7 +17,7 @@ def error(weight, shape):
     return ((weight - dense(*nearest(weight, shape))).norm() / weight.norm()).item()
 
 
-@pytest.mark.parametrize("scheme", ["keep=0.5", "256x128:4"])
+@pytest.mark.parametrize("scheme", ["keep=0.5", pytest.param("256x128:4", marks=pytest.mark.slow)])
 def test_every_matrix_of_the_shipped_model_is_nearer_than_by_plain_van_loan(scheme):
     """``error`` is recomputed here from the factors that were put in and the permuted original."""
     reports = {}

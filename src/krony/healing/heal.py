@@ -75,7 +75,7 @@ def heal(
         chosen = replace(chosen, freeze=default_freeze(first))
     plain = _fitted_recipe(first, model, data)
     recipes = [plain, *(replace(_fitted_recipe(other, model, data), length=plain.length) for other in others)]
-    distributed.init(training_device(chosen.device))
+    distributed.init(training_device(chosen.device), shards=True)
     check_settings(model, plain.length, recipe=plain, teacher=teacher, options=chosen)
     reader = Reader.of(model, tokenizer, plain.length)
     train, validation = load_text(data, val, reader, max_tokens=max_tokens)

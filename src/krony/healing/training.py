@@ -89,7 +89,7 @@ def train_on_rows(
         krony.runtime.signals.Interrupt: a signal asked for the end.
     """
     start = time.perf_counter()
-    distributed.init(training_device(options.device))
+    distributed.init(training_device(options.device), shards=True)
     check_run(model, train, validation, recipe=recipe, teacher=teacher, options=options)
     train = complete_steps(train, recipe)
     settings = settings_of(model, train, validation, recipe=recipe, teacher=teacher, options=options)
