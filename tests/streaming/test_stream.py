@@ -286,8 +286,8 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", ["van-loan", "neurons"])
-def test_it_stays_within_the_memory_that_the_dry_run_names(init, tokenizer, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("init", "more"), [("van-loan", []), ("neurons", []), ("neurons", ["--reconstruct", "2"])])
+def test_it_stays_within_the_memory_that_the_dry_run_names(init, more, tokenizer, tmp_path, capsys, monkeypatch):
     """Peak resident memory as GNU time has it, for a model of 1.6 GB."""
     torch.manual_seed(0)
     shape = {"num_hidden_layers": 12, "hidden_size": 2048, "intermediate_size": 5632, "vocab_size": 8192}
@@ -298,7 +298,7 @@ def test_it_stays_within_the_memory_that_the_dry_run_names(init, tokenizer, tmp_
     options = ["compress", str(tmp_path / "source"), str(tmp_path / "out"), "--scheme", "keep=0.5", "--init", init]
     if init == "neurons":
         options += ["--layers", "0-1", "--calibration", "python-docs", "--calibration-tokens", "6144"]
-    options.append("--stream")
+    options += [*more, "--stream"]
     monkeypatch.setattr(sys, "argv", ["krony", *options, "--dry-run", "--json", str(tmp_path / "dry.json")])
     with pytest.raises(SystemExit):
         main()
@@ -385,7 +385,6 @@ REFUSED = [
         ["--init", "neurons", "--calibration", "python-docs", "--allocation", "global"],
         "--allocation global needs the gradient",
     ),
-    (["--init", "neurons", "--calibration", "python-docs", "--reconstruct", "3"], "--reconstruct needs the gradient"),
     (["--init", "neurons", "--calibration", "python-docs", "--tune", "3"], "--tune needs the gradient"),
     (["--init", "random", "--reinit", "all"], "--reinit draws the full model at random"),
     (["--init", "prune", "--device", "auto"], "--device auto spreads the full model over devices"),
@@ -411,9 +410,11 @@ def test_the_rule_which_way_is_taken(gpt2_folder, monkeypatch):
     assert way("van-loan") and way("prune") and way("random") and not way("van-loan", wanted=False)
     assert not way("neurons") and way("neurons", wanted=True)
     assert not way("neurons", allocation="global")
+    assert way("neurons", wanted=True, reconstruct=2)
     assert not way("van-loan", reads=True) and way("van-loan", wanted=True, reads=True)
     monkeypatch.setattr("krony.streaming.plan.memory", lambda: 100_000)  # a small machine
     assert way("neurons") and not way("neurons", wanted=False)
+    assert not way("neurons", reconstruct=2)  # its result differs, so it is never chosen unasked
 
 
 @pytest.mark.parametrize("init", ["van-loan", "neurons"])

@@ -55,8 +55,8 @@ def run(
         bool | None,
         typer.Option(
             "--stream/--no-stream",
-            help="Compress layer by layer from the files, without loading the model; the result is the same. Resumes "
-            "after an interruption.",
+            help="Compress layer by layer from the files, without loading the model. The result is the same, "
+            "except that --reconstruct can't weigh errors by the loss. Resumes after an interruption.",
             show_default="for a folder, if van-loan, prune or random read no text, or it exceeds half of memory",
         ),
     ] = None,

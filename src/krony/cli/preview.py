@@ -34,6 +34,8 @@ def preview(
         f"would read {in_bytes(costs['read_bytes'])} of {source.name}, write {in_bytes(costs['write_bytes'])}{kept}, "
         f"{how}, in about {in_bytes(costs['memory_bytes'])} of memory"
     )
+    if stream is not None and stream.differs:
+        to.say(stream.differs)
     layers = [
         {"name": name, "left": list(shape.left), "right": list(shape.right), "factors": shape.factors}
         for name, shape in shapes.items()
@@ -54,7 +56,7 @@ def _costs(
             "read_bytes": stream.read_bytes,
             "write_bytes": stream.write_bytes,
             "kept_bytes": stream.kept_bytes(tokens),
-            "memory_bytes": stream.memory_bytes,
+            "memory_bytes": stream.memory_bytes(tokens),
         }
     stored = getattr(source.config, "dtype", None) or torch.float32
     loaded = source.dtype(dtype)
@@ -63,7 +65,7 @@ def _costs(
         "read_bytes": stored.itemsize * plan.params_before,
         "write_bytes": itemsize * plan.params_after,
         "kept_bytes": 0,
-        "memory_bytes": plan.memory_bytes(itemsize, bool(tokens)),
+        "memory_bytes": plan.memory_bytes(itemsize, tokens),
     }
 
 

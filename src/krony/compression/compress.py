@@ -255,7 +255,7 @@ def _initialise(
         if done[index]:
             train = partial(kept.load, index)
         elif trained:
-            train = partial(_reconstruct, original, group, next(texts), known, config)
+            train = partial(reconstruct_group, original, group, next(texts), known, config)
         if not any(site.name in shapes for site in group.sites):
             continue  # allocation leaves this layer dense
         made[index] = replacements(original, group, shapes, config, known, train)
@@ -275,7 +275,7 @@ def _from_its_process(index: int, made: dict[str, Replacement], device: torch.de
     return {name: one.to(device) for name, one in sent.items()}
 
 
-def _reconstruct(
+def reconstruct_group(
     model: PreTrainedModel,
     group: Group,
     text: Examples,
@@ -283,7 +283,10 @@ def _reconstruct(
     config: KronyConfig,
     layers: dict[str, KroneckerLinear],
 ) -> None:
-    """Trains the group's new layers in float32, and returns them to their dtype."""
+    """Trains the group's new layers, by their names in the model, in float32, and returns them to their dtype.
+
+    The sensitivity of the moments weighs the errors where it is known.
+    """
     name = module_name(group)
     original = copy.deepcopy(model.get_submodule(name)).eval().float()
     dtype = next(iter(layers.values())).weight.dtype

@@ -10,7 +10,7 @@ from functools import cache
 
 from transformers import PreTrainedModel
 
-from krony.compression.reconstruction import check_reconstructible
+from krony.compression.reconstruction import check_reconstructible, kept_at_once, training_memory
 from krony.config import KronyConfig
 from krony.errors import KronyError
 from krony.init.registry import INITIALISATIONS
@@ -29,6 +29,7 @@ from krony.models.surgery import (
     linear_names,
     model_shape,
 )
+from krony.runtime.hardware import fast_dtype
 
 LIBRARIES = 600 * 1000**2  # bytes of a Python process that has imported torch and transformers
 
@@ -64,21 +65,34 @@ class CompressionPlan:
         """The number of parameters that take their place."""
         return self.params_after - self.params_before + self.replaced_parameters
 
-    def working_memory(self, itemsize: int, reads_text: bool) -> int:
+    def working_memory(self, itemsize: int, tokens: int, at_once: int) -> int:
         """About how many bytes the computation of the factors needs besides the weights, libraries included.
 
-        ``itemsize``: bytes per weight. ``reads_text``: whether second moments are in memory too.
+        Args:
+            itemsize: bytes per weight.
+            tokens: tokens of calibration text, whose second moments are in memory too; 0 for none.
+            at_once: the most groups whose inputs ``reconstruct`` keeps at the same time, if they fit.
         """
         sites = [site for group in self.groups for site in group.sites]
         matrix = max(site.out_features * site.in_features for site in sites)
-        if not reads_text:  # W, its rearrangement and its approximation in float64
+        if not tokens:  # W, its rearrangement and its approximation in float64
             return LIBRARIES + (4 * 8 + 2 * itemsize) * matrix
         wide = max(site.in_features for site in sites)  # second moments, their inverse, and updates in float64
-        return LIBRARIES + 5 * 8 * wide**2 + 3 * 8 * matrix
+        factors = 5 * 8 * wide**2 + 3 * 8 * matrix
+        if not self.config.reconstruct:
+            return LIBRARIES + factors
+        number = fast_dtype("cpu").itemsize
+        at_once = min(at_once, kept_at_once(self.groups, tokens, number))
+        kept = at_once * tokens * number * max(group.sites[0].in_features for group in self.groups)
+        training = max(training_memory(group, self.shapes, tokens) for group in self.groups)
+        training += 8 * max(sum(n**2 for n in {s.in_features for s in group.sites}) for group in self.groups)
+        # a group's inputs are read after its factors are computed, with those of the next groups
+        return LIBRARIES + max(factors + (kept if at_once > 1 else 0), training + kept)
 
-    def memory_bytes(self, itemsize: int, reads_text: bool) -> int:
+    def memory_bytes(self, itemsize: int, tokens: int) -> int:
         """About how many bytes ``compress`` needs with the model in memory; arguments as in ``working_memory``."""
-        held = itemsize * (self.params_before + self.params_after) + self.working_memory(itemsize, reads_text)
+        working = self.working_memory(itemsize, tokens, len(self.groups))
+        held = itemsize * (self.params_before + self.params_after) + working
         if self.config.tune:  # also the original, and in float32 new weights, a copy, gradients, AdamW's two moments
             trained = self.params_after if self.config.tune_all else self.new_parameters
             held += itemsize * self.params_before + 5 * 4 * trained

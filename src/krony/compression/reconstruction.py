@@ -2,15 +2,16 @@
 
 The training uses the inputs that the MLP has in the original model, and the original MLP's outputs as targets:
 ``min Σ_t w_t e_tᵀ G e_t`` with e_t = student(x_t) − original(x_t), the token weights w of the calibration, and the
-sensitivity G of the loss to the outputs, so that errors count as much as they change the loss. No pass runs through the
-rest of the model, so it takes seconds per layer. Right factors do not change: dropped neurons stay dropped.
+sensitivity G of the loss to the outputs, so that errors count as much as they change the loss. Without G, as in a
+compression layer by layer, all directions of the outputs count the same. No pass runs through the rest of the model, so
+it takes seconds per layer. Right factors do not change: dropped neurons stay dropped.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +21,17 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from krony.compression.descent import relative_adamw
-from krony.compression.moments import BATCH_TOKENS, MEMORY, token_weights
+from krony.compression.moments import BATCH_TOKENS, MEMORY, batches, token_weights
 from krony.errors import KronyError
+from krony.kronecker.algebra import KronShape
 from krony.kronecker.linear import KroneckerLinear
 from krony.models.modes import evaluating
-from krony.models.surgery import Group, enclosing_layer, put_in
+from krony.models.surgery import Group, enclosing_layer
 from krony.runtime.hardware import fast_dtype
 from krony.runtime.progress import Progress
 
 BATCH = 2048  # tokens per step
+PIECE = 4 * BATCH  # tokens at a time where no gradients are needed
 RATE = 0.05  # the highest rate, relative to a parameter's root mean square, and to the relative error at the start
 WARM_UP = 0.1  # share of the steps
 ROUNDING = 0.01  # relative error below which bfloat16 can't improve
@@ -70,57 +73,113 @@ def examples(
 ) -> Iterator[Examples]:
     """The inputs of every group, in order.
 
-    The model runs once for as many groups as fit into ``MEMORY`` bytes, and again for the next ones. Inputs are
-    bfloat16 where that is fast on the model's device, else float32.
+    The model runs once for as many groups as fit into ``MEMORY`` bytes, and again for the next ones.
 
     Args:
         ids: token ids ``(sequences, length)``.
         token_weighting: weighs tokens by ``1/‖h_t‖²``, else all tokens weigh the same.
     """
-    dtype = fast_dtype(model.device)
-    size = ids.numel() * max(group.sites[0].in_features for group in groups) * dtype.itemsize
-    at_once = max(1, MEMORY // size)
+
+    def read() -> None:
+        done = 0
+        with evaluating(model):
+            for rows in batches(ids, BATCH_TOKENS):
+                progress(done, len(ids), "activations")
+                model.base_model(input_ids=rows.to(model.device), use_cache=False)
+                done += len(rows)
+
+    return recorded(model, groups, ids.numel(), read, device=model.device, token_weighting=token_weighting)
+
+
+def recorded(
+    model: nn.Module,
+    groups: Sequence[Group],
+    tokens: int,
+    read: Callable[[], None],
+    *,
+    device: torch.device | str,
+    token_weighting: bool,
+) -> Iterator[Examples]:
+    """The inputs of every group, in order: bfloat16 where that is fast on ``device``, else float32.
+
+    Args:
+        tokens: the number of tokens of the text.
+        read: runs the groups' layers on the complete text. It is called once for as many groups as fit into ``MEMORY``
+            bytes, when the first of them is asked for.
+        token_weighting: as in ``examples``.
+    """
+    dtype = fast_dtype(device)
+    at_once = kept_at_once(groups, tokens, dtype.itemsize)
     for start in range(0, len(groups), at_once):
-        yield from _record(model, groups[start : start + at_once], ids, dtype, token_weighting, progress)
+        part = groups[start : start + at_once]
+        inputs = [torch.empty(tokens, g.sites[0].in_features, dtype=dtype, device=device) for g in part]
+        records = _records(model, part, inputs, token_weighting, read)
+        del inputs
+        while records:  # frees each when the next one is asked for
+            yield records.pop(0).examples()
 
 
 @torch.no_grad()
-def _record(
-    model: PreTrainedModel,
-    groups: list[Group],
-    ids: Tensor,
-    dtype: torch.dtype,
-    token_weighting: bool,
-    progress: Progress,
-) -> list[Examples]:
-    """The inputs of these groups, from one run of the model."""
-    inputs: list[list[Tensor]] = [[] for _ in groups]
-    weights: list[list[Tensor]] = [[] for _ in groups]
-    handles: list[Any] = []
-
-    def watch(index: int, group: Group) -> None:
-        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[index].append(args[0].flatten(0, -2).to(dtype))  # (tokens, in)
-
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            weights[index].append(token_weights(output, token_weighting))
-
-        handles.append(model.get_submodule(module_name(group)).register_forward_pre_hook(before))
-        handles.append(enclosing_layer(model, group).register_forward_hook(after))
-
-    for index, group in enumerate(groups):
-        watch(index, group)
-    batch = max(1, BATCH_TOKENS // ids.shape[1])
+def _records(
+    model: nn.Module, groups: Sequence[Group], inputs: list[Tensor], token_weighting: bool, read: Callable[[], None]
+) -> list[_Record]:
+    """A filled record per group."""
+    records = [_Record(model, group, place, token_weighting) for group, place in zip(groups, inputs, strict=True)]
     try:
-        with evaluating(model):
-            for start in range(0, len(ids), batch):
-                progress(start, len(ids), "activations")
-                model.base_model(input_ids=ids[start : start + batch].to(model.device), use_cache=False)
+        read()
     finally:
-        for handle in handles:
+        for record in records:
+            record.remove()
+    return records
+
+
+class _Record:
+    """Keeps the inputs of one group in ``inputs: (tokens, in)``, and the tokens' weights, while its layer runs."""
+
+    def __init__(self, model: nn.Module, group: Group, inputs: Tensor, token_weighting: bool) -> None:
+        """Registers the hooks; call ``remove`` after the last forward pass."""
+        self.inputs, self.filled = inputs, 0
+        self.weighted = token_weighting
+        self.weights: list[Tensor] = []
+        self.handles: list[Any] = [
+            model.get_submodule(module_name(group)).register_forward_pre_hook(self._take),
+            enclosing_layer(model, group).register_forward_hook(self._weigh),
+        ]
+
+    def _take(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].flatten(0, -2)  # (tokens of the batch, in)
+        self.inputs[self.filled : self.filled + len(x)] = x
+        self.filled += len(x)
+
+    def _weigh(self, _: nn.Module, __: Any, output: Any) -> None:
+        self.weights.append(token_weights(output, self.weighted))
+
+    def remove(self) -> None:
+        """Removes the hooks from the model."""
+        for handle in self.handles:
             handle.remove()
-    token_weights_of = [torch.cat(w) for w in weights]
-    return [Examples(torch.cat(x), w / w.mean()) for x, w in zip(inputs, token_weights_of, strict=True)]
+
+    def examples(self) -> Examples:
+        """What was kept."""
+        weights = torch.cat(self.weights)  # (tokens,)
+        return Examples(self.inputs, weights / weights.mean())
+
+
+def kept_at_once(groups: Sequence[Group], tokens: int, itemsize: int) -> int:
+    """How many groups' inputs fit into ``MEMORY`` bytes, at least one; ``itemsize``: bytes per number."""
+    return max(1, MEMORY // (tokens * itemsize * max(group.sites[0].in_features for group in groups)))
+
+
+def training_memory(group: Group, shapes: Mapping[str, KronShape], tokens: int) -> int:
+    """About how many bytes the training of one group takes besides its inputs.
+
+    In float32: the old matrices; of the new ones themselves, copies to train, their first values, gradients, and
+    AdamW's two moments; the targets; and the activations of one piece of the text.
+    """
+    old = sum(site.out_features * site.in_features for site in group.sites)
+    new = sum(shapes[site.name].parameters for site in group.sites)
+    widest = max(max(site.out_features, site.in_features) for site in group.sites)
+    return 4 * (old + 6 * new + tokens * group.sites[-1].out_features + len(group.sites) * PIECE * widest)
 
 
 def reconstruct(
@@ -149,13 +208,11 @@ def reconstruct(
     small: dict[str, Any] = dict(layers)
     if _drops_neurons(layers):
         small = {name: _Small(layer) for name, layer in layers.items()}
-    student = small[""] if "" in small else copy.deepcopy(original)
-    for name, layer in small.items() if "" not in small else ():
-        put_in(student, name, layer)
+    student = small[""] if "" in small else _with(original, small)
     parameters = [p for layer in small.values() for p in (layer.weight, layer.bias) if p is not None]
     sensitivity_root = None if sensitivity is None else _root(sensitivity).to(text.inputs.device, torch.float32)
     targets = _run(original, text.inputs)
-    scale = (text.weights * _squared(targets, sensitivity_root)).mean().clamp_min(torch.finfo(torch.float32).tiny)
+    scale = _loss(text, targets.split(PIECE), sensitivity_root).clamp_min(torch.finfo(torch.float32).tiny)
     before = _error(student, text, targets, scale, sensitivity_root)
     if before < ROUNDING and text.inputs.dtype != torch.float32:
         return before, before  # training in half precision would only add rounding errors
@@ -172,6 +229,11 @@ def reconstruct(
         if isinstance(layer, _Small):
             layer.write_back()
     return before, after
+
+
+def _with(original: nn.Module, layers: dict[str, Any]) -> nn.Module:
+    """A copy of an MLP with other layers; the old ones are not copied."""
+    return copy.deepcopy(original, {id(original.get_submodule(name)): layer for name, layer in layers.items()})
 
 
 class _Small(nn.Module):
@@ -251,15 +313,25 @@ def _forward(module: nn.Module, inputs: Tensor) -> Tensor:
 @torch.no_grad()
 def _run(module: nn.Module, inputs: Tensor) -> Tensor:
     """``_forward`` in pieces that bound the memory."""
-    return torch.cat([_forward(module, piece) for piece in inputs.split(4 * BATCH)])
+    outputs = torch.empty(len(inputs), _forward(module, inputs[:1]).shape[1], device=inputs.device)
+    for x, y in zip(inputs.split(PIECE), outputs.split(PIECE), strict=True):
+        y.copy_(_forward(module, x))
+    return outputs
 
 
+@torch.no_grad()
 def _error(
     student: nn.Module, text: Examples, targets: Tensor, scale: Tensor, sensitivity_root: Tensor | None
 ) -> float:
     """The relative error of the student's outputs on the text, in the norm of G."""
-    difference = _run(student, text.inputs) - targets
-    return ((text.weights * _squared(difference, sensitivity_root)).mean() / scale).sqrt().item()
+    pieces = zip(text.inputs.split(PIECE), targets.split(PIECE), strict=True)
+    differences = (_forward(student, x) - y for x, y in pieces)
+    return (_loss(text, differences, sensitivity_root) / scale).sqrt().item()
+
+
+def _loss(text: Examples, differences: Iterable[Tensor], sensitivity_root: Tensor | None) -> Tensor:
+    """The mean of ``w_t e_tᵀ G e_t`` over the text; the differences come in pieces that bound the memory."""
+    return (text.weights * torch.cat([_squared(e, sensitivity_root) for e in differences])).mean()
 
 
 def _squared(difference: Tensor, sensitivity_root: Tensor | None) -> Tensor:

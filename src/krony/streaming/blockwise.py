@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from krony.compression.moments import BATCH_TOKENS, MomentAccumulator, batches
+from krony.compression.reconstruction import Examples, recorded
 from krony.errors import KronyError
 from krony.init.base import Moments
 from krony.models.surgery import Group
@@ -58,18 +60,30 @@ class Blocks:
             after: the file to write for the next layer; None after the last layer that is compressed.
         """
         fill(self.model, f"{self.stack}.{index}", self.read, self.device)
-        run = _Run(None if before is None else read_header(before)[0], after, len(self.ids), self.device)
         sums = [MomentAccumulator(self.model, group, self.weighted, False) for group in groups]
         try:
-            with torch.no_grad(), self._alone(index, run), self._embeddings(needed=before is None):
-                for rows in batches(self.ids, BATCH_TOKENS):
-                    self.model.base_model(input_ids=rows.to(self.device), use_cache=False)
+            self._pass(index, before, after)
         finally:
             for accumulator in sums:
                 accumulator.remove()
+        return [accumulator.moments(self.ids.numel()) for accumulator in sums]
+
+    def examples(self, index: int, groups: Sequence[Group], before: Path | None) -> Iterator[Examples]:
+        """The inputs of the ``groups`` of layer ``index``, whose weights are in memory, in order.
+
+        The layer runs on the complete text again when they are asked for; ``before`` as in ``step``.
+        """
+        read = partial(self._pass, index, before, None)
+        return recorded(self.model, groups, self.ids.numel(), read, device=self.device, token_weighting=self.weighted)
+
+    def _pass(self, index: int, before: Path | None, after: Path | None) -> None:
+        """Runs layer ``index`` on the complete text; arguments as in ``step``."""
+        run = _Run(None if before is None else read_header(before)[0], after, len(self.ids), self.device)
+        with torch.no_grad(), self._alone(index, run), self._embeddings(needed=before is None):
+            for rows in batches(self.ids, BATCH_TOKENS):
+                self.model.base_model(input_ids=rows.to(self.device), use_cache=False)
         if run.file is not None:
             run.file.sync()
-        return [accumulator.moments(self.ids.numel()) for accumulator in sums]
 
     def release(self, index: int) -> None:
         """Frees the weights of layer ``index``."""

@@ -16,7 +16,7 @@ from krony.config import KronyConfig
 from krony.errors import KronyError
 from krony.kronecker.linear import KroneckerLinear
 from krony.models.source import ModelSource, empty_model, parse_dtype
-from krony.models.surgery import put_in
+from krony.models.surgery import Group, put_in
 from krony.runtime import distributed
 from krony.runtime.hardware import check_device, memory
 from krony.storage.shards import TensorLayout, total
@@ -27,6 +27,12 @@ from krony.streaming.tensors import file_names, find_entries, saved_tensors
 REST = "embeddings, head and norms"
 # Weights as safetensors alone: repositories often hold them again in other formats.
 DOWNLOAD = "hf download NAME --include '*.safetensors' --include '*.json' --include '*.model' --local-dir FOLDER"
+
+
+PLAIN = (
+    "layer by layer, --reconstruct trains towards the plain outputs of each MLP, and neurons are chosen by them: "
+    "weighing errors by how much they change the loss needs the gradient through the full model"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +81,19 @@ class Stream:
         return 2 * tokens * self.source.get_input_embeddings().weight.shape[1] * self.source.dtype.itemsize
 
     @property
-    def memory_bytes(self) -> int:
-        """About how many bytes of memory the run needs at most, libraries included."""
-        working = self.settled.working_memory(self.source.dtype.itemsize, self.reads)
+    def differs(self) -> str | None:
+        """How the result differs from that of ``krony.compress``, in a sentence; None if it doesn't."""
+        return PLAIN if self.config.reconstruct else None
+
+    def memory_bytes(self, tokens: int) -> int:
+        """About how many bytes of memory the run needs at most for this many tokens, libraries included."""
+        names = self._layers()
+        per_layer = [sum(_is_in(group, name) for group in self.settled.groups) for name in names]
+        at_once = max([1, *per_layer])
+        working = self.settled.working_memory(self.source.dtype.itemsize, tokens if self.reads else 0, at_once)
         if not self.reads:
             return working
-        layers = [_bytes_of(self.source.get_submodule(name)) for name in self._layers()]
+        layers = [_bytes_of(self.source.get_submodule(name)) for name in names]
         table = _bytes_of(self.source.get_input_embeddings())
         return max(layers) + max(working, table + LIBRARIES)  # the embeddings are freed before moments are used
 
@@ -97,6 +110,11 @@ class Stream:
         return [f"{stack}.{n}" for n in range(len(self.source.get_submodule(stack)))]
 
 
+def _is_in(group: Group, layer: str) -> bool:
+    """Whether the group is in the layer of this name."""
+    return group.sites[0].name.startswith(f"{layer}.")
+
+
 def _bytes_of(module: nn.Module) -> int:
     """Bytes of a module's parameters."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
@@ -110,7 +128,7 @@ def choose(
     Args:
         wanted: True to stream, False to load the model. None streams a folder if the initialisation works on one
             matrix at a time and no text is read; otherwise if the weights exceed half of the machine's memory. A model
-            in the hub's cache streams only for True.
+            in the hub's cache, and ``config.reconstruct``, whose result differs, stream only for True.
         dtype: dtype of the compressed model, ``auto`` for that of the files.
         device: where layers run and factors are computed.
         reads: whether calibration text is given, even if the initialisation doesn't need it.
@@ -123,7 +141,9 @@ def choose(
     why = _obstacle(source, config, device)
     if wanted and why:
         raise KronyError(f"--stream: {source.name} can't be compressed layer by layer: {why}")
-    if wanted is False or source.files is None or why or (wanted is None and source.folder is None):
+    if wanted is False or source.files is None or why:
+        return None
+    if wanted is None and (source.folder is None or config.reconstruct):
         return None
     one_by_one = config.initialisation.per_matrix and not reads
     if wanted is None and not one_by_one and 2 * Checkpoint(source.files).bytes <= memory():
@@ -137,9 +157,8 @@ def _obstacle(source: ModelSource, config: KronyConfig, device: str = "cpu") -> 
         return f"it is neither a folder nor in the hub's cache, so download it first ({DOWNLOAD})"
     if config.allocation == "global":
         return "--allocation global needs the gradient through the full model"
-    for option in ("reconstruct", "tune"):
-        if getattr(config, option):
-            return f"--{option} needs the gradient through the full model"
+    if config.tune:
+        return "--tune needs the gradient through the full model"
     if config.embedding is not None:
         return "--embedding unties the head, which is outside the layers"
     if config.split_attention:
@@ -196,7 +215,7 @@ def _settle(where: ModelSource, folder: Path, config: KronyConfig, *, dtype: str
         entries=find_entries(source, checkpoint),
         layout={name: (value.dtype, tuple(value.shape)) for name, value in saved_tensors(target).items()},
         names=file_names(target) or {},
-        reads=reads or config.initialisation.needs_text,
+        reads=reads or config.needs_text_for is not None,
     )
     stream.units()  # raises KronyError unless there is one stack of layers
     return stream

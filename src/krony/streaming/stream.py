@@ -2,7 +2,8 @@
 
 Initialisations that work on one matrix at a time (``Initialisation.per_matrix``) hold one matrix in memory. With
 calibration text, one transformer layer and its second moments are in memory, and the layer's inputs are on disk. All
-other tensors are copied piece by piece. The tensors are identical to those of ``krony.compress``.
+other tensors are copied piece by piece. The tensors are identical to those of ``krony.compress``, except with
+``reconstruct``: no gradient runs through the model, so ``Moments.sensitivity`` weighs nothing.
 
 The layout of OUT is known beforehand, so the files are created in ``OUT.work`` and filled layer by layer. After an
 interruption the same call resumes after the last finished layer. At the end the folder becomes OUT.
@@ -23,13 +24,15 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from krony._version import __version__
-from krony.compression.compress import made_with
+from krony.compression.compress import made_with, reconstruct_group
 from krony.compression.moments import check_ids
+from krony.compression.reconstruction import Examples
 from krony.compression.replacement import replacements
 from krony.compression.report import CompressionReport, LayerReport
 from krony.config import KronyConfig
 from krony.errors import KronyError
 from krony.init.base import Moments
+from krony.kronecker.linear import KroneckerLinear
 from krony.models import quantizer
 from krony.models.surgery import Group
 from krony.runtime.progress import Progress, silent
@@ -98,7 +101,7 @@ def run(
 def _check_text(stream: Stream, calibration: Tensor | None) -> None:
     """Raises KronyError unless text is given if and only if the plan reads it, and its ids fit the model."""
     if stream.reads and calibration is None:
-        raise KronyError(f"init {stream.config.init} needs calibration text: pass calibration=")
+        raise KronyError(f"{stream.config.needs_text_for or 'the plan'} needs calibration text: pass calibration=")
     if calibration is not None and not stream.reads:
         raise KronyError("calibration text is given, and the plan was made without it: use prepare(…, reads=True)")
     if calibration is not None:
@@ -111,7 +114,8 @@ def _report(stream: Stream, journal: Journal, calibration: Tensor | None, start:
     order = {site.name: n for n, site in enumerate(s for g in stream.settled.groups for s in g.sites)}
     layers.sort(key=lambda layer: order[layer.name])
     vars(stream.target.config).pop("quantization_config", None)  # from an earlier run of this plan
-    quantizer.attach_quantizer(stream.target, made_with(stream.config, calibration))
+    how = made_with(stream.config, calibration) | ({"stream": True} if stream.differs else {})
+    quantizer.attach_quantizer(stream.target, how)
     return CompressionReport(
         scheme=str(stream.config.scheme),
         init=stream.config.init,
@@ -149,14 +153,15 @@ def _work(
                 )
             before = _states(journal, number) if number else None
             after = None if number == last else _states(journal, number + 1)
-            reports += _replace_all(stream, groups, blocks.step(number, groups, before, after), shards)
+            texts = blocks.examples(number, groups, before)  # read when they are asked for, after the moments
+            reports += _replace_all(stream, groups, blocks.step(number, groups, before, after), texts, shards)
             blocks.release(number)
         else:
             for group in groups:
                 for part in _parts(group, stream.config):
                     for site in part.sites:
                         fill(stream.source, site.name, read, device)
-                    reports += _replace(stream, part, None, shards)
+                    reports += _replace(stream, part, None, iter(()), shards)
                     for site in part.sites:
                         release(stream.source, site.name)
         for name in stream.layout:
@@ -172,20 +177,34 @@ def _parts(group: Group, config: KronyConfig) -> list[Group]:
     return [Group((site,)) for site in group.sites] if config.initialisation.per_matrix else [group]
 
 
-def _replace_all(stream: Stream, groups: list[Group], moments: Iterable[Moments], shards: Shards) -> list[LayerReport]:
-    """Writes the new layers of all groups; no reference to their moments remains, so the next ones reuse the memory."""
+def _replace_all(
+    stream: Stream, groups: list[Group], moments: Iterable[Moments], texts: Iterator[Examples], shards: Shards
+) -> list[LayerReport]:
+    """Writes the new layers of all groups; no reference to their moments remains, so the next ones reuse the memory.
+
+    ``texts``: the groups' inputs, which are read only if ``reconstruct`` trains with them.
+    """
     return [
         report
         for group, known in zip(groups, moments, strict=True)
-        for report in _replace(stream, group, known, shards)
+        for report in _replace(stream, group, known, texts, shards)
     ]
 
 
-def _replace(stream: Stream, group: Group, moments: Any, shards: Shards) -> list[LayerReport]:
+def _replace(
+    stream: Stream, group: Group, moments: Moments | None, texts: Iterator[Examples], shards: Shards
+) -> list[LayerReport]:
     """Writes the new layers of a group; the weights of the old ones are in memory."""
-    reports = []
+    config, reports = stream.config, []
+
+    def train(layers: dict[str, KroneckerLinear]) -> None:
+        reconstruct_group(stream.source, group, next(texts), moments, config, layers)
+
     with torch.no_grad():
-        for name, new in replacements(stream.source, group, stream.settled.shapes, stream.config, moments).items():
+        made = replacements(
+            stream.source, group, stream.settled.shapes, config, moments, train if config.reconstruct else None
+        )
+        for name, new in made.items():
             for key, value in new.layer.state_dict().items():
                 shards.put(stream.names[f"{name}.{key}"], value)
             reports.append(new.report)
