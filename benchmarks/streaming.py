@@ -1,10 +1,11 @@
 """Memory and time of ``krony compress --stream`` for a checkpoint that is larger than the memory it may use.
 
-    python benchmarks/streaming.py [FOLDER] [--layers 20] [--keep] [--draw-only]
+    python benchmarks/streaming.py [FOLDER] [--layers 20] [--reconstruct N] [--keep] [--draw-only]
 
 Builds a Llama-shaped checkpoint of random weights in FOLDER (4096 wide, hidden width 11008, bfloat16, four shards;
 8.6 GB with 20 layers), compresses all of it with ``van-loan`` and its first eight layers with ``neurons``, each in a
-process of its own, and ``van-loan`` again in memory: the tensors must be the same. Writes
+process of its own, and ``van-loan`` again in memory: the tensors must be the same. With ``--reconstruct N`` it measures
+only ``neurons`` with N steps of training each MLP, and adds that to the results with its own machine. Writes
 ``benchmarks/results/streaming.json`` and the table in ``docs/streaming.md``. Peak memory is the kernel's
 ``ru_maxrss``, the figure that GNU time prints: mapped pages are in it.
 """
@@ -95,12 +96,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens of neurons")
     parser.add_argument("--inits", default="van-loan,neurons")
+    parser.add_argument("--reconstruct", type=int, default=0, help="measure only neurons, with N steps per MLP")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint there")
     parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
     options = parser.parse_args()
     results = read_results("streaming") if options.draw_only else measure(options)
     _write_page(results)
-    if any(run["peak_gb"] > LIMITS.get(run["init"], math.inf) for run in results["runs"]):
+    if any(run["peak_gb"] > LIMITS.get(_name(run), math.inf) for run in results["runs"]):
         raise SystemExit(f"over the limits {LIMITS}")
 
 
@@ -111,16 +113,18 @@ def measure(options: argparse.Namespace) -> dict:
         build(source, options.layers)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     runs = []
-    for init in options.inits.split(","):
+    for init in ["neurons"] if options.reconstruct else options.inits.split(","):
         arguments = ["compress", str(source), str(out), "--scheme", "keep=0.5", "--init", init, "--stream"]
         layers = options.layers
         if init == "neurons":
             layers = min(8, layers)
             arguments += ["--layers", f"0-{layers - 1}", "--calibration", "python-docs"]
-            arguments += ["--calibration-tokens", str(options.tokens)]
+            arguments += ["--calibration-tokens", str(options.tokens), "--reconstruct", str(options.reconstruct)]
         run = measured(arguments)
         written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-        runs.append({"init": init, "layers": layers, "read_gb": size / 1e9, "written_gb": written / 1e9, **run})
+        steps = {"reconstruct": options.reconstruct} if init == "neurons" else {}
+        sizes = {"layers": layers, "read_gb": size / 1e9, "written_gb": written / 1e9}
+        runs.append({"init": init, **steps, **sizes, **run})
         print(runs[-1], flush=True)
         if init == "van-loan":
             streamed = fingerprint(out)
@@ -134,20 +138,34 @@ def measure(options: argparse.Namespace) -> dict:
     if not options.keep:
         shutil.rmtree(options.folder)
     results = {"runs": runs, "calibration_tokens": options.tokens, "machine": machine()}
+    if options.reconstruct:
+        earlier = read_results("streaming")
+        others = [run for run in earlier["runs"] if run.get("reconstruct", 0) != options.reconstruct]
+        results = earlier | {"runs": [*others, runs[0] | {name: results[name] for name in results if name != "runs"}]}
     write_json(RESULTS / "streaming.json", results)
     return results
 
 
+def _name(run: dict) -> str:
+    return f"{run['init']}, `--reconstruct {run['reconstruct']}`" if run.get("reconstruct") else run["init"]
+
+
+def _where(results: dict) -> str:
+    return f"{results['machine']['processor']}, {results['machine']['threads']} threads"
+
+
 def _write_page(results: dict) -> None:
     rows = [
-        [run["init"], str(run["layers"]), f"{run['read_gb']:.1f} GB", f"{run['written_gb']:.1f} GB"]
+        [_name(run), str(run["layers"]), f"{run['read_gb']:.1f} GB", f"{run['written_gb']:.1f} GB"]
         + [f"{run['peak_gb']:.2f} GB", f"{run['cpu_seconds']:,.0f} s"]
         for run in results["runs"]
     ]
     table = Table(["init", "layers compressed", "read", "written", "peak memory", "processor time"], rows).markdown()
-    where = f"{results['machine']['processor']}, {results['machine']['threads']} threads"
-    same = "Compressed in memory, the tensors are the same to the bit. " if len(rows) > len(LIMITS) else ""
-    text = f"{table}\n\n{same}{where}. `neurons` read {results['calibration_tokens']:,} tokens.\n"
+    same = "In memory, the tensors of `van-loan` are the same to the bit. " if len(rows) > len(LIMITS) else ""
+    text = f"{table}\n\n{same}{_where(results)}. `neurons` read {results['calibration_tokens']:,} tokens.\n"
+    for run in results["runs"]:
+        if run.get("reconstruct"):
+            text += f"\n{_name(run)}: {_where(run)}, {run['calibration_tokens']:,} tokens.\n"
     fill(DOCS / "streaming.md", "benchmarks/streaming.py", text)
 
 

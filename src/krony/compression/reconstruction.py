@@ -174,12 +174,13 @@ def training_memory(group: Group, shapes: Mapping[str, KronShape], tokens: int) 
     """About how many bytes the training of one group takes besides its inputs.
 
     In float32: the old matrices; of the new ones themselves, copies to train, their first values, gradients, and
-    AdamW's two moments; the targets; and the activations of one piece of the text.
+    AdamW's two moments; the targets; and the activations of one piece of the text. In float64: the factors before.
     """
     old = sum(site.out_features * site.in_features for site in group.sites)
     new = sum(shapes[site.name].parameters for site in group.sites)
     widest = max(max(site.out_features, site.in_features) for site in group.sites)
-    return 4 * (old + 6 * new + tokens * group.sites[-1].out_features + len(group.sites) * PIECE * widest)
+    numbers = old + 6 * new + tokens * group.sites[-1].out_features + len(group.sites) * PIECE * widest
+    return 4 * numbers + 8 * new
 
 
 def reconstruct(
