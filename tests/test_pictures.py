@@ -47,6 +47,14 @@ def test_values_above_the_top_are_in_the_legend_and_flatten_nothing():
     assert {"1.5", "2", "5", "10"} <= ticks and "100" not in ticks
 
 
+def test_a_logarithmic_horizontal_axis_has_plain_numbers_at_equal_distances():
+    svg = lines({"a": [(1, 1.5), (10, 1.2), (10_000, 1.3)]}, title="t", x="tokens", y="gain", log_x=True)
+    places = {text: x for text, x, _ in texts(svg)}
+    ticks = [places[text] for text in ("1", "10", "100", "1,000", "10,000")]
+    steps = [after - before for before, after in itertools.pairwise(ticks)]
+    assert min(steps) > 0.8 * max(steps) > 0  # but for the widths of the numbers
+
+
 @pytest.mark.parametrize("curves", [1, 3, 8])
 def test_legends_are_below_the_axes(curves):
     """Where they cover no data; the picture grows by what they need."""

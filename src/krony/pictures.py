@@ -41,6 +41,7 @@ def lines(
     level: tuple[str, float] | None = None,
     top: float | None = None,
     log: bool = False,
+    log_x: bool = False,
 ) -> str:
     """Curves.
 
@@ -52,6 +53,7 @@ def lines(
         level: the name and the height of a horizontal line.
         top: the highest value drawn. The legend lists the values of a curve that are above it.
         log: whether the vertical axis is logarithmic.
+        log_x: whether the horizontal axis is.
 
     Examples:
         >>> svg = lines({"loss": [(0, 3.5), (1, 3.2)]}, title="One step helps", x="step", y="nats per token")
@@ -77,8 +79,9 @@ def lines(
         axes.set(xlabel=x, ylabel=y)
         values = [value for points in series.values() for _, value in points] + ([level[1]] if level else [])
         _scale(axes, "y", values, log, top)
-        axes.xaxis.set_major_formatter(_plain)
-        if all(float(place).is_integer() for points in series.values() for place, _ in points):
+        places = [place for points in series.values() for place, _ in points]
+        _scale(axes, "x", places, log_x, None)
+        if not log_x and all(float(place).is_integer() for place in places):
             axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y", color=FAINT[0], linewidth=0.8)
 

@@ -64,6 +64,8 @@ def test_models_take_turns_and_the_first_round_is_not_counted():
 
     assert alternate(["a", "b"], work, 2) == [[3.0, 6.0], [4.0, 5.0]]
     assert "".join(seen) == "baabba"
+    seen.clear()
+    assert alternate(["a", "b"], work, 2, warm_up=False) == [[1.0, 4.0], [2.0, 3.0]]
 
 
 def test_memory_is_that_of_tensors():

@@ -17,14 +17,14 @@ from krony.evaluation.settings import SpeedSettings
 Workload = Callable[[Any], float]
 
 
-def alternate(models: Sequence[Any], workload: Workload, rounds: int) -> list[list[float]]:
+def alternate(models: Sequence[Any], workload: Workload, rounds: int, *, warm_up: bool = True) -> list[list[float]]:
     """Seconds of every turn of each model. The models take turns, and the order is reversed every round.
 
-    So a busy moment of the machine affects all models. One more round comes first as a warm-up.
+    So a busy moment of the machine affects all models. With ``warm_up`` one more round comes first, which isn't kept.
     """
     seconds: list[list[float]] = [[] for _ in models]
     gc.collect()
-    for number in range(rounds + 1):
+    for number in range(0 if warm_up else 1, rounds + 1):
         order = range(len(models)) if number % 2 else reversed(range(len(models)))
         for index in order:
             took = workload(models[index])
