@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import json
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,6 +13,8 @@ from xml.etree import ElementTree
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SHAPES = ROOT / "benchmarks/results/speed-shapes.json"
+shapes_measured = pytest.mark.skipif(not SHAPES.exists(), reason="benchmarks/speed_shapes.py has not run yet")
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 DRAWN = [
     ("demo", [], ["quickstart.md"], ["demo.svg"]),
@@ -25,6 +29,13 @@ DRAWN = [
     ("sizes", [], ["sizes.md"], ["sizes.svg"]),
     ("speed", [], ["speed.md"], ["speed.svg"]),
     ("speed", ["--compile"], ["speed-compiled.md"], ["speed-compiled.svg"]),
+    pytest.param(
+        "speed_shapes",
+        [],
+        ["speed-shapes.md"],
+        ["speed-shapes-bfloat16.svg", "speed-shapes-float32.svg"],
+        marks=shapes_measured,
+    ),
     ("streaming", [], ["streaming.md"], []),
 ]
 
@@ -97,3 +108,69 @@ def test_the_answer_on_scalars_follows_from_the_runs(monkeypatch):
     assert "? Yes, here.** With" in scalars.answer(runs(4.2)) and "1 → 4.20, α → 4.20" in scalars.answer(runs(4.2))
     assert "? Not here.** With" in scalars.answer(runs(1.5))
     assert "Frozen the model ends at 20.09, trained from 4 at 7.39" in scalars.answer(runs(1.5))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_multiply_adds_of_shapes_are_those_that_run(kind, monkeypatch):
+    """As torch counts them, one token after the other: a token reads itself and those before it."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    from krony.evaluation.workloads import empty_cache
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    shapes = importlib.import_module("speed_shapes")
+    monkeypatch.setattr(shapes, "CONTEXT", 3)
+    heads = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 50}
+    config = (
+        LlamaConfig(**heads, num_key_value_heads=2, intermediate_size=48)
+        if kind == "llama"
+        else GPT2Config(**heads, n_inner=48)
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    cache, steps = empty_cache(model), []
+    for token in range(5):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(input_ids=torch.tensor([[token]]), use_cache=True, **cache)
+        counted = {name.rpartition(".")[2]: 0 for name in counter.get_flop_counts()}
+        for name, flops in counter.get_flop_counts().items():
+            counted[name.rpartition(".")[2]] += sum(flops.values()) // 2
+        attention = counted["self_attn" if kind == "llama" else "attn"]
+        steps.append((counted["mlp"], attention, counted["lm_head"]))
+    mlp, attention, head = (list(part) for part in zip(*steps, strict=True))
+    assert shapes.multiply_adds(config, 1) == (mlp[3], attention[3] + head[3])  # after three
+    assert shapes.multiply_adds(config, 5) == (sum(mlp), sum(attention) + head[4])
+    assert shapes.arithmetic_limit(config, 1) == pytest.approx(
+        1 / ((attention[3] + head[3] + mlp[3] / 2) / (attention[3] + head[3] + mlp[3]))
+    )
+
+
+@shapes_measured
+def test_the_tables_of_shapes_follow_from_the_runs():
+    """Gains and limits, computed again from the seconds and the published widths."""
+    results = json.loads(SHAPES.read_text(encoding="utf-8"))
+    page = (ROOT / "docs/speed-shapes.md").read_text(encoding="utf-8")
+    widths = {"llama-1b": (2048, 512, 3 * 8192), "qwen-0.5b": (896, 128, 3 * 4864), "gpt2-xl": (1600, 1600, 2 * 6400)}
+    printed = {}
+    for dtype, threads, text in re.findall(
+        r"^## (\w+), (\d+) threads?\n\n(.*?)(?=^#|\Z)", page, re.DOTALL | re.MULTILINE
+    ):
+        for row in re.findall(r"^\| (\S+-\S+) \| (\d+) \| (\d+) \| (.*) \|$", text, re.MULTILINE):
+            shape, batch, length, cells = row
+            printed[shape, dtype, int(threads), int(batch), int(length)] = cells.split(" | ")
+    assert len(printed) == len(results["runs"]) > 0
+    for run in results["runs"]:
+        first = run["seconds"]["original"]
+        cells = [f"{statistics.median(first) * 1e3:,.1f}"]
+        for variant in ("general", "neurons", "slim"):
+            ratios = [a / b for a, b in zip(first, run["seconds"][variant], strict=True)]
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        width, keys, inner = widths[run["shape"]]
+        length, layers = run["length"], results["layers"]
+        read = 129 if length == 1 else length * (length + 1) / 2
+        mlp = layers * length * width * inner
+        rest = layers * 2 * width * (length * (width + keys) + read) + width * results["vocabulary"]
+        share = mlp / (mlp + rest)
+        cells.append(f"{1 / (1 - share + share / 2):.2f}")
+        assert printed[tuple(run[key] for key in ("shape", "dtype", "threads", "batch", "length"))] == cells
