@@ -61,7 +61,10 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, int]]] = {
         Qwen2Config,
         {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2},
     ),
-    "gpt2-xl": (GPT2Config, {"n_embd": 1600, "n_head": 25, "n_inner": 6400, "n_positions": 4096}),
+    "gpt2-xl": (
+        GPT2Config,
+        {"n_embd": 1600, "n_head": 25, "n_inner": 6400, "n_positions": 4096, "bos_token_id": 0, "eos_token_id": 0},
+    ),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 VARIANTS = ("general", "neurons", "slim")
@@ -223,6 +226,11 @@ def summary(results: dict[str, Any]) -> Table:
     return Table(["shape", "dtype", "threads", *columns], rows)
 
 
+def counted(threads: int) -> str:
+    """A number of threads in words."""
+    return f"{threads} thread{'s' * (threads > 1)}"
+
+
 def picture(results: dict[str, Any], dtype: str) -> str:
     """Gain against tokens at once, by shape, on the most threads; the median of the cells of so many tokens."""
     threads = max(run["threads"] for run in results["runs"])
@@ -237,11 +245,15 @@ def picture(results: dict[str, Any], dtype: str) -> str:
         for name, points in series.items()
     }
     most = max(int(points[-1][0]) for points in curves.values())
-    ends = ", ".join(f"{name} {points[-1][1]:.2f}" for name, points in curves.items())
+    last = {name: points[-1][1] for name, points in curves.items()}
+    ends = ", ".join(
+        f"{shape} {last[f'{shape}, general']:.2f} (slim {last[f'{shape}, slim']:.2f})"
+        for shape in dict.fromkeys(name.partition(",")[0] for name in curves)
+    )
     return lines(
         curves,
-        title=f"Times as fast as the original at {most:,} tokens in {dtype}: {ends}",
-        x=f"tokens at once: batch x length (decode up to {max(run['batch'] for run in results['runs'])})",
+        title=f"Speed relative to the original at {most:,} tokens in {dtype}, {counted(threads)}: {ends}",
+        x=f"tokens at once: batch x length (up to {max(run['batch'] for run in results['runs'])}: decode)",
         y="times the original's speed",
         level=("the original", 1.0),
         log_x=True,
@@ -263,7 +275,7 @@ def write_page(results: dict[str, Any]) -> None:
         write_text(DOCS / f"speed-shapes-{dtype}.svg", picture(results, dtype))
         parts.append(f"![gain against tokens in {dtype}](speed-shapes-{dtype}.svg)")
     for (dtype, threads), runs in groups(results["runs"], "dtype", "threads").items():
-        parts += [f"## {dtype}, {threads} thread{'s' * (threads > 1)}", table(results, runs).markdown()]
+        parts += [f"## {dtype}, {counted(threads)}", table(results, runs).markdown()]
     fill(DOCS / "speed-shapes.md", "benchmarks/speed_shapes.py", "\n\n".join(parts))
 
 

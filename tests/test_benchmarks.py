@@ -146,6 +146,33 @@ def test_multiply_adds_of_shapes_are_those_that_run(kind, monkeypatch):
     )
 
 
+def test_models_of_shapes_have_half_of_the_mlps_and_the_right_factors_they_are_named_for(monkeypatch):
+    import torch
+    from transformers import LlamaConfig
+
+    from krony.models.surgery import kronecker_layers
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    shapes = importlib.import_module("speed_shapes")
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=50
+    )
+    models = shapes.models_of(config, torch.float32, 0)
+    assert list(models) == ["original", *shapes.VARIANTS]
+    for name in ("general", "neurons"):
+        layers = kronecker_layers(models[name])
+        assert {tuple(layer.weight.shape) for layer in layers.values()} == {(1, 32, 32)} and len(layers) == 6
+        zeros = {tuple((layer.right == 0).flatten().tolist()) for layer in layers.values()}
+        assert zeros == {(False, False) if name == "general" else (False, True)}
+    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    assert sizes["original"] - sizes["slim"] == 2 * 3 * 32 * 32
+    assert sizes["general"] == sizes["neurons"] == sizes["slim"] + 2 * 3 * 2
+    assert not kronecker_layers(models["slim"])
+    ids = torch.arange(9)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(models["slim"](input_ids=ids).logits, models["neurons"](input_ids=ids).logits)
+
+
 @shapes_measured
 def test_the_tables_of_shapes_follow_from_the_runs():
     """Gains and limits, computed again from the seconds and the published widths."""
