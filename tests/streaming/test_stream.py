@@ -305,7 +305,6 @@ def test_it_stays_within_the_memory_that_the_dry_run_names(init, more, tokenizer
     named = json.loads((tmp_path / "dry.json").read_text())["memory_bytes"]
     command = [sys.executable, "-c", MEASURE, sys.executable, "-m", "krony", *options]
     peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1024
-    print("MEASURED", init, more, named, peak)
     assert 0.7 * named < peak < 1.1 * named
 
 

@@ -32,6 +32,9 @@ from krony.models.surgery import (
 from krony.runtime.hardware import fast_dtype
 
 LIBRARIES = 600 * 1000**2  # bytes of a Python process that has imported torch and transformers
+LEFT_OVER = (
+    300 * 1000**2
+)  # bytes of freed memory that the C library still holds after the factors are computed; measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,9 @@ class CompressionPlan:
         at_once = min(at_once, kept_at_once(self.groups, tokens, number))
         kept = at_once * tokens * number * max(group.sites[0].in_features for group in self.groups)
         training = max(training_memory(group, self.shapes, tokens) for group in self.groups)
-        training += 8 * max(sum(n**2 for n in {s.in_features for s in group.sites}) for group in self.groups)
+        training += LEFT_OVER + 8 * max(
+            sum(n**2 for n in {s.in_features for s in group.sites}) for group in self.groups
+        )
         # a group's inputs are read after its factors are computed, with those of the next groups
         return LIBRARIES + max(factors + (kept if at_once > 1 else 0), training + kept)
 
