@@ -14,7 +14,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ROOT / "benchmarks/results/speed-shapes.json"
-shapes_measured = pytest.mark.skipif(not SHAPES.exists(), reason="benchmarks/speed_shapes.py has not run yet")
 SCRIPTS = sorted((ROOT / "benchmarks").glob("*.py"))
 DRAWN = [
     ("demo", [], ["quickstart.md"], ["demo.svg"]),
@@ -29,13 +28,7 @@ DRAWN = [
     ("sizes", [], ["sizes.md"], ["sizes.svg"]),
     ("speed", [], ["speed.md"], ["speed.svg"]),
     ("speed", ["--compile"], ["speed-compiled.md"], ["speed-compiled.svg"]),
-    pytest.param(
-        "speed_shapes",
-        [],
-        ["speed-shapes.md"],
-        ["speed-shapes-bfloat16.svg", "speed-shapes-float32.svg"],
-        marks=shapes_measured,
-    ),
+    ("speed_shapes", [], ["speed-shapes.md"], ["speed-shapes-bfloat16.svg", "speed-shapes-float32.svg"]),
     ("streaming", [], ["streaming.md"], []),
 ]
 
@@ -173,7 +166,6 @@ def test_models_of_shapes_have_half_of_the_mlps_and_the_right_factors_they_are_n
         torch.testing.assert_close(models["slim"](input_ids=ids).logits, models["neurons"](input_ids=ids).logits)
 
 
-@shapes_measured
 def test_the_tables_of_shapes_follow_from_the_runs():
     """Gains and limits, computed again from the seconds and the published widths."""
     results = json.loads(SHAPES.read_text(encoding="utf-8"))
