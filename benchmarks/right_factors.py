@@ -100,7 +100,7 @@ def pairs(results: dict[str, Any], **key: Any) -> list[float]:
 def table(results: dict[str, Any]) -> Table:
     """A row per start and number of factors; perplexities as multiples of the original's, means over the seeds."""
     rows = []
-    for init, factors in dict.fromkeys((run["init"], run["factors"]) for run in results["runs"]):
+    for init, factors in sorted({(run["init"], run["factors"]) for run in results["runs"]}):
         key = {"init": init, "factors": factors}
         found = chosen(results, **key)
         cells = [init, str(factors), f"{found[0]['params']:,}", times([run["start"] for run in found], results["base"])]
