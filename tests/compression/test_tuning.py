@@ -95,7 +95,8 @@ def test_the_loss_is_the_divergence_and_a_share_of_the_text(share, ids):
     row = ids[3:4]
     text = F.cross_entropy(model(row).logits[0, :-1], row[0, 1:]).item()
     expected = (1 - share) * divergence(model, original, row) + share * text
-    assert tuning._Lesson(model, original, ids, share).loss(3).item() == pytest.approx(expected, rel=1e-4)
+    found = tuning._Lesson(model, original, ids, share).loss(3).item()
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)  # float32 differences of logarithms near 5
 
 
 def test_an_interruption_leaves_every_weight(ids):
