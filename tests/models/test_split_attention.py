@@ -191,3 +191,15 @@ def test_a_split_that_was_put_there_by_hand_survives(ids):
         put_in(model, "transformer.h.0.attn.c_attn.q", torch.nn.Sequential(split.q))
     assert isinstance(model.transformer.h[0].attn.c_attn, SplitAttention)
     torch.testing.assert_close(logits(model, ids), before)
+
+
+def test_the_rest_of_a_split_matrix_is_compressed_later(ids):
+    """A second call finds K and V of layers that are split already, beside matrices that are still whole."""
+    model = small_gpt2().eval()
+    first = {"transformer.h.0.attn.c_attn.q": "keep=0.5"}
+    compress(model, KronyConfig(first, init="van-loan", split_attention=True))
+    report = compress(model, KronyConfig("keep=0.5", init="van-loan", modules=r"c_attn\.[kv]$", split_attention=True))
+    assert [layer.name.removeprefix("transformer.h.") for layer in report.layers] == [
+        f"{layer}.attn.c_attn.{part}" for layer in range(2) for part in "kv"
+    ]
+    assert len(kronecker_layers(model)) == 5 and logits(model, ids).isfinite().all()

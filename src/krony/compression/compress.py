@@ -109,7 +109,7 @@ def compress_as_planned(
     """
     _check_weights(model)
     sites = [site.name for group in settled.groups for site in group.sites]
-    with splitting(model, wholes_of(sites) if settled.config.split_attention else []):
+    with splitting(model, wholes_of(model, sites) if settled.config.split_attention else []):
         return _compress(model, settled, ids, curves, cache, progress)
 
 

@@ -15,7 +15,7 @@ from krony.kronecker.assignment import assign
 from krony.kronecker.forward_path import choose_path
 from krony.kronecker.linear import KroneckerLinear
 from krony.models.fusion import FusedMLP
-from krony.models.split_attention import fused_attention, splitting, wholes_of
+from krony.models.split_attention import splitting, wholes_of
 from krony.models.surgery import find_groups, is_linear, kronecker_layers, original, take_out
 
 PREFILL = 512  # tokens that ``path`` is chosen for
@@ -91,7 +91,7 @@ def inspect_model(model: PreTrainedModel, base: PreTrainedModel | None = None) -
         raise KronyError("the base is a compressed model itself: name the model that this one was made from")
     if base is None:
         return [_view(model, name, compressed.get(name)) for name in names]
-    with splitting(base, [whole for whole in wholes_of(names) if whole in fused_attention(base)]):
+    with splitting(base, wholes_of(base, names)):
         orders = _orders(model, base)
         return [_view(model, name, compressed.get(name), base, orders.get(name)) for name in names]
 

@@ -21,7 +21,7 @@ from krony.kronecker.embedding import KroneckerEmbedding
 from krony.kronecker.linear import KroneckerLinear
 from krony.models.dense import to_dense
 from krony.models.fusion import fuse
-from krony.models.split_attention import fused_attention, split_attention, wholes_of
+from krony.models.split_attention import fused_attention, split_attention
 from krony.models.surgery import is_linear, kronecker_embeddings, kronecker_layers, linear_size, put_in
 
 if TYPE_CHECKING:  # this module is imported while transformers is being imported
@@ -112,9 +112,10 @@ def put_layers_in(model: PreTrainedModel, config: KronyQuantizationConfig | dict
         return
     if not isinstance(config.modules, dict):
         raise KronyError("config.json: quantization_config.modules is not a map of module names to shapes")
-    fused, found = fused_attention(model), {}
-    wholes = [_own_name(model, whole) for whole in wholes_of(config.modules)]
-    split_attention(model, [whole for whole in wholes if whole in fused])
+    found = {}
+    if fused := fused_attention(model):
+        around = {_own_name(model, name.rpartition(".")[0]) for name in config.modules}
+        split_attention(model, [name for name in fused if name in around])
     for name in config.modules:
         own = _own_name(model, name)
         if own is None:  # the head, in a model that is only the body

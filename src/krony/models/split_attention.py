@@ -108,14 +108,10 @@ def splitting(model: nn.Module, names: Collection[str]) -> Iterator[None]:
                     put_in(model, f"{name}.{child}", plain_layer(part, *take_out(model, f"{name}.{child}")))
 
 
-def wholes_of(names: Collection[str]) -> list[str]:
-    """The matrices of which these names may mean parts, each once: the names of modules around a ``q``, ``k`` or ``v``.
-
-    Examples:
-        >>> wholes_of(["h.0.attn.c_attn.q", "h.0.attn.c_attn.v", "h.0.mlp.c_fc"])
-        ['h.0.attn.c_attn']
-    """
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in PARTS))
+def wholes_of(model: nn.Module, names: Collection[str]) -> list[str]:
+    """The matrices of ``model`` that hold Q, K and V, and of which these names mean parts; each once."""
+    around = {name.rpartition(".")[0] for name in names}
+    return [name for name in fused_attention(model) if name in around]
 
 
 def joined(split: SplitAttention, like: nn.Module) -> nn.Module:
