@@ -1,5 +1,8 @@
 """Several processes share a compression: each does its own groups, and all get the model that one process makes."""
 
+import time
+from datetime import timedelta
+
 import pytest
 import torch
 
@@ -47,6 +50,15 @@ def compressed(family, options, out, cache=None, damage=None):
     report = compress(model, KronyConfig("keep=0.5", **options), calibration=None if damage else text(), cache=cache)
     errors = [(layer.name, layer.error, layer.calibrated_error) for layer in report.layers]
     torch.save((dict(model.state_dict()), errors, done), f"{out}-{distributed.rank()}")
+
+
+def slow(patience, out):
+    """Compresses, and takes five seconds for the second group, which is that of the second process."""
+    distributed.init("cpu", patience=timedelta(seconds=patience))
+    replacements = module.replacements
+    module.replacements = lambda *a: (time.sleep(5 * ("h.1." in a[1].sites[0].name)), replacements(*a))[1]
+    compress(BUILDERS["gpt2"](), KronyConfig("keep=0.5", init="van-loan"))
+    torch.save("done", f"{out}-{distributed.rank()}")
 
 
 def results(folder, count, *arguments, **options):
@@ -101,3 +113,10 @@ def test_an_error_in_one_process_ends_the_others(tmp_path):
     ends = [process.ended() for process in processes]
     assert all(code != 0 for code, _ in ends)
     assert "h.1.mlp.c_fc: its weight has values that are not finite" in ends[1][1]
+
+
+@pytest.mark.parametrize(("patience", "ends"), [(60, True), (1, False)])
+def test_a_process_waits_for_another_that_has_a_large_layer(patience, ends, tmp_path):
+    processes = started(2, tmp_path / "two", slow, patience, str(tmp_path / "out"))
+    codes = [process.ended()[0] for process in processes]
+    assert (tmp_path / "out-0").exists() == ends == (codes[0] == 0)

@@ -76,7 +76,7 @@ class Job:
         """Around all that takes time: first what can be refused at once, and a sentence where it is interrupted."""
         check_writable(self.out)
         self.source.check_saves()
-        self.device = distributed.init(self.device)
+        self.device = distributed.init(self.device, patience=distributed.LAYER_PATIENCE)
         with interruptible(self._how_to_resume):
             yield
 

@@ -57,7 +57,8 @@ def run(
         check_file(plot, ".svg")
     quiet_libraries()
     source = ModelSource.find(model)
-    loaded, tokenizer = source.load(dtype=dtype, device=distributed.init(device)), source.tokenizer
+    own = distributed.init(device, patience=distributed.LAYER_PATIENCE)
+    loaded, tokenizer = source.load(dtype=dtype, device=own), source.tokenizer
     with to.progress() as progress:
         found = frontier(
             loaded, calibration, tokenizer=tokenizer, val=val, keeps=keeps, config=config,

@@ -71,7 +71,7 @@ def cost_curves(
         weight, bias = take_out(model, group.sites[-1].name)
         with sound_moments(group):
             curves[done] = cost_curve(weight, bias, known, width - least).cpu()
-    return [distributed.result_of(index, curves.get(index)) for index in range(len(groups))]  # type: ignore[misc]
+    return [distributed.result_of(index, curves) for index in range(len(groups))]
 
 
 def allocate_widths(costs: Sequence[Tensor], unit: int, budget: int, max_width: int | None = None) -> list[int]:

@@ -257,22 +257,17 @@ def _initialise(
         elif trained:
             train = partial(reconstruct_group, original, group, next(texts), known, config)
         if not any(site.name in shapes for site in group.sites):
-            continue  # allocation leaves this layer dense
+            made[index] = {}  # allocation leaves this layer dense
+            continue
         made[index] = replacements(original, group, shapes, config, known, train)
         if trained and not done[index]:
             kept.save(index, {name: one.layer for name, one in made[index].items()})
+        if distributed.count() > 1:  # layers travel by way of the CPU
+            made[index] = {name: one.to("cpu") for name, one in made[index].items()}
     new: dict[str, Replacement] = {}
     for index in range(len(groups)):
-        new |= _from_its_process(index, made.pop(index, {}), original.device)
+        new |= {name: one.to(original.device) for name, one in distributed.result_of(index, made).items()}
     return new
-
-
-def _from_its_process(index: int, made: dict[str, Replacement], device: torch.device) -> dict[str, Replacement]:
-    """The new layers of a group, from the process that made them; they travel by way of the CPU."""
-    if distributed.count() == 1:
-        return made
-    sent = distributed.result_of(index, {name: one.to("cpu") for name, one in made.items()})
-    return {name: one.to(device) for name, one in sent.items()}
 
 
 def reconstruct_group(

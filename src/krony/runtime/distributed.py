@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import warnings
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import TypeVar
 
@@ -16,19 +17,21 @@ from krony.errors import KronyError, KronyWarning
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(minutes=10)  # how long a process waits for the others; gloo's own limit is half an hour
+LAYER_PATIENCE = timedelta(hours=6)  # the same where another may compute the factors of a large layer meanwhile
 LOST = "another process of this run has ended, or can't be reached: what it printed says why"
 FSDP = "ACCELERATE_USE_FSDP"
 _taken = False  # the launcher has asked for FSDP
 
 
-def init(device: str = "cpu", *, shards: bool = False) -> str:
+def init(device: str = "cpu", *, shards: bool = False, patience: timedelta = PATIENCE) -> str:
     """Connects to the other processes, if there are any, and returns this process's own device.
 
-    From then on no process waits longer than ``PATIENCE`` for the others.
+    From then on no process waits longer than ``patience`` for the others.
 
     Args:
         device: where the process computes, as ``--device`` says it.
         shards: whether the work can be done on shards. Otherwise a warning says so where the launcher asks for them.
+        patience: more than the processes' work differs between two moments at which they meet.
 
     Examples:
         >>> init("cpu")
@@ -39,7 +42,7 @@ def init(device: str = "cpu", *, shards: bool = False) -> str:
     _take_request_for_shards()
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    state = PartialState(cpu=device == "cpu", timeout=patience)
     atexit.register(_leave)
     if asks_for_shards() and not shards and is_first():
         warnings.warn(
@@ -105,9 +108,12 @@ def does(task: int) -> bool:
     return task % count() == rank()
 
 
-def result_of(task: int, value: Value) -> Value:
-    """The result of a task, from the process that did it. Every process has to call this."""
-    return from_process(task % count(), value)
+def result_of(task: int, own: Mapping[int, Value]) -> Value:
+    """The result of a task, from the process that did it. Every process has to call this.
+
+    ``own``: the results of this process's tasks.
+    """
+    return from_process(task % count(), own.get(task))  # type: ignore[return-value]
 
 
 def rank() -> int:
