@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from krony import KronyConfig, KronyError, compress
-from krony.compression import compress as compression
+from krony.compression import reconstruction
 from krony.compression.reconstruction import reconstruct
 from krony.runtime.signals import Interrupt, interruptible
 from processes import Process
@@ -39,7 +39,7 @@ def trained(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return reconstruct(*args, **options)
 
-    monkeypatch.setattr(compression, "reconstruct", counted)
+    monkeypatch.setattr(reconstruction, "reconstruct", counted)
     return seen
 
 
@@ -68,7 +68,7 @@ def stop(ids, cache) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return reconstruct(*args, **options)
 
-    compression.reconstruct = killed
+    reconstruction.reconstruct = killed
     compressed(ids, cache)
 
 

@@ -7,7 +7,6 @@ import torch
 import transformers
 
 from krony import KronyConfig, KronyError, compress
-from krony.compression import compress as compression
 from krony.compression import reconstruction
 from krony.compression.moments import Calibration
 from krony.compression.reconstruction import examples, module_name, reconstruct
@@ -57,7 +56,7 @@ CONFIGS = (
 def test_every_mlp_comes_nearer_to_the_original(model, ids, config, monkeypatch):
     original, plain = copy.deepcopy(model), copy.deepcopy(model)
     compress(model, KronyConfig(reconstruct=60, **config), calibration=ids)
-    monkeypatch.setattr(compression, "reconstruct", lambda *_, **__: None)  # the same start, and no more
+    monkeypatch.setattr(reconstruction, "reconstruct", lambda *_, **__: None)  # the same start, and no more
     compress(plain, KronyConfig(reconstruct=60, **config), calibration=ids)
     groups = find_groups(original)
     texts = examples(original, groups, ids, token_weighting=True, progress=lambda *_: None)

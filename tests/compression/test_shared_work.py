@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from krony import KronyConfig, compress
-from krony.compression import allocation
+from krony.compression import allocation, reconstruction
 from krony.compression import compress as module
 from krony.runtime import distributed
 from processes import started, together
@@ -39,7 +39,7 @@ def compressed(family, options, out, cache=None, damage=None):
     done = {"replaced": [], "costs": 0, "trained": 0}
     counted = {
         (module, "replacements"): lambda *a: done["replaced"].append(a[1].sites[0].name),
-        (module, "reconstruct"): lambda *a: done.update(trained=done["trained"] + 1),
+        (reconstruction, "reconstruct"): lambda *a: done.update(trained=done["trained"] + 1),
         (allocation, "take_out"): lambda *a: done.update(costs=done["costs"] + 1),
     }
     for (where, name), note in counted.items():

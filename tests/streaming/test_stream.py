@@ -31,6 +31,7 @@ from krony.streaming.plan import choose, prepare
 from krony.streaming.stream import run
 from processes import Process
 from small_models import BUILDERS, gpt2, llama
+from streamed_runs import Stop
 
 CALIBRATED = ("neurons", "als", "svd", "flap", "wanda")
 
@@ -135,18 +136,6 @@ def test_other_layers_than_mlps(tmp_path):
     config = KronyConfig("keep=0.5", init="van-loan", modules="o_proj|up_proj|lm_head")
     memory, stream = both_ways(tmp_path / "source", config, tmp_path)
     assert digest(memory) == digest(stream)
-
-
-class Stop:
-    """Progress that stops the work at a unit."""
-
-    def __init__(self, at: int | None = None) -> None:
-        self.at, self.seen = at, []
-
-    def __call__(self, done, total, what):
-        self.seen.append(done)
-        if done == self.at:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("init", ["van-loan", "neurons"])

@@ -21,6 +21,7 @@ from krony.models.surgery import find_groups
 from krony.streaming.plan import prepare
 from krony.streaming.stream import run
 from small_models import BUILDERS, llama
+from streamed_runs import Stop
 
 STEPS = 20
 CONFIGS = (
@@ -128,18 +129,6 @@ def test_a_few_groups_at_a_time_give_the_same(tmp_path, monkeypatch):
     streamed(tmp_path / "source", tmp_path / "two", config)
     one, two = (load_file(tmp_path / f"{name}/model.safetensors") for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-class Stop:
-    """Progress that stops the work at a unit, and notes the units."""
-
-    def __init__(self, at: int | None = None) -> None:
-        self.at, self.seen = at, []
-
-    def __call__(self, done, total, what):
-        self.seen.append(done)
-        if done == self.at:
-            raise KeyboardInterrupt
 
 
 def test_an_interrupted_run_goes_on_with_the_next_layer(tmp_path):

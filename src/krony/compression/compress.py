@@ -18,7 +18,7 @@ from krony.compression.allocation import allocate
 from krony.compression.kept_layers import KeptLayers
 from krony.compression.moments import Calibration
 from krony.compression.plan import CompressionPlan, plan
-from krony.compression.reconstruction import Examples, examples, module_name, reconstruct
+from krony.compression.reconstruction import Examples, examples, reconstruct_group
 from krony.compression.replacement import Replacement, measured, relative, replacements
 from krony.compression.report import CompressionReport, LayerReport
 from krony.compression.tuning import tune
@@ -268,28 +268,6 @@ def _initialise(
     for index in range(len(groups)):
         new |= {name: one.to(original.device) for name, one in distributed.result_of(index, made).items()}
     return new
-
-
-def reconstruct_group(
-    model: PreTrainedModel,
-    group: Group,
-    text: Examples,
-    moments: Moments | None,
-    config: KronyConfig,
-    layers: dict[str, KroneckerLinear],
-) -> None:
-    """Trains the group's new layers, by their names in the model, in float32, and returns them to their dtype.
-
-    The sensitivity of the moments weighs the errors where it is known.
-    """
-    name = module_name(group)
-    original = copy.deepcopy(model.get_submodule(name)).eval().float()
-    dtype = next(iter(layers.values())).weight.dtype
-    new = {full.removeprefix(name).removeprefix("."): layer.float() for full, layer in layers.items()}
-    sensitivity = None if moments is None else moments.sensitivity
-    reconstruct(original, new, text, steps=config.reconstruct, seed=config.seed, sensitivity=sensitivity)
-    for layer in layers.values():
-        layer.to(dtype)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ BATCH_TOKENS = 4096  # tokens per forward pass
 SENSITIVITY_TOKENS = 16_384  # enough for a matrix of the model's width; a backward pass is expensive
 ROUNDING = 1e-3  # relative asymmetry that float32 sums may leave in a symmetric matrix
 ABANDONED = 24 * 3600  # age in seconds of a half-written file that no process finishes any more
-BLOCKS = 4  # of columns, in sums of symmetric products: a third fewer multiply-adds
+BLOCKS = 4  # of columns, in sums of symmetric products: 10 of 16 blocks are computed
 MEMORY = 4 * 1024**3  # bytes of sums in memory at once; a model that needs more takes several passes over the text
 
 
@@ -262,7 +262,7 @@ def _zeros(x: Tensor) -> Tensor:
 def _add_upper(sums: Tensor, first: Tensor, second: Tensor) -> None:
     """Adds ``firstᵀ second`` to ``sums: (n, n)``, of which only the upper triangle is right: it is symmetric.
 
-    Float32 products ``(tokens, n)``, float64 sums. What is left of the blocks on the diagonal is not computed.
+    ``first`` and ``second``: ``(tokens, n)``, float32; ``sums``: float64. Blocks below the diagonal are not computed.
     """
     n = first.shape[1]
     size = -(-n // BLOCKS)

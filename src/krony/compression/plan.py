@@ -32,9 +32,7 @@ from krony.models.surgery import (
 from krony.runtime.hardware import fast_dtype
 
 LIBRARIES = 600 * 1000**2  # bytes of a Python process that has imported torch and transformers
-LEFT_OVER = (
-    300 * 1000**2
-)  # bytes of freed memory that the C library still holds after the factors are computed; measured
+LEFT_OVER = 300 * 1000**2  # bytes that the C library still holds when the factors are computed; measured
 
 
 @dataclass(frozen=True, kw_only=True)

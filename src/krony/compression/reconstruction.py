@@ -22,7 +22,9 @@ from transformers import PreTrainedModel
 
 from krony.compression.descent import relative_adamw
 from krony.compression.moments import BATCH_TOKENS, MEMORY, batches, token_weights
+from krony.config import KronyConfig
 from krony.errors import KronyError
+from krony.init.base import Moments
 from krony.kronecker.algebra import KronShape
 from krony.kronecker.linear import KroneckerLinear
 from krony.models.modes import evaluating
@@ -181,6 +183,28 @@ def training_memory(group: Group, shapes: Mapping[str, KronShape], tokens: int) 
     widest = max(max(site.out_features, site.in_features) for site in group.sites)
     numbers = old + 6 * new + tokens * group.sites[-1].out_features + len(group.sites) * PIECE * widest
     return 4 * numbers + 8 * new
+
+
+def reconstruct_group(
+    model: PreTrainedModel,
+    group: Group,
+    text: Examples,
+    moments: Moments | None,
+    config: KronyConfig,
+    layers: dict[str, KroneckerLinear],
+) -> None:
+    """Trains the group's new layers, by their names in the model, in float32, and returns them to their dtype.
+
+    The sensitivity of the moments weighs the errors where it is known.
+    """
+    name = module_name(group)
+    original = copy.deepcopy(model.get_submodule(name)).eval().float()
+    dtype = next(iter(layers.values())).weight.dtype
+    new = {full.removeprefix(name).removeprefix("."): layer.float() for full, layer in layers.items()}
+    sensitivity = None if moments is None else moments.sensitivity
+    reconstruct(original, new, text, steps=config.reconstruct, seed=config.seed, sensitivity=sensitivity)
+    for layer in layers.values():
+        layer.to(dtype)
 
 
 def reconstruct(

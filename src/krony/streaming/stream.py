@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from krony._version import __version__
-from krony.compression.compress import made_with, reconstruct_group
+from krony.compression.compress import made_with
 from krony.compression.moments import check_ids
-from krony.compression.reconstruction import Examples
+from krony.compression.reconstruction import Examples, reconstruct_group
 from krony.compression.replacement import replacements
 from krony.compression.report import CompressionReport, LayerReport
 from krony.config import KronyConfig
