@@ -51,11 +51,36 @@ class Runs:
         write_json(self.file, self.results)
 
 
-def results_of(name: str, measure: Callable[[], dict[str, Any]], description: str | None) -> dict[str, Any]:
-    """What ``measure`` returns, written to the results; with --draw-only, the results of an earlier run."""
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser that shows the script's docstring, with --draw-only, which all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
-    if parser.parse_args().draw_only:
+    return parser
+
+
+def draw_or_measure(
+    options: argparse.Namespace,
+    name: str,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    write_page: Callable[[dict[str, Any]], None],
+) -> dict[str, Any] | None:
+    """What ``measure`` returns; None with --draw-only, which writes the page of the results that are kept.
+
+    The page is that of ``benchmarks/results/NAME.json``: measurements for another --out leave it alone.
+    """
+    if options.draw_only:
+        write_page(read_results(name))
+        return None
+    quiet_transformers()
+    results = measure(options)
+    if options.out == RESULTS / f"{name}.json":
+        write_page(results)
+    return results
+
+
+def results_of(name: str, measure: Callable[[], dict[str, Any]], description: str | None) -> dict[str, Any]:
+    """What ``measure`` returns, written to the results; with --draw-only, the results of an earlier run."""
+    if arguments(description).parse_args().draw_only:
         return read_results(name)
     results = measure()
     write_json(RESULTS / f"{name}.json", results)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import DOCS, DRAW_ONLY, RESULTS, read_results
+from common import DOCS, RESULTS, arguments, read_results
 from torch import Tensor
 
 from krony.evaluation.memory import peak_of
@@ -115,10 +115,9 @@ def picture(figures: dict) -> str:
 
 def main() -> None:
     """Measures, and writes the results and the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--matrices", type=int, default=24)
-    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
     options = parser.parse_args()
     figures = read_results("decomposition") if options.draw_only else measure(options)
     write_text(DOCS / "decomposition.svg", picture(figures))

@@ -12,7 +12,6 @@ its table in ``docs/deployment.md``.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import statistics
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DOCS, DRAW_ONLY, RESULTS, fill, quiet_transformers, read_results
+from common import DOCS, RESULTS, arguments, fill, quiet_transformers, read_results
 from llama_cpp import LlamaCpp
 from quality_bytes import BITS, quantised, tensor_bytes
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -200,11 +199,10 @@ def section(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measures, and writes the results and the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--calibration", default="python-docs")
     parser.add_argument("--out", help="name of the results", default="demo")
-    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not options.draw_only:

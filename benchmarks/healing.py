@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common import DOCS, DRAW_ONLY, RESULTS, Runs, quiet_transformers, read_results
+from common import DOCS, RESULTS, Runs, arguments, draw_or_measure
 
 import krony
 from krony.data.calibration_set import pack
@@ -224,7 +224,7 @@ def write_page(results: dict) -> None:
 
 def main() -> None:
     """Measures what is missing in the results, and writes the page and its pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--data-dir", type=Path, help="folder with openwebtext/val.jsonl")
     parser.add_argument("--tokens", type=int, default=65_536, help="of healing, per run")
     parser.add_argument("--measured", type=int, default=8_192, help="tokens of OpenWebText to measure on")
@@ -234,19 +234,12 @@ def main() -> None:
     parser.add_argument("--no-control", action="store_true")
     parser.add_argument("--rate", type=float, help="the highest learning rate, instead of each init's own")
     parser.add_argument("--out", type=Path, default=RESULTS / "healing.json")
-    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
     options = parser.parse_args()
-    if options.draw_only:
-        write_page(read_results("healing"))
-        return
-    if options.data_dir is None:
+    if options.data_dir is None and not options.draw_only:
         parser.error("--data-dir names the folder with openwebtext/val.jsonl")
-    quiet_transformers()
-    results = measure_missing(options)
-    if options.out == RESULTS / "healing.json":
-        write_page(results)
-        for scheme in options.schemes:
-            print(table(results, scheme).markdown())
+    results = draw_or_measure(options, "healing", measure_missing, write_page)
+    for scheme in options.schemes if results else ():
+        print(table(results, scheme).markdown())
 
 
 def measure_missing(options: argparse.Namespace) -> dict:

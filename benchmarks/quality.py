@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DOCS, DRAW_ONLY, RESULTS, quiet_transformers, read_results
+from common import DOCS, RESULTS, arguments, quiet_transformers, read_results
 from distilled import Lesson
 from quality_bytes import BITS, bits_of, check_sizes, model_facts, quantised, set_sizes
 from quality_measures import Measures
@@ -47,7 +47,7 @@ KEPT = ("model", "dtype", "tokens", "lambada_tokens", "calibration_tokens")  # r
 
 def main() -> None:
     """Measures what is missing in the results, and writes the page and the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--calibration", metavar="FILE|python-docs")
     parser.add_argument("--calibration-tokens", type=int, default=49_152)
@@ -65,7 +65,6 @@ def main() -> None:
         "--dtype", type=lambda name: getattr(torch, name), default=torch.float32, help="dtype to measure in"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
     options = parser.parse_args()
     if options.ways is None:
         options.ways = list(METHODS)

@@ -22,7 +22,7 @@ import itertools
 from statistics import mean
 from typing import Any
 
-from common import DOCS, DRAW_ONLY, RESULTS, Runs, fill, quiet_transformers, read_results
+from common import DOCS, RESULTS, Runs, arguments, fill, quiet_transformers, read_results
 from distilled import Lesson
 
 import krony
@@ -140,7 +140,7 @@ from `neurons`, free right factors end below frozen ones in {sum(better)} of {le
 
 def main() -> None:
     """Measures what is missing, and writes the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--label", help="the model's name in the page; MODEL by default")
     parser.add_argument("--calibration", help="text to calibrate and to train on")
@@ -151,7 +151,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="*", default=[5e-4, 2e-3], help="the highest learning rates")
     parser.add_argument("--out", help="name of the results", default="demo")
-    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
     options = parser.parse_args()
     if not options.draw_only:
         if not (options.calibration and options.val):

@@ -28,7 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import DOCS, DRAW_ONLY, RESULTS, Runs, fill, quiet_transformers, read_results
+from common import DOCS, RESULTS, Runs, arguments, draw_or_measure, fill
 
 import krony
 from krony.data.python_docs import topics
@@ -215,21 +215,13 @@ def write_page(results: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measures what is missing in the results, and writes the page and its picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=32_768, help="of training, per run")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS / "scalars.json")
-    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
     options = parser.parse_args()
-    if options.draw_only:
-        write_page(read_results("scalars"))
-        return
-    quiet_transformers()
-    results = measure_missing(options)
-    if options.out == RESULTS / "scalars.json":
-        write_page(results)
-    shown = table(results)
-    print(shown.markdown(), answer(results), sep="\n\n")
+    if results := draw_or_measure(options, "scalars", measure_missing, write_page):
+        print(table(results).markdown(), answer(results), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import sys
 import time
 
 import torch
-from common import DOCS, DRAW_ONLY, RESULTS, quiet_transformers, read_results
+from common import DOCS, RESULTS, arguments, quiet_transformers, read_results
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
@@ -149,12 +149,11 @@ turns.
 
 def main() -> None:
     """Measures, and writes the results and the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
     options = parser.parse_args()
     name = "speed-compiled" if options.compile else "speed"
     figures = read_results(name) if options.draw_only else measure(options, name)

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DOCS, DRAW_ONLY, RESULTS, Runs, fill, quiet_transformers, read_results
+from common import DOCS, RESULTS, Runs, arguments, draw_or_measure, fill
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -281,7 +281,7 @@ def write_page(results: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measures what is missing in the results, and writes the page and its pictures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -292,16 +292,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9, help="of each model in a cell, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "speed-shapes.json")
-    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
     options = parser.parse_args()
-    if options.draw_only:
-        write_page(read_results("speed-shapes"))
-        return
-    quiet_transformers()
-    results = measure_missing(options)
-    if options.out == RESULTS / "speed-shapes.json":
-        write_page(results)
-    print(summary(results).markdown())
+    if results := draw_or_measure(options, "speed-shapes", measure_missing, write_page):
+        print(summary(results).markdown())
 
 
 if __name__ == "__main__":

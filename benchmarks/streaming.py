@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import DOCS, DRAW_ONLY, RESULTS, fill, read_results
+from common import DOCS, RESULTS, arguments, fill, read_results
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -91,14 +91,13 @@ def fingerprint(folder: Path) -> str:
 
 def main() -> None:
     """Builds the checkpoint, compresses it, and writes the results and the page."""
-    parser = argparse.ArgumentParser(description="Peak memory of krony compress --stream.")
+    parser = arguments(__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(tempfile.gettempdir()) / "krony-streaming")
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens of neurons")
     parser.add_argument("--inits", default="van-loan,neurons")
     parser.add_argument("--reconstruct", type=int, default=0, help="measure only neurons, with N steps per MLP")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint there")
-    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
     options = parser.parse_args()
     results = read_results("streaming") if options.draw_only else measure(options)
     _write_page(results)
