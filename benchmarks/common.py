@@ -13,7 +13,6 @@ from krony.storage.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"
-DRAW_ONLY = "measure nothing: write the pages and pictures from the results"
 END = "<!-- end -->"
 
 
@@ -54,7 +53,9 @@ class Runs:
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser that shows the script's docstring, with --draw-only, which all benchmarks have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draw-only", action="store_true", help=DRAW_ONLY)
+    parser.add_argument(
+        "--draw-only", action="store_true", help="measure nothing: write the pages and pictures from the results"
+    )
     return parser
 
 
