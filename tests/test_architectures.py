@@ -14,7 +14,7 @@ from krony.models.divergence import Goal, divergence
 from krony.models.export import slim
 from krony.models.loading import load_model
 from krony.models.source import ModelSource
-from krony.models.surgery import find_groups, kronecker_layers, layer_index, plain_config
+from krony.models.surgery import find_groups, kronecker_layers, layer_index, plain_config, take_out
 from krony.streaming.plan import prepare
 from krony.streaming.stream import run
 
@@ -96,6 +96,22 @@ def rows(heading: str) -> dict[str, list[str]]:
     part = PAGE.read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
     lines = [line.strip("|").split(" | ") for line in part.splitlines() if line.startswith("|")][2:]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+@pytest.mark.parametrize("name", list(WORK))
+def test_the_gradient_layer_by_layer_is_that_of_the_model(name, tmp_path):
+    """An allocation by the gradient of the loss streams to the same tensors, whatever follows the last layer."""
+    model = built(*WORK[name])
+    take_out(model, find_groups(model)[1].sites[-1].name)[0][:, 12:] *= 1e-3  # the second layer needs fewer neurons
+    model.save_pretrained(tmp_path / "source")
+    config = KronyConfig("keep=0.5", init="neurons", allocation="global")
+    text = torch.randint(0, 256, (12, 32), generator=torch.Generator().manual_seed(3))
+    compress(model, config, calibration=text)
+    assert len({layer.shape.factors for layer in kronecker_layers(model).values()}) == 2
+    run(prepare(ModelSource.find(str(tmp_path / "source")), config), tmp_path / "stream", calibration=text)
+    streamed = load_model(str(tmp_path / "stream")).state_dict()
+    assert set(streamed) == set(model.state_dict())
+    assert all(torch.equal(streamed[key], value) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", list(WORK))

@@ -203,6 +203,11 @@ class KronyConfig:
             return f"init {self.init}"
         return next((name for name in ("reconstruct", "tune") if getattr(self, name)), None)
 
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether a gradient of the loss weighs the errors of the layers (``Moments.sensitivity``)."""
+        return self.allocation == "global" or self.reconstruct > 0
+
     def non_default_options(self) -> dict[str, Any]:
         """Scheme, init, seed, and every option that differs from its default: what it takes to repeat the work."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}

@@ -199,7 +199,7 @@ def test_two_processes_do_not_work_at_one_out(tmp_path):
     assert (tmp_path / "out.work/checkpoint-3").is_dir()
 
 
-def killed(source: Path, out: Path, init: str, at: int) -> None:
+def killed(source: Path, out: Path, config: KronyConfig, at: int) -> None:
     """All that a process does: it streams, and kills itself in the middle of writing tensor ``at``."""
     put, count = TensorFile.put, 0
 
@@ -212,22 +212,23 @@ def killed(source: Path, out: Path, init: str, at: int) -> None:
         put(self, name, values, options.get("at", at_element))
 
     TensorFile.put = half
-    plan = prepare(ModelSource.find(str(source)), KronyConfig("keep=0.5", init=init))
-    run(plan, out, calibration=text() if init in CALIBRATED else None)
+    run(prepare(ModelSource.find(str(source)), config), out, calibration=text() if config.needs_text_for else None)
 
 
-@pytest.mark.parametrize(("init", "moments"), [("van-loan", [20]), ("neurons", [20])])
-def test_a_killed_process_is_gone_on_from(init, moments, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [{"init": "van-loan"}, {"init": "neurons"}, {"init": "neurons", "allocation": "global", "reconstruct": 2}],
+    ids=str,
+)
+def test_a_killed_process_is_resumed_from(options, tmp_path):
     """Killed in the middle of writing a tensor, then taken up by a process that lives."""
     llama().save_pretrained(tmp_path / "source")
-    memory, _ = both_ways(tmp_path / "source", KronyConfig("keep=0.5", init=init), tmp_path)
-    for at in moments:
-        code, said = Process(
-            tmp_path / f"process-{at}", killed, tmp_path / "source", tmp_path / "out", init, at
-        ).ended()
-        assert code == -signal.SIGKILL, said
-    ids = text() if init in CALIBRATED else None
-    stream, last = prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init=init)), Stop()
+    config = KronyConfig("keep=0.5", **options)
+    memory, _ = both_ways(tmp_path / "source", config, tmp_path)
+    code, said = Process(tmp_path / "process", killed, tmp_path / "source", tmp_path / "out", config, 20).ended()
+    assert code == -signal.SIGKILL, said
+    ids = text() if config.needs_text_for else None
+    stream, last = prepare(ModelSource.find(str(tmp_path / "source")), config), Stop()
     run(stream, tmp_path / "out", calibration=ids, progress=last)
     assert last.seen[0] > 0
     assert digest(tmp_path / "out") == digest(memory) and not (tmp_path / "out.work").exists()
@@ -275,7 +276,10 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("init", "more"), [("van-loan", []), ("neurons", []), ("neurons", ["--reconstruct", "2"])])
+@pytest.mark.parametrize(
+    ("init", "more"),
+    [("van-loan", []), ("neurons", []), ("neurons", ["--reconstruct", "2"]), ("neurons", ["--allocation", "global"])],
+)
 def test_it_stays_within_the_memory_that_the_dry_run_names(init, more, tokenizer, tmp_path, capsys, monkeypatch):
     """Peak resident memory as GNU time has it, for a model of 1.6 GB."""
     torch.manual_seed(0)
@@ -370,11 +374,7 @@ def test_a_name_that_is_not_in_the_cache_says_how_to_get_it(in_the_cache, gpt2_f
 
 
 REFUSED = [
-    (
-        ["--init", "neurons", "--calibration", "python-docs", "--allocation", "global"],
-        "--allocation global needs the gradient",
-    ),
-    (["--init", "neurons", "--calibration", "python-docs", "--tune", "3"], "--tune needs the gradient"),
+    (["--init", "neurons", "--calibration", "python-docs", "--tune", "3"], "--tune trains all layers together"),
     (["--init", "random", "--reinit", "all"], "--reinit draws the full model at random"),
     (["--init", "prune", "--device", "auto"], "--device auto spreads the full model over devices"),
 ]
@@ -398,12 +398,12 @@ def test_the_rule_which_way_is_taken(gpt2_folder, monkeypatch):
 
     assert way("van-loan") and way("prune") and way("random") and not way("van-loan", wanted=False)
     assert not way("neurons") and way("neurons", wanted=True)
-    assert not way("neurons", allocation="global")
-    assert way("neurons", wanted=True, reconstruct=2)
+    assert not way("neurons", allocation="global", reconstruct=2)
+    assert way("neurons", wanted=True, allocation="global", reconstruct=2)
     assert not way("van-loan", reads=True) and way("van-loan", wanted=True, reads=True)
     monkeypatch.setattr("krony.streaming.plan.memory", lambda: 100_000)  # a small machine
     assert way("neurons") and not way("neurons", wanted=False)
-    assert not way("neurons", reconstruct=2)  # its result differs, so it is never chosen unasked
+    assert way("neurons", allocation="global", reconstruct=2)
 
 
 @pytest.mark.parametrize("init", ["van-loan", "neurons"])

@@ -113,8 +113,6 @@ class Job:
         self.to.say(
             f"layer by layer, {in_bytes(way.write_bytes)} to write; unfinished work is in {work_folder(self.out)}"
         )
-        if way.differs:
-            self.to.say(way.differs)
         with self.to.progress() as progress:
             return run(
                 way, self.out, calibration=ids, device=self.device, finish=finish, progress=progress, say=self.to.say

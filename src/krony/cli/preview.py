@@ -34,8 +34,6 @@ def preview(
         f"would read {in_bytes(costs['read_bytes'])} of {source.name}, write {in_bytes(costs['write_bytes'])}{kept}, "
         f"{how}, in about {in_bytes(costs['memory_bytes'])} of memory"
     )
-    if stream is not None and stream.differs:
-        to.say(stream.differs)
     layers = [
         {"name": name, "left": list(shape.left), "right": list(shape.right), "factors": shape.factors}
         for name, shape in shapes.items()

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from krony.compression.plan import CompressionPlan, portion
 from krony.compression.replacement import sound_moments
+from krony.config import KronyConfig
 from krony.errors import KronyError
 from krony.init.base import Moments
 from krony.kronecker.algebra import KronShape
-from krony.models.surgery import take_out
+from krony.models.surgery import Group, take_out
 from krony.runtime import distributed
 from krony.runtime.progress import Progress
 
@@ -40,7 +41,7 @@ def allocate(
     if config.allocation == "uniform":
         return shapes
     first = shapes[groups[0].sites[0].name]  # (groups, width) ⊗ (r, 1), k factors
-    width, unit = first.rows, portion(first.rows, config.multiple_of)
+    width, unit = first.rows, least_width(settled)
     if curves is None:
         curves = cost_curves(model, settled, moments, progress, least=unit)
     kept = allocate_widths(curves, unit, first.m1 * first.factors * len(groups), config.max_width)
@@ -51,6 +52,11 @@ def allocate(
     return allocated
 
 
+def least_width(settled: CompressionPlan) -> int:
+    """The fewest hidden neurons that a layer can keep; all layers keep multiples of it."""
+    return portion(settled.groups[0].sites[0].out_features, settled.config.multiple_of)
+
+
 def cost_curves(
     model: nn.Module, settled: CompressionPlan, moments: Iterable[Moments | None], progress: Progress, *, least: int
 ) -> list[Tensor]:
@@ -58,20 +64,22 @@ def cost_curves(
 
     ``moments`` holds one record per group, with sensitivity. Processes share the groups.
     """
-    groups, config = settled.groups, settled.config
-    width = groups[0].sites[0].out_features
-    cost_curve = config.initialisation.cost_curve
-    assert cost_curve is not None  # ``plan`` has refused initialisations without one
     curves: dict[int, Tensor] = {}
-    for done, (group, known) in enumerate(zip(groups, moments, strict=True)):
-        progress(done, len(groups), "allocation")
-        assert known is not None and known.hidden is not None  # ``plan`` has refused single layers
-        if not distributed.does(done):
-            continue
-        weight, bias = take_out(model, group.sites[-1].name)
-        with sound_moments(group):
-            curves[done] = cost_curve(weight, bias, known, width - least).cpu()
-    return [distributed.result_of(index, curves) for index in range(len(groups))]
+    for done, (group, known) in enumerate(zip(settled.groups, moments, strict=True)):
+        progress(done, len(settled.groups), "allocation")
+        assert known is not None  # ``plan`` has refused configurations without text
+        if distributed.does(done):
+            curves[done] = cost_curve(model, group, known, settled.config, least=least)
+    return [distributed.result_of(index, curves) for index in range(len(settled.groups))]
+
+
+def cost_curve(model: nn.Module, group: Group, moments: Moments, config: KronyConfig, *, least: int) -> Tensor:
+    """``cost_curves`` of a single group, whose weights are in memory: ``(width - least + 1,)``."""
+    curve = config.initialisation.cost_curve
+    assert curve is not None and moments.hidden is not None  # ``plan`` has refused other methods, and single layers
+    weight, bias = take_out(model, group.sites[-1].name)
+    with sound_moments(group):
+        return curve(weight, bias, moments, weight.shape[1] - least).cpu()
 
 
 def allocate_widths(costs: Sequence[Tensor], unit: int, budget: int, max_width: int | None = None) -> list[int]:

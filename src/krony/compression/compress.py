@@ -220,7 +220,7 @@ def _moments(
         settled.groups,
         ids,
         token_weighting=config.token_weighting,
-        sensitivity=config.allocation == "global" or config.reconstruct > 0,
+        sensitivity=config.needs_gradient,
         cache=cache,
         progress=progress,
     )

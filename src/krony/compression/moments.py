@@ -19,6 +19,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,14 @@ class Calibration:
     def _load(self, index: int) -> Moments:
         try:
             stored = {entry.name: entry.read() for entry in read_header(self._file(index))}
-            return _unpack(stored, self.groups[index])
+            return unpacked(stored, self.groups[index])
         except (KeyError, ValueError) as error:  # KronyError is a ValueError
             raise KronyError(
                 f"{self._file(index)} is a damaged calibration: delete it, and krony reads the text again ({error})"
             ) from None
 
     def _store(self, index: int, moments: Moments) -> None:
-        save_beside(_pack(moments), self._file(index), "the calibration")
+        save_beside(packed(moments), self._file(index), "the calibration")
 
     def _chunks(self) -> Iterator[list[int]]:
         """The indices of the groups, in portions whose sums fit into ``MEMORY``."""
@@ -142,24 +143,31 @@ class Calibration:
 
     def _run(self, groups: list[Group]) -> list[Moments]:
         """One pass over the text for these groups."""
-        sums = [MomentAccumulator(self.model, group, self.token_weighting, self.sensitivity) for group in groups]
+        sums = [MomentAccumulator(self.model, group, self.token_weighting) for group in groups]
+        gradients = [SensitivityAccumulator(self.model, group) for group in groups if self.sensitivity]
         ids = distributed.shard(self.ids)
-        first = 0  # sequences that also measure the sensitivity
-        if self.sensitivity:
-            first = min(len(ids), -(-SENSITIVITY_TOKENS // (ids.shape[1] * distributed.count())))
+        backward, forward = text_batches(ids, sensitivity=self.sensitivity, processes=distributed.count())
+        done = 0
         try:
             with evaluating(self.model):
-                for rows in batches(ids[:first], BATCH_TOKENS // 4):  # a backward pass keeps activations
-                    self.progress(0, len(ids), "calibration, sensitivity")
+                for rows in backward:
+                    self.progress(done, len(ids), "calibration, sensitivity")
                     _backward(self.model, rows.to(self.model.device))
-                for done, rows in enumerate(batches(ids[first:], BATCH_TOKENS)):
-                    self.progress(first + done * len(rows), len(ids), "calibration")
+                    done += len(rows)
+                for rows in forward:
+                    self.progress(done, len(ids), "calibration")
                     with torch.no_grad():  # the base model alone: no logits are needed
                         self.model.base_model(input_ids=rows.to(self.model.device), use_cache=False)
+                    done += len(rows)
         finally:
             for accumulator in sums:
                 accumulator.remove()
-        return [accumulator.moments(self.ids.numel()) for accumulator in sums]
+            for watcher in gradients:
+                watcher.remove()
+        moments = [accumulator.moments(self.ids.numel()) for accumulator in sums]
+        if not self.sensitivity:
+            return moments
+        return [replace(m, sensitivity=one.sensitivity()) for m, one in zip(moments, gradients, strict=True)]
 
     def _key(self) -> str:
         """A hash of everything that the moments depend on."""
@@ -184,10 +192,9 @@ def _clear_away(cache: Path) -> None:
 class MomentAccumulator:
     """Adds up the moments of one group while the model runs."""
 
-    def __init__(self, model: PreTrainedModel, group: Group, token_weighting: bool, sensitivity: bool) -> None:
+    def __init__(self, model: PreTrainedModel, group: Group, token_weighting: bool) -> None:
         """Registers the hooks; call ``remove`` after the last forward pass."""
-        self.total, self.tokens = 0.0, 0
-        self.gradients: Tensor | None = None
+        self.total = 0.0
         self.seen: dict[str, Tensor] = {}  # activations of the present batch, until its layer has run
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.weighted = token_weighting
@@ -195,8 +202,6 @@ class MomentAccumulator:
         self.handles: list[Any] = []
         for key, name in sites.items():
             self.handles.append(model.get_submodule(name).register_forward_pre_hook(self._take(key)))
-        if sensitivity:
-            self.handles.append(model.get_submodule(group.sites[-1].name).register_forward_hook(self._watch))
         layer = enclosing_layer(model, group)
         self.handles.append(layer.register_forward_hook(self._add))
 
@@ -218,24 +223,13 @@ class MomentAccumulator:
             mean.add_(weighted.sum(0))
         self.seen.clear()
 
-    def _watch(self, _: nn.Module, __: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(self._add_gradient)
-
-    def _add_gradient(self, gradient: Tensor) -> None:
-        g = gradient.flatten(0, -2).float()  # (tokens, out)
-        self.tokens += len(g)
-        if self.gradients is None:
-            self.gradients = _zeros(g)
-        _add_upper(self.gradients, g, g)
-
     def remove(self) -> None:
         """Removes the hooks from the model."""
         for handle in self.handles:
             handle.remove()
 
     def moments(self, tokens: int) -> Moments:
-        """The moments of all ranks together; ``tokens`` is the number of tokens read.
+        """The moments of all ranks together, without sensitivity; ``tokens`` is the number of tokens read.
 
         Raises KronyError if an activation was not finite.
         """
@@ -243,15 +237,47 @@ class MomentAccumulator:
         seconds = {}
         for key, (second, mean) in self.sums.items():
             matrix, vector = _whole(second) / total, distributed.all_reduce_sum(mean) / total
-            # rounded as in the cache, so that a run from the cache gives the same factors
-            seconds[key] = SecondMoment(matrix.float().double(), vector.float().double())
+            seconds[key] = SecondMoment(_rounded(matrix), _rounded(vector))
             if not torch.isfinite(seconds[key].matrix).all():
                 raise KronyError("calibration: the model's activations are not finite on this text")
-        sensitivity = None
-        if self.gradients is not None:
-            count = distributed.all_reduce_sum(torch.tensor(self.tokens)).item()
-            sensitivity = (_whole(self.gradients) / count).float().double()
-        return Moments(seconds["inputs"], seconds.get("hidden"), tokens, sensitivity)
+        return Moments(seconds["inputs"], seconds.get("hidden"), tokens)
+
+
+class SensitivityAccumulator:
+    """Adds up the gradients of one group's outputs, during forward and backward passes."""
+
+    def __init__(self, model: PreTrainedModel, group: Group) -> None:
+        """Registers the hook; call ``remove`` after the last forward pass."""
+        self.tokens = 0
+        self.sums: Tensor | None = None
+        self.handle = model.get_submodule(group.sites[-1].name).register_forward_hook(self._watch)
+
+    def _watch(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(self._add)
+
+    def _add(self, gradient: Tensor) -> None:
+        g = gradient.flatten(0, -2).float()  # (tokens, out)
+        self.tokens += len(g)
+        if self.sums is None:
+            self.sums = _zeros(g)
+        _add_upper(self.sums, g, g)
+
+    def remove(self) -> None:
+        """Removes the hook from the model."""
+        self.handle.remove()
+
+    def sensitivity(self) -> Tensor | None:
+        """The mean of ``g gᵀ`` over the tokens of all ranks, ``(out, out)``; None if no backward pass ran."""
+        if self.sums is None:
+            return None
+        count = distributed.all_reduce_sum(torch.tensor(self.tokens)).item()
+        return _rounded(_whole(self.sums) / count)
+
+
+def _rounded(sums: Tensor) -> Tensor:
+    """As the cache keeps it, so that a run from the cache gives the same factors."""
+    return sums.float().double()
 
 
 def _zeros(x: Tensor) -> Tensor:
@@ -287,15 +313,36 @@ def batches(ids: Tensor, tokens: int) -> tuple[Tensor, ...]:
     return ids.split(max(1, tokens // ids.shape[1])) if len(ids) else ()
 
 
+def text_batches(
+    ids: Tensor, *, sensitivity: bool, processes: int = 1
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The batches of ``ids: (sequences, length)`` on which the sensitivity is measured too, and the other ones.
+
+    The first are smaller, because a backward pass keeps activations. ``processes`` share the text.
+    """
+    first = min(len(ids), -(-SENSITIVITY_TOKENS // (ids.shape[1] * processes))) if sensitivity else 0
+    return batches(ids[:first], BATCH_TOKENS // 4), batches(ids[first:], BATCH_TOKENS)
+
+
 def _backward(model: PreTrainedModel, ids: Tensor) -> None:
     """Runs forward and backward on ``ids: (sequences, length)`` for the hooks; weights must not require gradients."""
     first = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
     try:
         with torch.enable_grad():
-            likelihoods = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)  # (b, length, vocab)
-            likelihoods.gather(-1, _draw(likelihoods, ids)).sum().backward()
+            drawn_likelihood(model(input_ids=ids, use_cache=False).logits, ids).backward()
     finally:
         first.remove()
+
+
+def drawn_likelihood(logits: Tensor, ids: Tensor) -> Tensor:
+    """The sum of the log-likelihoods of next tokens drawn from the model itself; the draw depends on the text alone.
+
+    Args:
+        logits: ``(sequences, length, vocabulary)``.
+        ids: the sequences, ``(sequences, length)``.
+    """
+    likelihoods = logits.float().log_softmax(-1)
+    return likelihoods.gather(-1, _draw(likelihoods, ids)).sum()
 
 
 @torch.no_grad()
@@ -333,8 +380,8 @@ def token_weights(output: Any, weighted: bool) -> Tensor:
     return sizes.reciprocal() if weighted else torch.ones_like(sizes)
 
 
-def _pack(moments: Moments) -> dict[str, Tensor]:
-    """The tensors of a cache file, float32."""
+def packed(moments: Moments) -> dict[str, Tensor]:
+    """The tensors of a file that keeps these moments, float32."""
     named = {"inputs": moments.inputs, "hidden": moments.hidden}
     tensors = {"tokens": torch.tensor(moments.tokens)}
     if moments.sensitivity is not None:
@@ -346,8 +393,8 @@ def _pack(moments: Moments) -> dict[str, Tensor]:
     return tensors
 
 
-def _unpack(stored: dict[str, Tensor], group: Group) -> Moments:
-    """The moments of ``group`` in a cache file. Raises KeyError or ValueError if it does not hold valid ones."""
+def unpacked(stored: dict[str, Tensor], group: Group) -> Moments:
+    """The moments of ``group`` that a file keeps. Raises KeyError or ValueError if it does not hold valid ones."""
     _check_stored(stored, group)
     seconds = {
         key: SecondMoment(stored[f"{key}.matrix"].double(), stored[f"{key}.mean"].double())

@@ -3,7 +3,8 @@
 The model lies on the meta device. To run layer i on the calibration text, the complete model runs, so that masks and
 position embeddings are the usual ones, with two changes: every other layer returns its input unchanged, and layer i
 reads the hidden states that layer i − 1 wrote to a file. Layer i writes its output to another file. The hidden states
-equal those of a run of the complete model in the same batches, bit for bit.
+equal those of a run of the complete model in the same batches, bit for bit. Gradients run through the layers in the
+same way, from the last one to the first.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from krony.compression.moments import BATCH_TOKENS, MomentAccumulator, batches
+from krony.compression.moments import MomentAccumulator, SensitivityAccumulator, drawn_likelihood, text_batches
 from krony.compression.reconstruction import Examples, recorded
 from krony.errors import KronyError
 from krony.init.base import Moments
@@ -30,39 +31,55 @@ Read = Callable[[str], Tensor]  # reads a parameter or buffer of the model by na
 
 
 class Blocks:
-    """Runs the layers of ``model``, which is on the meta device, one by one on ``ids: (sequences, length)``."""
+    """Runs the layers of ``model``, which is on the meta device, one by one on ``ids: (sequences, length)``.
+
+    The weights of a layer stay in memory until ``release``.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, stack: str, ids: Tensor, read: Read, *, weighted: bool, device: str = "cpu"
+        self,
+        model: PreTrainedModel,
+        stack: str,
+        ids: Tensor,
+        read: Read,
+        *,
+        weighted: bool,
+        gradients: bool = False,
+        device: str = "cpu",
     ) -> None:
-        """Fills all modules outside the stack.
+        """Fills all modules outside the stack but the head.
 
         Args:
             stack: dotted name of the list of layers.
             read: reads a parameter or buffer by name.
             weighted: whether tokens are weighted by ``1/‖h_t‖²``.
+            gradients: whether ``forward`` and ``sensitivities`` will be called.
             device: where the layers run.
         """
         self.model, self.stack, self.ids, self.read = model, stack, ids, read
         self.weighted, self.device = weighted, device
+        self.backward, others = text_batches(ids, sensitivity=gradients)
+        self.all = self.backward + others
         self.layers: list[nn.Module] = list(model.get_submodule(stack))
         self.returns = 0  # length of the tuple that a layer returns; 0 for a tensor
-        for name in self._around():
+        base = {id(m) for m in model.base_model.modules()} - {id(m) for layer in self.layers for m in layer.modules()}
+        self.around = _with_tensors(model, lambda module: id(module) in base)
+        base |= {id(m) for layer in self.layers for m in layer.modules()}
+        self.head = _with_tensors(model, lambda module: id(module) not in base)
+        for name in self.around:
             _fill_one(model, name, read, device)
 
     def step(self, index: int, groups: Sequence[Group], before: Path | None, after: Path | None) -> list[Moments]:
         """Runs layer ``index`` on the complete text, and returns the moments of its ``groups``.
 
-        The layer's weights stay in memory until ``release``.
-
         Args:
             before: the file with the layer's inputs; None for the first layer, which reads the embeddings.
             after: the file to write for the next layer; None after the last layer that is compressed.
         """
-        fill(self.model, f"{self.stack}.{index}", self.read, self.device)
-        sums = [MomentAccumulator(self.model, group, self.weighted, False) for group in groups]
+        self.fill(index)
+        sums = [MomentAccumulator(self.model, group, self.weighted) for group in groups]
         try:
-            self._pass(index, before, after)
+            self._pass(index, self.all, before, after)
         finally:
             for accumulator in sums:
                 accumulator.remove()
@@ -73,31 +90,72 @@ class Blocks:
 
         The layer runs on the complete text again when they are asked for; ``before`` as in ``step``.
         """
-        read = partial(self._pass, index, before, None)
+        read = partial(self._pass, index, self.all, before, None)
         return recorded(self.model, groups, self.ids.numel(), read, device=self.device, token_weighting=self.weighted)
 
-    def _pass(self, index: int, before: Path | None, after: Path | None) -> None:
-        """Runs layer ``index`` on the complete text; arguments as in ``step``."""
-        run = _Run(None if before is None else read_header(before)[0], after, len(self.ids), self.device)
+    def forward(self, index: int, before: Path | None, after: Path) -> None:
+        """Runs layer ``index`` on the sequences that measure the sensitivity; files as in ``step``."""
+        self.fill(index)
+        self._pass(index, self.backward, before, after)
+
+    def sensitivities(
+        self, index: int, groups: Sequence[Group], before: Path | None, above: Path | None, below: Path | None
+    ) -> list[Tensor | None]:
+        """Runs layer ``index`` forward and backward, and returns the sensitivity of its ``groups``.
+
+        Args:
+            before: the file with the layer's inputs that ``forward`` wrote; None for the first layer.
+            above: the file with the gradient of the loss with respect to the layer's outputs; None for the last layer,
+                after which the head and the loss are computed.
+            below: the file to write the gradient with respect to the layer's inputs to; None where no layer needs it.
+        """
+        self.fill(index)
+        sums = [SensitivityAccumulator(self.model, group) for group in groups]
+        run = _Backward(self._entry(before), self._entry(above), below, sum(map(len, self.backward)), self.device)
+        try:
+            with torch.enable_grad(), self._alone(index, run), self._embeddings(needed=before is None):
+                for rows in self.backward:
+                    rows = rows.to(self.device)
+                    if above is None:
+                        run.descend(drawn_likelihood(self._logits(rows), rows))
+                    else:
+                        self.model.base_model(input_ids=rows, use_cache=False)
+                        run.descend()
+        finally:
+            for accumulator in sums:
+                accumulator.remove()
+            for name in self.head if above is None else ():
+                release(self.model, name)
+        run.sync()
+        return [accumulator.sensitivity() for accumulator in sums]
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        """``(sequences, length, vocabulary)``."""
+        for name in self.head:
+            if any(tensor.is_meta for tensor in self.model.get_submodule(name).parameters(recurse=False)):
+                _fill_one(self.model, name, self.read, self.device)
+        return self.model(input_ids=rows, use_cache=False).logits
+
+    def _pass(self, index: int, batches: Sequence[Tensor], before: Path | None, after: Path | None) -> None:
+        """Runs layer ``index`` on these ``batches`` of sequences; files as in ``step``."""
+        run = _Run(self._entry(before), after, sum(map(len, batches)), self.device)
         with torch.no_grad(), self._alone(index, run), self._embeddings(needed=before is None):
-            for rows in batches(self.ids, BATCH_TOKENS):
+            for rows in batches:
                 self.model.base_model(input_ids=rows.to(self.device), use_cache=False)
-        if run.file is not None:
-            run.file.sync()
+        run.sync()
+
+    @staticmethod
+    def _entry(file: Path | None) -> Entry | None:
+        """The only tensor in a file."""
+        return None if file is None else read_header(file)[0]
+
+    def fill(self, index: int) -> None:
+        """Reads the weights of layer ``index``."""
+        fill(self.model, f"{self.stack}.{index}", self.read, self.device)
 
     def release(self, index: int) -> None:
         """Frees the weights of layer ``index``."""
         release(self.model, f"{self.stack}.{index}")
-
-    def _around(self) -> list[str]:
-        """The modules of the base model outside the stack that have parameters or buffers of their own."""
-        inner = {id(m) for layer in self.layers for m in layer.modules()}
-        base = {id(m) for m in self.model.base_model.modules()}
-        return [
-            name
-            for name, module in self.model.named_modules()
-            if id(module) in base - inner and (module._parameters or module._buffers)
-        ]
 
     @contextmanager
     def _alone(self, index: int, run: _Run) -> Iterator[None]:
@@ -129,10 +187,12 @@ class Blocks:
     def _embeddings(self, *, needed: bool) -> Iterator[None]:
         """Frees the token embeddings, the largest matrix of many models, in the block unless they are ``needed``."""
         table = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is table)
         if needed:
+            if table.weight.is_meta:  # freed by an earlier layer
+                _fill_one(self.model, name, self.read, self.device)
             yield
             return
-        name = next(name for name, module in self.model.named_modules() if module is table)
         release(self.model, name)
         width, dtype = table.weight.shape[1], self.model.dtype
         table.forward = lambda ids: torch.zeros(*ids.shape, width, dtype=dtype, device=ids.device)
@@ -146,9 +206,9 @@ class _Run:
     """Reads the inputs of a layer and writes its outputs, batch after batch."""
 
     def __init__(self, entering: Entry | None, after: Path | None, rows: int, device: str) -> None:
-        self.entering, self.after, self.rows, self.device = entering, after, rows, device
+        self.entering, self.device = entering, device
+        self.out = None if after is None else _States(after, rows)
         self.row = 0
-        self.file: TensorFile | None = None
 
     def enter(self, hidden: Tensor) -> Tensor:
         """The inputs of these rows, ``(batch, length, width)``: from the file, or ``hidden`` for the first layer."""
@@ -156,12 +216,74 @@ class _Run:
 
     def leave(self, hidden: Tensor) -> None:
         """Writes the outputs of these rows, ``(batch, length, width)``, if a next layer needs them."""
-        if self.after is not None:
-            if self.file is None:
-                self.file = TensorFile(self.after, {"hidden": (hidden.dtype, (self.rows, *hidden.shape[1:]))})
-                self.file.create()
-            self.file.put("hidden", hidden, at=self.row * hidden[0].numel())
+        if self.out is not None:
+            self.out.write(self.row, hidden)
         self.row += len(hidden)
+
+    def sync(self) -> None:
+        """Waits until the disk has what was written."""
+        if self.out is not None:
+            self.out.sync()
+
+
+class _Backward(_Run):
+    """Reads the inputs of a layer and the gradient of its outputs, and writes the gradient of its inputs."""
+
+    def __init__(self, entering: Entry | None, above: Entry | None, below: Path | None, rows: int, device: str) -> None:
+        super().__init__(entering, below, rows, device)
+        self.above = above
+        self.inputs = self.outputs = torch.empty(0)  # of the present batch, (batch, length, width)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        self.inputs = super().enter(hidden).detach().requires_grad_()
+        return self.inputs
+
+    def leave(self, hidden: Tensor) -> None:
+        self.outputs = hidden
+
+    def descend(self, loss: Tensor | None = None) -> None:
+        """The backward pass of the present batch: from ``loss``, a scalar, or from the outputs' gradient in the file.
+
+        No weight has a gradient.
+        """
+        last = self.row + len(self.inputs)
+        if loss is None:
+            assert self.above is not None
+            self.outputs.backward(self.above.read(self.row, last).to(self.device))
+        else:
+            loss.backward()
+        if self.out is not None:
+            assert self.inputs.grad is not None
+            self.out.write(self.row, self.inputs.grad)
+        self.row = last
+        self.inputs = self.outputs = torch.empty(0)
+
+
+class _States:
+    """A file of ``rows`` sequences of hidden states, ``(rows, length, width)``, which gets its shape from the first."""
+
+    def __init__(self, path: Path, rows: int) -> None:
+        self.path, self.rows = path, rows
+        self.file: TensorFile | None = None
+
+    def write(self, row: int, states: Tensor) -> None:
+        """Writes consecutive sequences, the first at index ``row``: ``(batch, length, width)``."""
+        if self.file is None:
+            self.file = TensorFile(self.path, {"hidden": (states.dtype, (self.rows, *states.shape[1:]))})
+            self.file.create()
+        self.file.put("hidden", states, at=row * states[0].numel())
+
+    def sync(self) -> None:
+        """Waits until the disk has them."""
+        if self.file is not None:
+            self.file.sync()
+
+
+def _with_tensors(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> list[str]:
+    """The modules of the model that are ``chosen`` and have parameters or buffers of their own."""
+    return [
+        name for name, module in model.named_modules() if chosen(module) and (module._parameters or module._buffers)
+    ]
 
 
 def stack_name(groups: Sequence[Group], model: nn.Module) -> str:

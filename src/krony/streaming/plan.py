@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from krony.compression.moments import BATCH_TOKENS, SENSITIVITY_TOKENS
 from krony.compression.plan import LIBRARIES, CompressionPlan, plan
 from krony.config import KronyConfig
+from krony.data.calibration_set import LENGTH
 from krony.errors import KronyError
+from krony.kronecker.algebra import KronShape
 from krony.kronecker.linear import KroneckerLinear
 from krony.models.source import ModelSource, empty_model, parse_dtype
 from krony.models.surgery import Group, put_in
@@ -28,11 +32,23 @@ REST = "embeddings, head and norms"
 # Weights as safetensors alone: repositories often hold them again in other formats.
 DOWNLOAD = "hf download NAME --include '*.safetensors' --include '*.json' --include '*.model' --local-dir FOLDER"
 
+FORWARD, BACKWARD, MOMENTS, FACTORS = "forward", "backward", "moments", "factors"
 
-PLAIN = (
-    "layer by layer, --reconstruct trains towards the plain outputs of each MLP, and neurons are chosen by them: "
-    "weighing errors by how much they change the loss needs the gradient through the full model"
-)
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of the work, after which an interrupted run resumes.
+
+    Attributes:
+        task: what is done: ``FORWARD`` and ``BACKWARD`` measure the sensitivity, ``MOMENTS`` the rest of what the
+            allocation needs, and ``FACTORS`` writes the new layers and copies what is not replaced.
+        layer: the index of the transformer layer; None for everything outside the layers.
+        name: for people.
+    """
+
+    task: str
+    layer: int | None
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +58,7 @@ class Stream:
     Attributes:
         folder: the model's folder.
         settled: the groups and their splits.
+        shapes: module name -> split of every matrix that is replaced; an allocation changes them (``with_shapes``).
         source: the original model, on the meta device.
         target: the compressed model, on the meta device.
         entries: the file and position of each tensor of the source, by name.
@@ -52,6 +69,7 @@ class Stream:
 
     folder: Path
     settled: CompressionPlan
+    shapes: dict[str, KronShape]
     source: PreTrainedModel
     target: PreTrainedModel
     entries: dict[str, Entry]
@@ -65,29 +83,50 @@ class Stream:
         return self.settled.config
 
     @property
+    def allocates(self) -> bool:
+        """Whether the shapes are known only when the text has been read."""
+        return self.config.allocation == "global"
+
+    @property
+    def measures_gradients(self) -> bool:
+        """Whether gradients run through the layers."""
+        return self.reads and self.config.needs_gradient
+
+    @property
     def read_bytes(self) -> int:
         """Bytes of tensors in the source's files."""
         return sum(entry.bytes for entry in set(self.entries.values()))  # tied names share an entry
 
     @property
     def write_bytes(self) -> int:
-        """Bytes of tensors to write."""
+        """Bytes of tensors to write; with an allocation about as many."""
         return total(self.layout)
 
+    def with_shapes(self, shapes: dict[str, KronShape]) -> Stream:
+        """The same plan with these splits; layers without one stay dense."""
+        target = _target(self.source, shapes, self.config)
+        return replace(self, shapes=shapes, target=target, layout=_layout(target), names=file_names(target) or {})
+
     def kept_bytes(self, tokens: int) -> int:
-        """Bytes of temporary hidden states in ``OUT.work`` for this many tokens: the inputs and outputs of a layer."""
+        """Bytes of temporary files in ``OUT.work`` for this many tokens: hidden states, gradients, and moments."""
         if not self.reads:
             return 0
-        return 2 * tokens * self.source.get_input_embeddings().weight.shape[1] * self.source.dtype.itemsize
-
-    @property
-    def differs(self) -> str | None:
-        """How the result differs from that of ``krony.compress``, in a sentence; None if it doesn't."""
-        return PLAIN if self.config.reconstruct else None
+        layers = len(self.layers)
+        state = self.source.get_input_embeddings().weight.shape[1] * self.source.dtype.itemsize  # of one token
+        states = 2 * tokens * state  # the inputs and outputs of a layer
+        kept = 0
+        if self.measures_gradients:
+            kept += sum(4 * group.sites[-1].out_features ** 2 for group in self.settled.groups)
+        if self.allocates:
+            kept += sum(4 * n**2 for g in self.settled.groups for n in {site.in_features for site in g.sites})
+            states = (layers if self.config.reconstruct else 2) * tokens * state
+        if self.measures_gradients:
+            states = max(states, layers * min(tokens, SENSITIVITY_TOKENS) * state)
+        return kept + states
 
     def memory_bytes(self, tokens: int) -> int:
         """About how many bytes of memory the run needs at most for this many tokens, libraries included."""
-        names = self._layers()
+        names = self.layers
         per_layer = [sum(_is_in(group, name) for group in self.settled.groups) for name in names]
         at_once = max([1, *per_layer])
         working = self.settled.working_memory(self.source.dtype.itemsize, tokens if self.reads else 0, at_once)
@@ -95,13 +134,43 @@ class Stream:
             return working
         layers = [_bytes_of(self.source.get_submodule(name)) for name in names]
         table = _bytes_of(self.source.get_input_embeddings())
-        return max(layers) + max(working, table + LIBRARIES)  # the embeddings are freed before moments are used
+        held = max(working, table + LIBRARIES)  # the embeddings are freed before moments are used
+        if self.measures_gradients:
+            held = max(held, LIBRARIES + table + self._loss_bytes(tokens))
+        return max(layers) + held
 
-    def units(self) -> list[str]:
-        """The units of work in order: every layer by name, then everything outside the layers."""
-        return [*self._layers(), REST]
+    def _loss_bytes(self, tokens: int) -> int:
+        """About how many bytes the loss takes, with the head's weights: in float32 the logits, their logarithms and
+        gradients, and the logits and their gradient in the model's dtype."""
+        head = self.source.get_output_embeddings()
+        batch = min(tokens, max(BATCH_TOKENS // 4, LENGTH))
+        itemsize = self.source.dtype.itemsize
+        return _bytes_of(head) + batch * head.weight.shape[0] * (3 * 4 + 2 * itemsize)
 
-    def _layers(self) -> list[str]:
+    def units(self) -> list[Unit]:
+        """The work in order."""
+        names = self.layers
+        with_groups = [n for n in range(len(names)) if self.groups_of(n)]
+        units = []
+        if self.measures_gradients:
+            units += [Unit(FORWARD, n, f"{name}, {FORWARD}") for n, name in enumerate(names[:-1])]
+            units += [Unit(BACKWARD, n, f"{name}, {BACKWARD}") for n, name in enumerate(names) if n >= with_groups[0]][
+                ::-1
+            ]
+        if self.allocates:
+            units += [Unit(MOMENTS, n, f"{name}, {MOMENTS}") for n, name in enumerate(names) if n <= with_groups[-1]]
+        return [*units, *(Unit(FACTORS, n, name) for n, name in enumerate(names)), Unit(FACTORS, None, REST)]
+
+    def groups_of(self, layer: int | None) -> list[Group]:
+        """The groups of the layer of this index; None for those outside the layers."""
+        return [group for group in self.settled.groups if self.layer_of(f"{group.sites[0].name}.") == layer]
+
+    def layer_of(self, tensor: str) -> int | None:
+        """The index of the layer that contains a tensor of this name; None if none does."""
+        return next((n for n, name in enumerate(self.layers) if tensor.startswith(f"{name}.")), None)
+
+    @cached_property
+    def layers(self) -> list[str]:
         """The names of all layers; none if nothing has to be done layer by layer."""
         inside = [group for group in self.settled.groups if group.layer is not None or self.reads]
         if not inside:
@@ -128,7 +197,7 @@ def choose(
     Args:
         wanted: True to stream, False to load the model. None streams a folder if the initialisation works on one
             matrix at a time and no text is read; otherwise if the weights exceed half of the machine's memory. A model
-            in the hub's cache, and ``config.reconstruct``, whose result differs, stream only for True.
+            in the hub's cache streams only for True.
         dtype: dtype of the compressed model, ``auto`` for that of the files.
         device: where layers run and factors are computed.
         reads: whether calibration text is given, even if the initialisation doesn't need it.
@@ -143,7 +212,7 @@ def choose(
         raise KronyError(f"--stream: {source.name} can't be compressed layer by layer: {why}")
     if wanted is False or source.files is None or why:
         return None
-    if wanted is None and (source.folder is None or config.reconstruct):
+    if wanted is None and source.folder is None:
         return None
     one_by_one = config.initialisation.per_matrix and not reads
     if wanted is None and not one_by_one and 2 * Checkpoint(source.files).bytes <= memory():
@@ -155,10 +224,8 @@ def _obstacle(source: ModelSource, config: KronyConfig, device: str = "cpu") -> 
     """Why the model can't be compressed layer by layer, in words; None if it can."""
     if source.files is None:
         return f"it is neither a folder nor in the hub's cache, so download it first ({DOWNLOAD})"
-    if config.allocation == "global":
-        return "--allocation global needs the gradient through the full model"
     if config.tune:
-        return "--tune needs the gradient through the full model"
+        return "--tune trains all layers together"
     if config.embedding is not None:
         return "--embedding unties the head, which is outside the layers"
     if config.split_attention:
@@ -195,9 +262,28 @@ def _settle(where: ModelSource, folder: Path, config: KronyConfig, *, dtype: str
     checkpoint = Checkpoint(folder)
     model_config = copy.deepcopy(where.config)  # it gets the dtype of what is written
     model_config.dtype = _dtype(where.dtype(dtype), model_config.dtype, checkpoint)
-    source, target = empty_model(model_config).eval(), empty_model(model_config)
+    source = empty_model(model_config).eval()
     settled = plan(source, config)
-    for name, shape in settled.shapes.items():
+    target = _target(source, settled.shapes, config)
+    stream = Stream(
+        folder=folder,
+        settled=settled,
+        shapes=settled.shapes,
+        source=source,
+        target=target,
+        entries=find_entries(source, checkpoint),
+        layout=_layout(target),
+        names=file_names(target) or {},
+        reads=reads or config.needs_text_for is not None,
+    )
+    assert stream.layers is not None  # raises KronyError unless there is one stack of layers
+    return stream
+
+
+def _target(source: PreTrainedModel, shapes: dict[str, KronShape], config: KronyConfig) -> PreTrainedModel:
+    """The compressed model, on the meta device."""
+    target = empty_model(copy.deepcopy(source.config))
+    for name, shape in shapes.items():
         old: Any = source.get_submodule(name)
         new = KroneckerLinear(
             shape,
@@ -207,18 +293,12 @@ def _settle(where: ModelSource, folder: Path, config: KronyConfig, *, dtype: str
             dtype=old.weight.dtype,
         )
         put_in(target, name, new)
-    stream = Stream(
-        folder=folder,
-        settled=settled,
-        source=source,
-        target=target,
-        entries=find_entries(source, checkpoint),
-        layout={name: (value.dtype, tuple(value.shape)) for name, value in saved_tensors(target).items()},
-        names=file_names(target) or {},
-        reads=reads or config.needs_text_for is not None,
-    )
-    stream.units()  # raises KronyError unless there is one stack of layers
-    return stream
+    return target
+
+
+def _layout(target: PreTrainedModel) -> TensorLayout:
+    """Dtype and shape of each tensor to write, by its name in the model."""
+    return {name: (value.dtype, tuple(value.shape)) for name, value in saved_tensors(target).items()}
 
 
 def _dtype(wanted: str | torch.dtype, configured: Any, checkpoint: Checkpoint) -> torch.dtype:

@@ -2,11 +2,11 @@
 
 Initialisations that work on one matrix at a time (``Initialisation.per_matrix``) hold one matrix in memory. With
 calibration text, one transformer layer and its second moments are in memory, and the layer's inputs are on disk. All
-other tensors are copied piece by piece. The tensors are identical to those of ``krony.compress``, except with
-``reconstruct``: no gradient runs through the model, so ``Moments.sensitivity`` weighs nothing.
+other tensors are copied piece by piece. The tensors are those of ``krony.compress``.
 
-The layout of OUT is known beforehand, so the files are created in ``OUT.work`` and filled layer by layer. After an
-interruption the same call resumes after the last finished layer. At the end the folder becomes OUT.
+What the allocation of a budget and ``reconstruct`` need is measured first (``measuring``). Then the layout of OUT is
+known, so the files are created in ``OUT.work`` and filled layer by layer. After an interruption the same call resumes
+after the last finished unit. At the end the folder becomes OUT.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,14 @@ from krony.errors import KronyError
 from krony.init.base import Moments
 from krony.kronecker.linear import KroneckerLinear
 from krony.models import quantizer
-from krony.models.surgery import Group
+from krony.models.surgery import Group, count_parameters
 from krony.runtime.progress import Progress, silent
 from krony.storage.journal import Journal
 from krony.storage.shards import SHARD_SIZE, Shards
 from krony.storage.tensor_files import Entry
-from krony.streaming.blockwise import Blocks, fill, release
-from krony.streaming.plan import REST, Stream
+from krony.streaming.blockwise import fill, release
+from krony.streaming.measuring import Measurements
+from krony.streaming.plan import FACTORS, Stream, Unit
 
 
 def run(
@@ -73,22 +74,12 @@ def run(
     journal = Journal(out, _key(stream, calibration, shard_size))
     journal.open()
     try:
-        folder = journal.folder / "model"
-        shards = Shards(folder, {stream.names[name]: one for name, one in stream.layout.items()}, shard_size)
-        if not (journal.done and shards.exist()):
-            journal.restart()
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            shards.create()
-        if journal.done:
-            say(f"resuming after {journal.done[-1]['unit']}, unit {len(journal.done)} of {len(stream.units())}")
-        for unit, layers in _work(stream, journal, shards, calibration, device, progress):
-            shards.sync()
-            journal.note({"unit": unit, "layers": [layer.to_json() for layer in layers]})
+        work = _Work(stream, journal, calibration, device, shard_size)
+        stream = work.complete(progress, say)
         report = _report(stream, journal, calibration, start)
-        _describe(stream, folder)
-        finish(folder, report)
-        journal.publish(folder)
+        _describe(stream, work.folder)
+        finish(work.folder, report)
+        journal.publish(work.folder)
         return report
     except KeyboardInterrupt:
         journal.close() if journal.done else journal.remove()
@@ -96,6 +87,78 @@ def run(
     except BaseException:
         journal.remove()
         raise
+
+
+class _Work:
+    """The units of one run: what is measured on the text, then the new layers."""
+
+    def __init__(self, stream: Stream, journal: Journal, ids: Tensor | None, device: str, shard_size: int) -> None:
+        self.stream, self.journal, self.device, self.shard_size = stream, journal, device, shard_size
+        self.folder = journal.folder / "model"
+        self.units = stream.units()
+        self.read = _reader(stream)
+        self.text = None if ids is None else Measurements(stream, journal.folder, ids, self.read, device=device)
+
+    def complete(self, progress: Progress, say: Callable[[str], None]) -> Stream:
+        """Does every unit that is left; the plan with the shapes of the layers that are written."""
+        measuring = [unit for unit in self.units if unit.task != FACTORS]
+        if len(self.journal.done) > len(measuring) and not self._shards(self._settled()).exist():
+            self.journal.restart()
+        if done := len(self.journal.done):
+            say(f"resuming after {self.journal.done[-1]['unit']}, unit {done} of {len(self.units)}")
+        for unit in measuring[done:]:
+            progress(len(self.journal.done), len(self.units), unit.name)
+            assert self.text is not None
+            self.text.measure(unit)
+            self._note(unit, [])
+        stream = self._settled()
+        shards = self._shards(stream)
+        if len(self.journal.done) == len(measuring):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
+            shards.create()
+        for unit in self.units[len(self.journal.done) :]:
+            progress(len(self.journal.done), len(self.units), unit.name)
+            layers = self._write(stream, unit, shards)
+            shards.sync()
+            self._note(unit, layers)
+        return stream
+
+    def _settled(self) -> Stream:
+        """The plan after the allocation, if there is one."""
+        return self.stream.with_shapes(self.text.shapes()) if self.text and self.stream.allocates else self.stream
+
+    def _shards(self, stream: Stream) -> Shards:
+        layout = {stream.names[name]: one for name, one in stream.layout.items()}
+        return Shards(self.folder, layout, self.shard_size)
+
+    def _note(self, unit: Unit, layers: list[LayerReport]) -> None:
+        """Records a unit as complete, and deletes what no other needs."""
+        self.journal.note({"unit": unit.name, "layers": [layer.to_json() for layer in layers]})
+        for file in [] if self.text is None else self.text.spent(unit):
+            file.unlink(missing_ok=True)
+
+    def _write(self, stream: Stream, unit: Unit, shards: Shards) -> list[LayerReport]:
+        """Writes the tensors of a unit, and gives the reports of its new layers."""
+        number, text = unit.layer, self.text
+        reports: list[LayerReport] = []
+        if text is not None and number is not None and text.visits(number):
+            known, inputs = text.layer(number, stream.shapes)
+            for group, moments in known:
+                reports += _replace(stream, group, moments, inputs, shards)
+            text.blocks.release(number)
+        else:
+            for group in stream.groups_of(number):
+                for part in _parts(group, stream.config):
+                    for site in part.sites:
+                        fill(stream.source, site.name, self.read, self.device)
+                    reports += _replace(stream, part, None, iter(()), shards)
+                    for site in part.sites:
+                        release(stream.source, site.name)
+        for name in stream.layout:
+            if stream.layer_of(name) == number and name in stream.entries and not _is_replaced(name, stream):
+                _copy(stream, name, shards)
+        return reports
 
 
 def _check_text(stream: Stream, calibration: Tensor | None) -> None:
@@ -114,81 +177,21 @@ def _report(stream: Stream, journal: Journal, calibration: Tensor | None, start:
     order = {site.name: n for n, site in enumerate(s for g in stream.settled.groups for s in g.sites)}
     layers.sort(key=lambda layer: order[layer.name])
     vars(stream.target.config).pop("quantization_config", None)  # from an earlier run of this plan
-    how = made_with(stream.config, calibration) | ({"stream": True} if stream.differs else {})
-    quantizer.attach_quantizer(stream.target, how)
+    quantizer.attach_quantizer(stream.target, made_with(stream.config, calibration))
     return CompressionReport(
         scheme=str(stream.config.scheme),
         init=stream.config.init,
         params_before=stream.settled.params_before,
-        params_after=stream.settled.params_after,
+        params_after=count_parameters(stream.target),
         seconds=time.perf_counter() - start,
         layers=layers,
         made_with=stream.target.config.quantization_config.made_with,
     )
 
 
-def _work(
-    stream: Stream, journal: Journal, shards: Shards, ids: Tensor | None, device: str, progress: Progress
-) -> Iterator[tuple[str, list[LayerReport]]]:
-    """Fills the shards unit by unit, from the first unfinished one, and yields each with its reports."""
-    units = stream.units()
-    first = len(journal.done)
-    last = max((n for n, unit in enumerate(units[:-1]) if _groups_of(stream, unit, units)), default=-1)
-    blocks: Blocks | None = None
-    read = _reader(stream)
-    for number, unit in enumerate(units[first:], start=first):
-        progress(number, len(units), unit)
-        groups = _groups_of(stream, unit, units)
-        reports: list[LayerReport] = []
-        if stream.reads and number <= last:
-            if blocks is None:
-                assert ids is not None
-                blocks = Blocks(
-                    stream.source,
-                    unit.rpartition(".")[0],
-                    ids,
-                    read,
-                    weighted=stream.config.token_weighting,
-                    device=device,
-                )
-            before = _states(journal, number) if number else None
-            after = None if number == last else _states(journal, number + 1)
-            texts = blocks.examples(number, groups, before)  # read when they are asked for, after the moments
-            reports += _replace_all(stream, groups, blocks.step(number, groups, before, after), texts, shards)
-            blocks.release(number)
-        else:
-            for group in groups:
-                for part in _parts(group, stream.config):
-                    for site in part.sites:
-                        fill(stream.source, site.name, read, device)
-                    reports += _replace(stream, part, None, iter(()), shards)
-                    for site in part.sites:
-                        release(stream.source, site.name)
-        for name in stream.layout:
-            if _owner(name, units) == unit and name in stream.entries and not _is_replaced(name, stream):
-                _copy(stream, name, shards)
-        yield unit, reports
-        if stream.reads and number:
-            _states(journal, number).unlink(missing_ok=True)
-
-
 def _parts(group: Group, config: KronyConfig) -> list[Group]:
     """The group, divided into single matrices if the initialisation works on one at a time."""
     return [Group((site,)) for site in group.sites] if config.initialisation.per_matrix else [group]
-
-
-def _replace_all(
-    stream: Stream, groups: list[Group], moments: Iterable[Moments], texts: Iterator[Examples], shards: Shards
-) -> list[LayerReport]:
-    """Writes the new layers of all groups; no reference to their moments remains, so the next ones reuse the memory.
-
-    ``texts``: the groups' inputs, which are read only if ``reconstruct`` trains with them.
-    """
-    return [
-        report
-        for group, known in zip(groups, moments, strict=True)
-        for report in _replace(stream, group, known, texts, shards)
-    ]
 
 
 def _replace(
@@ -201,9 +204,7 @@ def _replace(
         reconstruct_group(stream.source, group, next(texts), moments, config, layers)
 
     with torch.no_grad():
-        made = replacements(
-            stream.source, group, stream.settled.shapes, config, moments, train if config.reconstruct else None
-        )
+        made = replacements(stream.source, group, stream.shapes, config, moments, train if config.reconstruct else None)
         for name, new in made.items():
             for key, value in new.layer.state_dict().items():
                 shards.put(stream.names[f"{name}.{key}"], value)
@@ -244,22 +245,7 @@ def _check_finite(entry: Entry, values: Tensor) -> None:
 
 def _is_replaced(name: str, stream: Stream) -> bool:
     """Whether a tensor belongs to a layer that is replaced."""
-    return name.rpartition(".")[0] in stream.settled.shapes
-
-
-def _owner(name: str, units: list[str]) -> str:
-    """The unit that contains a tensor."""
-    return next((unit for unit in units if name.startswith(f"{unit}.")), REST)
-
-
-def _groups_of(stream: Stream, unit: str, units: list[str]) -> list[Group]:
-    """The groups in a unit."""
-    return [group for group in stream.settled.groups if _owner(f"{group.sites[0].name}.", units) == unit]
-
-
-def _states(journal: Journal, number: int) -> Path:
-    """The file with the inputs of the layer of this number."""
-    return journal.folder / f"enters-{number:05}.safetensors"
+    return name.rpartition(".")[0] in stream.shapes
 
 
 def _describe(stream: Stream, folder: Path) -> None:
