@@ -45,10 +45,11 @@ from krony.compression.compress import compress
 from krony.config import KronyConfig
 from krony.evaluation.settings import SpeedSettings
 from krony.evaluation.spread import compare
-from krony.evaluation.workloads import Workload, alternate, empty_cache, prefill, random_ids, timed
+from krony.evaluation.workloads import Workload, alternate, empty_cache, prefill, random_ids
 from krony.models.export import slim
 from krony.pages import Table
 from krony.pictures import lines
+from krony.runtime.timing import timed
 from krony.storage.files import write_text
 
 KEEP = 0.5
@@ -130,7 +131,7 @@ class Decode:
             model(input_ids=random_ids(model, self.settings, self.batch, CONTEXT), use_cache=True, **self.caches[model])
         ids, options = random_ids(model, self.settings, self.batch, 1), self.caches[model]
         self.other.sum()
-        took = timed(model, lambda: model(input_ids=ids, logits_to_keep=1, use_cache=True, **options))
+        took = timed(model.device, lambda: model(input_ids=ids, logits_to_keep=1, use_cache=True, **options))
         for cache in options.values():
             cache.crop(-1)
         return took

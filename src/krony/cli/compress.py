@@ -55,8 +55,8 @@ def run(
         bool | None,
         typer.Option(
             "--stream/--no-stream",
-            help="Compress layer by layer from the files, without loading the model. The result is the same, "
-            "except that --reconstruct can't weigh errors by the loss. Resumes after an interruption.",
+            help="Compress layer by layer from the files, without loading the model. The result is the same. "
+            "Resumes after an interruption.",
             show_default="for a folder, if van-loan, prune or random read no text, or it exceeds half of memory",
         ),
     ] = None,
@@ -77,7 +77,7 @@ def run(
 
     quiet_libraries()
     source = ModelSource.find(model)
-    job = Job(to=to, source=source, out=out, config=config, text=text, dtype=dtype, device=device)
+    job = Job(to=to, source=source, out=out, config=config, text=text, dtype=dtype, device=device, effort=effort)
     if promise.within is not None:
         job.smallest_within(parse_within(promise.within), promise.val)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from krony.cli.options import TextOptions
 from krony.cli.output import Output
 from krony.cli.preview import in_bytes
 from krony.compression.compress import compress
+from krony.compression.estimate import compression_pace
 from krony.compression.model_card import model_card
+from krony.compression.plan import plan
 from krony.compression.report import CompressionReport
-from krony.config import KronyConfig
+from krony.config import EFFORTS, KronyConfig
 from krony.data.calibration_set import LENGTH, calibration_set
 from krony.data.hub import read_as
 from krony.models.export import padding_sentence
@@ -27,6 +29,7 @@ from krony.models.surgery import find_groups
 from krony.pages import Table
 from krony.runtime import distributed
 from krony.runtime.signals import interruptible
+from krony.runtime.timing import duration
 from krony.sizing.within import compress_within
 from krony.storage.files import cache_folder, check_writable, fresh_folder
 from krony.storage.journal import work_folder
@@ -45,6 +48,7 @@ class Job:
     text: TextOptions
     dtype: str
     device: str
+    effort: str | None = None
     read: str = ""  # which text was read and why, in words
 
     def one_size(self, way: Stream | None) -> None:
@@ -96,12 +100,28 @@ class Job:
     def _in_memory(self, ids: Tensor | None) -> CompressionReport:
         """Loads the model, compresses it, and writes OUT."""
         model = self.source.load(dtype=self.dtype, device=self.device)
+        if self.effort is not None and ids is not None and distributed.count() == 1:
+            self.to.say(self._time(model, ids, self.effort))
         with self.to.progress() as progress:
             report = compress(model, self.config, calibration=ids, cache=self._cache(), progress=progress)
         if report.calibration is not None:
             self.to.say(report.calibration)
         self._write(model, report)
         return report
+
+    def _time(self, model: PreTrainedModel, ids: Tensor, effort: str) -> str:
+        """How long this command takes, and how long it would with the other efforts, in a sentence."""
+        self.to.say("measuring how long this takes here")
+        tune_all = self.config.tune_all or not self.config.tune
+        pace = compression_pace(model, plan(model, self.config), ids, cache=self._cache(), tune_all=tune_all)
+        plain = replace(self.config, tune=0, tune_all=False, tune_text=0.0)
+        others = [
+            f"{name} {duration(pace.seconds(replace(plain, **options), ids))}"
+            for name, options in EFFORTS.items()
+            if name != effort
+        ]
+        this = duration(pace.seconds(self.config, ids))
+        return f"this takes about {this} on this machine (with --effort {', '.join(others)})"
 
     def _layer_by_layer(self, way: Stream, ids: Tensor | None) -> CompressionReport:
         """Compresses from file to file; unfinished work stays in OUT.work."""

@@ -87,9 +87,9 @@ class Calibration:
         self.folder = None if cache is None else cache / f"moments-{self._key()}"
         if cache is not None and distributed.is_first():
             _clear_away(cache)
-        stored = all(self._is_stored(index) for index in range(len(groups)))
+        self.is_stored = all(self._is_stored(index) for index in range(len(groups)))
         self.source = "calibration is read" if self.folder is None else f"calibration is read and kept in {self.folder}"
-        if stored:
+        if self.is_stored:
             self.source = f"calibration is taken from {self.folder}, where it was kept"
 
     def __iter__(self) -> Iterator[Moments]:

@@ -2,9 +2,8 @@
 
 The training uses the inputs that the MLP has in the original model, and the original MLP's outputs as targets:
 ``min Σ_t w_t e_tᵀ G e_t`` with e_t = student(x_t) − original(x_t), the token weights w of the calibration, and the
-sensitivity G of the loss to the outputs, so that errors count as much as they change the loss. Without G, as in a
-compression layer by layer, all directions of the outputs count the same. No pass runs through the rest of the model, so
-it takes seconds per layer. Right factors do not change: dropped neurons stay dropped.
+sensitivity G of the loss to the outputs, so that errors count as much as they change the loss. No pass runs through the
+rest of the model, so it takes seconds per layer. Right factors do not change: dropped neurons stay dropped.
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from krony.errors import KronyError
 from krony.evaluation.spread import Comparison, compare
-from krony.evaluation.workloads import alternate, timed
+from krony.evaluation.workloads import alternate
 from krony.models.modes import quiet
 from krony.pages import Table
 from krony.runtime.progress import Progress, silent
+from krony.runtime.timing import timed
 
 PROMPTS = 4  # that are continued in each turn
 
@@ -109,7 +110,7 @@ def measure_drafts(
             same = float((differ.cumsum(1) == 0).float().mean())
             figures.append(((written - passes[0]) / proposed[0], written / passes[0], same))
         progress(len(lengths), len(lengths) + 1, "speed")
-        seconds = alternate(choices, lambda length: timed(model, lambda: write(length)), rounds)
+        seconds = alternate(choices, lambda length: timed(model.device, lambda: write(length)), rounds)
     first = written / statistics.median(seconds[0])
     return [
         Drafting(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from krony.evaluation.settings import SpeedSettings
+from krony.runtime.timing import timed
 
 Workload = Callable[[Any], float]
 
@@ -53,7 +53,7 @@ def prefill(settings: SpeedSettings, batch: int | None = None, length: int | Non
     @torch.inference_mode()
     def workload(model: Any) -> float:
         ids = random_ids(model, settings, batch, length)
-        return timed(model, lambda: model(input_ids=ids, logits_to_keep=1, use_cache=True, **empty_cache(model)))
+        return timed(model.device, lambda: model(input_ids=ids, logits_to_keep=1, use_cache=True, **empty_cache(model)))
 
     return workload
 
@@ -71,7 +71,7 @@ def decode(settings: SpeedSettings) -> Workload:
             for _ in range(settings.new_tokens):  # greedy, without generate's own bookkeeping
                 output = model(input_ids=output.logits[:, -1:].argmax(-1), use_cache=True, **options)
 
-        return timed(model, call)
+        return timed(model.device, call)
 
     return workload
 
@@ -105,16 +105,6 @@ class TrainingStep:
 
         model.train()
         try:
-            return timed(model, step)
+            return timed(model.device, step)
         finally:
             model.eval()
-
-
-def timed(model: Any, call: Callable[[], Any]) -> float:
-    """Seconds that ``call`` takes, including its work on the GPU."""
-    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - start

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,6 +18,7 @@ from krony.models.attention import fast_attention
 from krony.models.modes import evaluating
 from krony.models.precision import fast_products, product_dtype
 from krony.reproduce.runs import Run
+from krony.runtime.timing import timed
 
 MEASURED_TOKENS = 2048  # of a step; one row at least
 REPEATS = 3  # after a first one that isn't counted; the fastest is taken, because other programs only slow it down
@@ -101,11 +101,4 @@ def measure_pace(base: PreTrainedModel, run: Run, rows: Rows, recipe: Recipe) ->
 
 
 def _fastest(work: Callable[[], object], model: PreTrainedModel) -> float:
-    times = []
-    for _ in range(1 + REPEATS):
-        start = time.perf_counter()
-        work()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min([timed(model.device, work) for _ in range(1 + REPEATS)][1:])

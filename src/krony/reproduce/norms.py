@@ -12,11 +12,11 @@ from krony.kronecker.algebra import dense, nearest
 from krony.kronecker.schemes import resolve
 from krony.models.surgery import find_groups, take_out
 from krony.reproduce.analogous_scheme import analogous_scheme, load_base, load_skeleton, model_sentences, tall_size
-from krony.reproduce.budgets import duration
 from krony.reproduce.figures import TABLE4, Norms
 from krony.reproduce.lines import Line, Outcome
 from krony.reproduce.options import TableOptions
 from krony.reproduce.recognition import Likeness, has_gpt2s_config, likeness
+from krony.runtime.timing import duration
 
 SCHEMES = {"96M": "1536x768", "92M": "1024x256:4"}
 # Per cent of a Gaussian 3072x768 matrix's norm that each scheme keeps, ± 0.05: a little over √(1/2) and √(4/9).

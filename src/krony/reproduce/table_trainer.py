@@ -30,12 +30,13 @@ from krony.healing.training import train_on_rows
 from krony.models.loading import context_length, load_tokenizer
 from krony.models.modes import evaluating
 from krony.models.surgery import count_parameters, count_untied
-from krony.reproduce.budgets import BUDGETS, duration
+from krony.reproduce.budgets import BUDGETS
 from krony.reproduce.digests import model_digest, token_digest
 from krony.reproduce.estimate import Work, measure_pace
 from krony.reproduce.figures import SETS
 from krony.reproduce.options import TableOptions
 from krony.reproduce.runs import MARKS, STAGES, Run, Trained, last_stage, read_figures, run_folder, write_figures
+from krony.runtime.timing import duration
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 MIN_STEPS = 10  # of an epoch
