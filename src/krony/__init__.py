@@ -15,6 +15,7 @@ from krony.errors import KronyError
 
 if TYPE_CHECKING:
     from krony.compression.compress import compress as compress
+    from krony.compression.own_text import own_text as own_text
     from krony.compression.report import CompressionReport as CompressionReport
     from krony.config import KronyConfig as KronyConfig
     from krony.data.calibration_set import calibration_set as calibration_set
@@ -59,6 +60,7 @@ _MODULES = {
     "interpret": "krony.interpretation.interpret",
     "load_model": "krony.models.loading",
     "load_tokenizer": "krony.models.loading",
+    "own_text": "krony.compression.own_text",
 }
 
 __all__ = ["KronyError", "__version__", *_MODULES]

@@ -338,6 +338,25 @@ def test_data_prepare(krony, gpt2_folder, tmp_path):
     assert "--val-share" in krony("data", "prepare", "--help").out
 
 
+def test_calibration_on_text_that_the_model_writes(krony, gpt2_folder, tmp_path):
+    options = ("--scheme", "keep=0.5", "--calibration", "self", "--calibration-tokens", 320)
+    done = krony("compress", gpt2_folder, tmp_path / "out", *options, "--allocation", "global", "--json", "-")
+    assert done.code == 0, done.err
+    assert done.json["made_with"]["calibration_tokens"] == 320
+    assert "calibrated on 320 tokens that the model wrote itself" in (tmp_path / "out/README.md").read_text()
+    assert krony("compress", gpt2_folder, tmp_path / "again", *options, "--allocation", "global").code == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    for arguments, words in (
+        (("compress", gpt2_folder, tmp_path / "no", *options, "--stream"), "leave out --stream"),
+        (("compress", gpt2_folder, tmp_path / "no", "--within", "5%", *options[2:]), "self is text that the model"),
+        (("frontier", gpt2_folder, *options[2:]), "self is text that the model writes"),
+    ):
+        done = krony(*arguments)
+        assert done.code == 2 and words in " ".join(done.err.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"]
+
+
 def test_an_effort_sets_options_and_what_is_given_wins(krony, gpt2_folder, tmp_path):
     (tmp_path / "t.txt").write_text("some words to calibrate on, and some more. " * 10)
     options = ("--scheme", "keep=0.5", "--effort", "tuned", "--calibration", tmp_path / "t.txt", "--tune", 2)

@@ -70,6 +70,7 @@ def run(
     config = check(given, text, promise, params=params, effort=effort, stream=stream, dry_run=dry_run)
     from krony.cli.compress_job import Job
     from krony.compression.plan import plan, within
+    from krony.data.calibration_set import OWN_TEXT
     from krony.kronecker.schemes import parse_parameters
     from krony.models.source import ModelSource
     from krony.sizing.within import parse_within
@@ -86,6 +87,10 @@ def run(
         config = within(skeleton, config, parse_parameters(params))
     settled = plan(skeleton, config)
     reads = text.calibration is not None or config.needs_text_for is not None
+    if text.calibration == OWN_TEXT:
+        if stream:
+            raise KronyError("--calibration self takes the model in memory to write the text: leave out --stream")
+        stream = False
     way = choose(source, config, wanted=stream, dtype=dtype, device=device, reads=reads)
     if dry_run:
         preview(to, source, settled, way, tokens=text.calibration_tokens if reads else 0, dtype=dtype)

@@ -17,10 +17,11 @@ from krony.cli.preview import in_bytes
 from krony.compression.compress import compress
 from krony.compression.estimate import compression_pace
 from krony.compression.model_card import model_card
+from krony.compression.own_text import own_text
 from krony.compression.plan import plan
 from krony.compression.report import CompressionReport
 from krony.config import EFFORTS, KronyConfig
-from krony.data.calibration_set import LENGTH, calibration_set
+from krony.data.calibration_set import LENGTH, OWN_TEXT, calibration_set
 from krony.data.hub import read_as
 from krony.models.export import padding_sentence
 from krony.models.loading import context_length
@@ -87,19 +88,38 @@ class Job:
     def _read_text(self) -> Tensor | None:
         """The calibration text as token ids ``(sequences, length)``, if any is named."""
         name = self.text.calibration
-        if name is None:
+        if name is None or name == OWN_TEXT:
             return None
-        length = min(LENGTH, context_length(self.source.skeleton))
-        tokens, seed = self.text.calibration_tokens, self.config.seed
-        ids = calibration_set(name, self.source.tokenizer, tokens=tokens, length=length, seed=seed)
-        self.read = "calibrated on" if self.config.needs_text_for else "errors of outputs measured on"
-        self.read += f" {ids.numel():,} tokens of {read_as(name)}"
-        self.to.say(self.read)
+        ids = calibration_set(name, self.source.tokenizer, **self._amount())
+        self._say_read(ids, f"of {read_as(name)}")
         return ids
+
+    def _own_text(self, model: PreTrainedModel) -> Tensor:
+        """Text that the model writes, as token ids ``(sequences, length)``: in the first of several processes."""
+        ids = None
+        if distributed.is_first():
+            with self.to.progress() as progress:
+                ids = own_text(model, self.source.tokenizer, **self._amount(), progress=progress)
+        ids = distributed.from_first(ids)
+        assert ids is not None
+        self._say_read(ids, "that the model wrote itself")
+        return ids
+
+    def _amount(self) -> dict[str, int]:
+        """How much text, in sequences of which length, and its seed."""
+        length = min(LENGTH, context_length(self.source.skeleton))
+        return {"tokens": self.text.calibration_tokens, "length": length, "seed": self.config.seed}
+
+    def _say_read(self, ids: Tensor, where: str) -> None:
+        why = "calibrated on" if self.config.needs_text_for else "errors of outputs measured on"
+        self.read = f"{why} {ids.numel():,} tokens {where}"
+        self.to.say(self.read)
 
     def _in_memory(self, ids: Tensor | None) -> CompressionReport:
         """Loads the model, compresses it, and writes OUT."""
         model = self.source.load(dtype=self.dtype, device=self.device)
+        if self.text.calibration == OWN_TEXT:
+            ids = self._own_text(model)
         if self.effort is not None and ids is not None and distributed.count() == 1:
             self.to.say(self._time(model, ids, self.effort))
         with self.to.progress() as progress:

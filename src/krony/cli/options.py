@@ -34,8 +34,8 @@ class TextOptions:
 
     calibration: str | None = option(
         None,
-        "Text that calibrated inits, --reconstruct and --tune read: a text or jsonl file, python-docs, or a set on the "
-        "hub. Use text similar to what the model will see in use.",
+        "Text that calibrated inits, --reconstruct and --tune read: a text or jsonl file, python-docs, a set on the "
+        "hub, or self, which is text that the model writes. Use text similar to what the model will see in use.",
         metavar="TEXT",
     )
     calibration_tokens: int = option(49_152, "Read at most N tokens of it.", metavar="N")

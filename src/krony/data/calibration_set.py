@@ -17,6 +17,7 @@ from krony.data.text_files import names_file
 from krony.errors import KronyError
 
 TOKENS, LENGTH = 49_152, 512
+OWN_TEXT = "self"  # names the text that the model writes itself (``krony.own_text``)
 DOCUMENTS = "krony_documents"  # the attribute of a tensor of ids that says what was read
 HUB_CHARACTERS = 8  # per token, of a set on the hub: enough for a tenth that is held back, and for long tokens
 
@@ -48,6 +49,11 @@ def documents_in(data: str, tokens: int, part: str = "calibration") -> list[str]
 
     Of the hub as much is read as ``tokens`` tokens take, and more. Raises KronyError for text that can't be read.
     """
+    if data == OWN_TEXT:
+        raise KronyError(
+            f"{OWN_TEXT} is text that the model writes, which krony compress calibrates on: name a text or jsonl file, "
+            "python-docs, or a set on the hub"
+        )
     if data == PYTHON_DOCS:
         return python_docs.topics(part)
     if names_file(data):

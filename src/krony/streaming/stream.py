@@ -35,6 +35,7 @@ from krony.init.base import Moments
 from krony.kronecker.linear import KroneckerLinear
 from krony.models import quantizer
 from krony.models.surgery import Group, count_parameters
+from krony.runtime.hardware import trim_memory
 from krony.runtime.progress import Progress, silent
 from krony.storage.journal import Journal
 from krony.storage.shards import SHARD_SIZE, Shards
@@ -137,6 +138,7 @@ class _Work:
         self.journal.note({"unit": unit.name, "layers": [layer.to_json() for layer in layers]})
         for file in [] if self.text is None else self.text.spent(unit):
             file.unlink(missing_ok=True)
+        trim_memory()  # otherwise what earlier layers leave adds up
 
     def _write(self, stream: Stream, unit: Unit, shards: Shards) -> list[LayerReport]:
         """Writes the tensors of a unit, and gives the reports of its new layers."""
