@@ -13,7 +13,7 @@ from healing_runs import heal, text
 from krony import KronyConfig, KronyError, compress
 from krony.healing import sharding
 from krony.healing.options import HealOptions
-from krony.healing.sharding import check_sharding, decoder_layers, gather, placement, sharded_copy
+from krony.healing.sharding import check_sharding, decoder_layers, gather, keep_whole_states, placement, sharded_copy
 from krony.runtime import distributed
 from small_models import gpt2, llama
 
@@ -150,3 +150,17 @@ def test_a_teacher_of_several_dtypes(alone, ids):
     with torch.no_grad():
         for _ in range(2):
             assert torch.equal(sharded(ids).logits, teacher(ids).logits)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_state_of_the_optimiser_is_gathered_in_the_first_process(first, monkeypatch):
+    """In the others, a copy of it would take as much memory again."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter])
+    keep_whole_states(optimizer)
+    parameter.sum().backward()
+    optimizer.step()
+    monkeypatch.setattr(distributed, "is_first", lambda: first)
+    state = optimizer.state_dict()["state"]
+    assert list(state) == ([0] if first else [])
+    assert len(optimizer.state[parameter]["exp_avg"]) == 3

@@ -168,7 +168,7 @@ def keep_whole_states(optimizer: torch.optim.Optimizer) -> None:
     """Lets the state of an optimiser of sharded parameters go to disk, and come back, as that of whole ones.
 
     A run can then resume with any number of processes, with or without shards. From now on ``state_dict`` takes all
-    processes at once.
+    processes at once, and has the state in the first one.
     """
     optimizer.register_state_dict_post_hook(_gather_states)
     optimizer.register_load_state_dict_pre_hook(_shard_states)
@@ -183,11 +183,14 @@ def _take_own_parts(module: nn.Module, state: dict[str, Any], prefix: str, *_: A
 
 
 def _gather_states(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A ``state_dict`` with whole tensors, on the CPU."""
-    whole = {
-        index: {name: _whole(value).cpu() if isinstance(value, DTensor) else value for name, value in values.items()}
-        for index, values in state["state"].items()
-    }
+    """A ``state_dict`` with whole tensors on the CPU in the first process, which writes it; without state elsewhere."""
+    whole: dict[int, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        gathered = {name: _whole(value) for name, value in values.items()}  # takes all processes
+        if distributed.is_first():
+            whole[index] = {
+                name: value.cpu() if isinstance(values[name], DTensor) else value for name, value in gathered.items()
+            }
     return state | {"state": whole}
 
 
