@@ -123,7 +123,9 @@ def _compress(
 ) -> CompressionReport:
     start, config = time.perf_counter(), settled.config
     original = copy.deepcopy(model).eval() if config.tune else model  # the teacher, and the reference for all errors
-    moments = _moments(original, settled, ids, cache, progress)
+    moments: Iterable[Moments | None] = [None] * len(settled.groups)
+    if ids is not None:
+        moments = calibration_for(settled, original, ids, cache=cache, progress=progress)
     shapes = allocate(model, settled, moments, progress, curves)
     kept = KeptLayers(getattr(moments, "folder", None), config, shapes)
     tuned = None
@@ -208,12 +210,18 @@ def _token_ids(
     return pack(list(calibration), tokenizer, seed=config.seed)
 
 
-def _moments(
-    model: PreTrainedModel, settled: CompressionPlan, ids: Tensor | None, cache: Path | None, progress: Progress
-) -> Iterable[Moments | None]:
-    """The moments of each group; None per group where no text is given."""
-    if ids is None:
-        return [None] * len(settled.groups)
+def calibration_for(
+    settled: CompressionPlan,
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> Calibration:
+    """The moments that the plan needs, of token ids ``(sequences, length)``; computed when they are read.
+
+    Raises KronyError if the model can't take these ids.
+    """
     config = settled.config
     return Calibration(
         model,

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from krony.compression.allocation import cost_curve, least_width
-from krony.compression.compress import compress_as_planned
+from krony.compression.compress import calibration_for, compress_as_planned
 from krony.compression.moments import SENSITIVITY_TOKENS, Calibration
 from krony.compression.plan import CompressionPlan, plan
 from krony.compression.reconstruction import examples, reconstruct_group
@@ -88,14 +88,7 @@ def compression_pace(
         tune_all: whether ``tune`` is timed with all weights trained.
     """
     config = settled.config
-    kept = Calibration(
-        model,
-        settled.groups,
-        ids,
-        token_weighting=config.token_weighting,
-        sensitivity=config.needs_gradient,
-        cache=cache,
-    ).is_stored
+    kept = calibration_for(settled, model, ids, cache=cache).is_stored
     few = ids[: max(1, READ_TOKENS // ids.shape[1])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KronyWarning)  # the part of the text is small
