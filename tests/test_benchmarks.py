@@ -25,6 +25,7 @@ DRAWN = [
     ("engines", [], ["deployment.md"], []),
     ("scalars", [], ["paper.md"], ["scalars.svg"]),
     ("right_factors", [], ["paper.md"], []),
+    ("calibration_text", [], ["options.md"], []),
     ("sizes", [], ["sizes.md"], ["sizes.svg"]),
     ("speed", [], ["speed.md"], ["speed.svg"]),
     ("speed", ["--compile"], ["speed-compiled.md"], ["speed-compiled.svg"]),

@@ -140,12 +140,10 @@ class Stream:
         return max(layers) + held
 
     def _loss_bytes(self, tokens: int) -> int:
-        """About how many bytes the loss takes, with the head's weights: in float32 the logits, their logarithms and
-        gradients, and the logits and their gradient in the model's dtype."""
+        """About how many bytes the head and the loss take: three float32 numbers for each logit, measured."""
         head = self.source.get_output_embeddings()
         batch = min(tokens, max(BATCH_TOKENS // 4, LENGTH))
-        itemsize = self.source.dtype.itemsize
-        return _bytes_of(head) + batch * head.weight.shape[0] * (3 * 4 + 2 * itemsize)
+        return _bytes_of(head) + 3 * 4 * batch * head.weight.shape[0]
 
     def units(self) -> list[Unit]:
         """The work in order."""
