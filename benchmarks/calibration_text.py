@@ -86,8 +86,8 @@ def write_page(results: dict[str, Any]) -> None:
     where = results["machine"]
     said = (
         f"Perplexity, and its ratio to the original's {results['base']:.1f}, on {results['measured']:,} tokens. Half "
-        f"of the MLPs of {results['label']} are removed by `--allocation global` on {results['tokens']:,} tokens, "
-        f"without training ({where['processor']}, {where['threads']} threads)."
+        f"of the neurons in the MLPs of {results['label']} are removed by `--allocation global` on "
+        f"{results['tokens']:,} tokens, without training ({where['processor']}, {where['threads']} threads)."
     )
     fill(DOCS / PAGE, SCRIPT, f"{table}\n\n{said}\n")
 

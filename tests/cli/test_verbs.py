@@ -348,8 +348,11 @@ def test_calibration_on_text_that_the_model_writes(krony, gpt2_folder, tmp_path)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     for arguments, words in (
-        (("compress", gpt2_folder, tmp_path / "no", *options, "--stream"), "leave out --stream"),
-        (("compress", gpt2_folder, tmp_path / "no", "--within", "5%", *options[2:]), "self is text that the model"),
+        (("compress", gpt2_folder, tmp_path / "no", *options, "--stream"), "load the model with --no-stream"),
+        (
+            ("compress", gpt2_folder, tmp_path / "no", "--within", "5%", *options[2:]),
+            "--within measures on text that is held back, and",
+        ),
         (("frontier", gpt2_folder, *options[2:]), "self is text that the model writes"),
     ):
         done = krony(*arguments)

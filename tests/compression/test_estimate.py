@@ -36,20 +36,30 @@ def test_each_kind_of_work_counts_as_often_as_it_is_done(options, seconds):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"allocation": "global", "reconstruct": 3}, {"init": "van-loan", "tune": 2}], ids=str
+    "options",
+    [
+        {},
+        {"allocation": "global", "reconstruct": 3},
+        {"init": "van-loan", "tune": 2},
+        {"allocation": "global", "epsilon": 0.1, "tune": 2, "tune_all": True},
+        {"scheme": {"*.mlp": "keep=0.5"}, "tune": 2},
+        {"init": "van-loan", "reinit": "all"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("family", list(BUILDERS))
 def test_measuring_changes_nothing(family, options, tmp_path, recwarn):
     model = BUILDERS[family]()
     before = copy.deepcopy(model.state_dict())
     ids = torch.randint(0, 256, (24, 64), generator=torch.Generator().manual_seed(0))
-    config = KronyConfig("keep=0.5", **options)
+    config = KronyConfig(**{"scheme": "keep=0.5"} | options)
     pace = compression_pace(model, plan(model, config), ids, cache=tmp_path)
     assert not list(tmp_path.iterdir()) and not pace.kept
     assert not recwarn.list
     assert set(model.state_dict()) == set(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert min(pace.backward, pace.forward, pace.factors, pace.original) > 0 and min(pace.step, pace.held) >= 0
+    assert min(pace.backward, pace.forward, pace.factors) > 0
+    assert (max(pace.step, pace.original) > 0) == bool(options.get("tune"))
     assert (max(pace.trained) > 0) == bool(options.get("reconstruct"))
 
 
@@ -78,5 +88,12 @@ def test_what_is_timed_is_proportional(monkeypatch):
         return float(tokens - start)
 
     monkeypatch.setattr(estimate, "timed", clock)
-    pace = compression_pace(model, plan(model, KronyConfig("keep=0.5", allocation="global")), ids)
+    pace = compression_pace(model, plan(model, KronyConfig("keep=0.5", allocation="global", tune=1)), ids)
     assert pace.forward == pace.backward == pace.original == 64  # tokens of a sequence, each read once
+
+
+def test_parts_of_attention_too():
+    model, ids = gpt2(), torch.randint(0, 256, (24, 64), generator=torch.Generator().manual_seed(0))
+    config = KronyConfig("keep=0.5", init="van-loan", modules="mlp|c_attn", split_attention=True, tune=1)
+    assert compression_pace(model, plan(model, config), ids).step > 0
+    assert not any(name.endswith(".q") for name, _ in model.named_modules())

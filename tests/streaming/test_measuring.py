@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from krony import KronyConfig, KronyError, compress
 from krony.cli.app import main
@@ -15,7 +16,7 @@ from krony.models.loading import load_model
 from krony.models.source import ModelSource
 from krony.models.surgery import find_groups, take_out
 from krony.storage.tensor_files import Checkpoint
-from krony.streaming.plan import prepare
+from krony.streaming.plan import choose, prepare
 from krony.streaming.stream import run
 from small_models import BUILDERS, llama
 from streamed_runs import Stop
@@ -138,16 +139,65 @@ def test_an_interrupted_run_resumes_after_any_unit(config, units, source, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source", "whole"]
 
 
-def test_files_are_deleted_when_no_unit_needs_them(source, tmp_path):
-    """Stopped before the last unit: only what was measured of the groups is left."""
+@pytest.mark.parametrize("config", [GLOBAL, KronyConfig("keep=0.5", reconstruct=2, layers="1-2")], ids=["all", "upper"])
+def test_files_are_deleted_when_no_unit_needs_them(config, source, tmp_path):
+    """Stopped before the last unit: only the costs are left, which say what the layout is."""
     with pytest.raises(KeyboardInterrupt):
-        streamed(source, tmp_path / "out", GLOBAL, progress=Stop(11))
-    left = {path.name.rpartition("-0")[0] for path in (tmp_path / "out.work").glob("*-0*.safetensors")}
-    assert left == {"moments-00000", "moments-00001", "moments-00002"} | {
-        "sensitivity-00000",
-        "sensitivity-00001",
-        "sensitivity-00002",
-    }
+        streamed(source, tmp_path / "out", config, progress=Stop(11 if config.allocation == "global" else 7))
+    left = {path.name.partition("-")[0] for path in (tmp_path / "out.work").glob("*.safetensors")}
+    assert left == ({"costs"} if config.allocation == "global" else set())
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 7, 9, 11])
+def test_a_run_resumes_where_layers_return_tuples(at, tmp_path):
+    """GPT-Neo's model takes the first element of what a layer returns; a new process has seen none return."""
+    options = {"num_layers": 3, "hidden_size": 48, "num_heads": 4, "attention_types": [[["global"], 3]]}
+    model = AutoModelForCausalLM.from_config(
+        GPTNeoConfig(vocab_size=257, max_position_embeddings=64, bos_token_id=256, eos_token_id=256, **options)
+    )
+    model.save_pretrained(tmp_path / "source")
+    config = KronyConfig("keep=0.5", allocation="global")
+    streamed(tmp_path / "source", tmp_path / "whole", config)
+    with pytest.raises(KeyboardInterrupt):
+        streamed(tmp_path / "source", tmp_path / "out", config, progress=Stop(at))
+    streamed(tmp_path / "source", tmp_path / "out", config)
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_an_empty_folder_out_does_not_end_the_work(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        streamed(source, tmp_path / "out", GLOBAL, progress=Stop(4))
+    last = Stop()
+    streamed(source, tmp_path / "out", GLOBAL, progress=last)
+    assert last.seen[0] == 4
+
+
+def test_the_work_of_another_version_is_done_again(source, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        streamed(source, tmp_path / "out", GLOBAL, progress=Stop(4))
+    lines = tmp_path / "out.work/done.jsonl"
+    lines.write_text(lines.read_text().replace("forward", "moments"))
+    last = Stop()
+    streamed(source, tmp_path / "out", GLOBAL, progress=last)
+    assert last.seen[0] == 0
+
+
+def test_gradients_that_are_not_finite(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("krony.streaming.blockwise.drawn_likelihood", lambda logits, _: (logits * float("inf")).sum())
+    with pytest.raises(KronyError, match="the gradients of the model's loss are not finite"):
+        streamed(source, tmp_path / "out", GLOBAL)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_several_processes_are_refused_before_they_meet(source, monkeypatch):
+    """A launcher has started two, and neither has said so to torch yet."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("krony.streaming.plan.memory", lambda: 100_000)
+    asked = {"dtype": "auto", "device": "cpu"}
+    assert choose(ModelSource.find(str(source)), GLOBAL, wanted=None, **asked) is None
+    with pytest.raises(KronyError, match="that works in one process, and there are 2"):
+        choose(ModelSource.find(str(source)), GLOBAL, wanted=True, **asked)
 
 
 def test_a_file_that_is_missing_is_named(source, tmp_path):

@@ -87,11 +87,12 @@ def run(
         config = within(skeleton, config, parse_parameters(params))
     settled = plan(skeleton, config)
     reads = text.calibration is not None or config.needs_text_for is not None
-    if text.calibration == OWN_TEXT:
-        if stream:
-            raise KronyError("--calibration self takes the model in memory to write the text: leave out --stream")
-        stream = False
     way = choose(source, config, wanted=stream, dtype=dtype, device=device, reads=reads)
+    if text.calibration == OWN_TEXT and way is not None:
+        raise KronyError(
+            "--calibration self takes the model in memory to write the text: name a text, or load the model with "
+            "--no-stream"
+        )
     if dry_run:
         preview(to, source, settled, way, tokens=text.calibration_tokens if reads else 0, dtype=dtype)
         return
@@ -134,7 +135,10 @@ def _check_size(config: KronyConfig, params: str | None, promise: PromiseOptions
 
 def _check_promise(config: KronyConfig, text: TextOptions, *, stream: bool | None, dry_run: bool) -> None:
     """Raises KronyError for what --within can't do."""
-    text.needed_by("--within")
+    from krony.data.calibration_set import OWN_TEXT
+
+    if text.needed_by("--within") == OWN_TEXT:
+        raise KronyError("--within measures on text that is held back, and the model's own can't be: name a text")
     for name, given in (("--stream", stream), ("--dry-run", dry_run), ("--reinit", config.reinit)):
         if given:
             raise KronyError(

@@ -130,18 +130,20 @@ class Job:
         return report
 
     def _time(self, model: PreTrainedModel, ids: Tensor, effort: str) -> str:
-        """How long this command takes, and how long it would with the other efforts, in a sentence."""
+        """How long this command takes, and if it tunes how long it would with the other efforts, in a sentence."""
         self.to.say("measuring how long this takes here")
-        tune_all = self.config.tune_all or not self.config.tune
-        pace = compression_pace(model, plan(model, self.config), ids, cache=self._cache(), tune_all=tune_all)
-        plain = replace(self.config, tune=0, tune_all=False, tune_text=0.0)
-        others = [
-            f"{name} {duration(pace.seconds(replace(plain, **options), ids))}"
-            for name, options in EFFORTS.items()
-            if name != effort
+        config = self.config
+        pace = compression_pace(model, plan(model, config), ids, cache=self._cache())
+        said = f"this takes about {duration(pace.seconds(config, ids))} on this machine"
+        if not config.tune:
+            return said
+        others = {name: options.get("tune", 0) for name, options in EFFORTS.items() if name != effort}
+        plain = replace(config, tune=0, tune_all=False, tune_text=0.0)
+        times = [
+            f"{name} {duration(pace.seconds(replace(config, tune=steps) if steps else plain, ids))}"
+            for name, steps in others.items()
         ]
-        this = duration(pace.seconds(self.config, ids))
-        return f"this takes about {this} on this machine (with --effort {', '.join(others)})"
+        return f"{said} (with --effort {', '.join(times)})"
 
     def _layer_by_layer(self, way: Stream, ids: Tensor | None) -> CompressionReport:
         """Compresses from file to file; unfinished work stays in OUT.work."""

@@ -107,7 +107,7 @@ def compress_as_planned(
     ``curves``: what ``cost_curves`` gave for this model, text and configuration but for the scheme; the allocation of
     several sizes then computes them once. Raises KronyError.
     """
-    _check_weights(model)
+    check_weights(model)
     sites = [site.name for group in settled.groups for site in group.sites]
     with splitting(model, wholes_of(model, sites) if settled.config.split_attention else []):
         return _compress(model, settled, ids, curves, cache, progress)
@@ -176,7 +176,7 @@ def made_with(config: KronyConfig, ids: Tensor | None) -> dict[str, object]:
     return options
 
 
-def _check_weights(model: PreTrainedModel) -> None:
+def check_weights(model: PreTrainedModel) -> None:
     """Raises KronyError if the device has no float64, or weights are not in memory."""
     if model.device.type == "mps":
         raise KronyError("mps has no float64, which the factors need: compress on the cpu, then move the model")

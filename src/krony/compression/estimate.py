@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from krony.compression.allocation import cost_curve, least_width
-from krony.compression.compress import calibration_for, compress_as_planned
+from krony.compression.compress import calibration_for, check_weights, compress_as_planned
 from krony.compression.moments import SENSITIVITY_TOKENS, Calibration
 from krony.compression.plan import CompressionPlan, plan
 from krony.compression.reconstruction import examples, reconstruct_group
@@ -25,6 +25,7 @@ from krony.errors import KronyWarning
 from krony.init.base import Moments
 from krony.models.attention import fast_attention
 from krony.models.precision import fast_products, product_dtype
+from krony.models.split_attention import splitting, wholes_of
 from krony.runtime.progress import silent
 from krony.runtime.timing import timed
 
@@ -78,26 +79,31 @@ class CompressionPace:
 
 @torch.no_grad()
 def compression_pace(
-    model: PreTrainedModel, settled: CompressionPlan, ids: Tensor, *, cache: Path | None = None, tune_all: bool = False
+    model: PreTrainedModel, settled: CompressionPlan, ids: Tensor, *, cache: Path | None = None
 ) -> CompressionPace:
     """Times the work that the plan needs; the model does not change.
 
     Args:
         ids: token ids ``(sequences, length)`` of the calibration text.
         cache: the folder that may hold its second moments.
-        tune_all: whether ``tune`` is timed with all weights trained.
+
+    Raises:
+        KronyError: the model can't be compressed as it is, or can't take these ids.
     """
     config = settled.config
+    check_weights(model)
     kept = calibration_for(settled, model, ids, cache=cache).is_stored
     few = ids[: max(1, READ_TOKENS // ids.shape[1])]
+    sites = [site.name for group in settled.groups for site in group.sites]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KronyWarning)  # the part of the text is small
-        model.base_model(input_ids=few[:1].to(model.device), use_cache=False)  # the first pass is slower
-        backward, moments = _reading(model, settled, few, sensitivity=config.needs_gradient)
-        forward = _reading(model, settled, few, sensitivity=False)[0] if config.needs_gradient else backward
-        factors = len(settled.groups) * timed(model.device, lambda: _one_group(model, settled, moments))
-        trained = _trained(model, settled, few, moments) if config.reconstruct else (0.0, 0.0)
-        step, original, held = _tuned(model, settled, ids[:1], everything=tune_all)
+        step, original, held = _tuned(model, config, ids[:1]) if config.tune else (0.0, 0.0, 0.0)
+        with splitting(model, wholes_of(model, sites) if config.split_attention else []):
+            model.base_model(input_ids=few[:1].to(model.device), use_cache=False)  # the first pass is slower
+            backward, moments = _reading(model, settled, few, sensitivity=config.needs_gradient)
+            forward = _reading(model, settled, few, sensitivity=False)[0] if config.needs_gradient else backward
+            factors = len(settled.groups) * timed(model.device, lambda: _one_group(model, settled, moments))
+            trained = _trained(model, settled, few, moments) if config.reconstruct else (0.0, 0.0)
     return CompressionPace(
         kept=kept,
         backward=backward / len(few),
@@ -147,19 +153,21 @@ def _trained(model: PreTrainedModel, settled: CompressionPlan, ids: Tensor, mome
     return len(settled.groups) * start / ids.numel(), len(settled.groups) * step
 
 
-def _tuned(
-    model: PreTrainedModel, settled: CompressionPlan, ids: Tensor, *, everything: bool
-) -> tuple[float, float, float]:
+def _tuned(model: PreTrainedModel, config: KronyConfig, ids: Tensor) -> tuple[float, float, float]:
     """Of ``tune``: a step, the original's forward pass, and what is measured before and after; in seconds.
 
     ``ids``: one sequence, ``(1, length)``. The shapes are those of an even allocation, the factors are random.
     """
     student = copy.deepcopy(model)
-    config = replace(
-        settled.config, init="random", allocation="uniform", max_width=None, multiple_of=None, tune=0, tune_all=False,
-        tune_text=0.0, reconstruct=0,
-    )  # fmt: skip
-    compress_as_planned(student, plan(student, config), None)
+    alike = KronyConfig(
+        config.scheme,
+        init="random",
+        modules=config.modules,
+        layers=config.layers,
+        split_attention=config.split_attention,
+    )
+    compress_as_planned(student, plan(student, alike), None)
+    everything = config.tune_all
     held, step = _line(model, lambda steps: tune(student, model, ids, steps=steps, everything=everything))
 
     def look() -> None:

@@ -268,11 +268,17 @@ class SensitivityAccumulator:
         self.handle.remove()
 
     def sensitivity(self) -> Tensor | None:
-        """The mean of ``g gᵀ`` over the tokens of all ranks, ``(out, out)``; None if no backward pass ran."""
+        """The mean of ``g gᵀ`` over the tokens of all ranks, ``(out, out)``; None if no backward pass ran.
+
+        Raises KronyError if a gradient was not finite.
+        """
         if self.sums is None:
             return None
         count = distributed.all_reduce_sum(torch.tensor(self.tokens)).item()
-        return _rounded(_whole(self.sums) / count)
+        sensitivity = _rounded(_whole(self.sums) / count)
+        if not torch.isfinite(sensitivity).all():
+            raise KronyError("calibration: the gradients of the model's loss are not finite on this text")
+        return sensitivity
 
 
 def _rounded(sums: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def own_text(
         progress: called with the number of sequences written, the number of all, and what is being done.
 
     Raises:
-        KronyError: fewer tokens than one sequence are asked for.
+        KronyError: fewer tokens than one sequence are asked for, or the model's predictions are not finite.
 
     Examples:
         >>> import krony
@@ -65,6 +65,10 @@ def own_text(
                 progress(AT_ONCE * len(rows), len(starts), "the model writes text")
                 ids = some.to(model.device)
                 rows.append(model.generate(ids, attention_mask=torch.ones_like(ids)).cpu())
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise KronyError("the model's predictions are not finite, so it can't write text: name a text") from None
         finally:
             model.generation_config = usual
     return torch.cat(rows)

@@ -37,7 +37,7 @@ def init(device: str = "cpu", *, shards: bool = False, patience: timedelta = PAT
         >>> init("cpu")
         'cpu'
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched() == 1:
         return device
     _take_request_for_shards()
     from accelerate import PartialState
@@ -119,6 +119,11 @@ def result_of(task: int, own: Mapping[int, Value]) -> Value:
 def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def launched() -> int:
+    """The number of processes that a launcher has started, also before ``init``."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def count() -> int:

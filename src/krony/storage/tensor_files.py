@@ -264,6 +264,8 @@ def save_beside(tensors: dict[str, Tensor], file: Path, what: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, beside)
+        with beside.open("r+b") as stream:
+            os.fsync(stream.fileno())
         beside.replace(file)
     except (OSError, SafetensorError) as error:
         raise KronyError(f"{file.parent}: {what} can't be stored there: {error}") from None

@@ -31,7 +31,7 @@ from krony.streaming.plan import BACKWARD, FORWARD, MOMENTS, Stream, Unit
 
 # Files of hidden states; the sample are the sequences that measure the sensitivity.
 STATES, SAMPLE, GRADIENTS = "states", "sample", "gradients"
-SENSITIVITY = "sensitivity"
+SENSITIVITY, COSTS = "sensitivity", "costs"
 
 
 class Measurements:
@@ -75,13 +75,15 @@ class Measurements:
                 self._file(GRADIENTS, number - 1) if any(map(self.stream.groups_of, range(number))) else None,
             )
             for index, sensitivity in enumerate(found):
-                assert sensitivity is not None
+                if sensitivity is None:
+                    raise KronyError(f"{groups[index].sites[-1].name}: the loss of this text has no gradient there")
                 self._save(SENSITIVITY, number, index, {"sensitivity": sensitivity.float().cpu()})
         else:
             least = least_width(self.stream.settled)
             for index, (group, known) in enumerate(zip(groups, self._step(number), strict=True)):
                 curve = cost_curve(self.stream.source, group, known, self.stream.config, least=least)
-                self._save(MOMENTS, number, index, packed(known) | {"costs": curve})
+                self._save(MOMENTS, number, index, packed(known))
+                self._save(COSTS, number, index, {"costs": curve})
         self.blocks.release(number)
 
     def shapes(self) -> dict[str, KronShape]:
@@ -90,7 +92,7 @@ class Measurements:
         if not stream.allocates:
             return stream.shapes
         curves = [
-            self._load(MOMENTS, number, index)["costs"]
+            self._load(COSTS, number, index)["costs"]
             for number in range(self.last + 1)
             for index in range(len(stream.groups_of(number)))
         ]
@@ -113,17 +115,22 @@ class Measurements:
         if not self.stream.allocates:
             return list(zip(groups, self._step(number), strict=True)), inputs
         self.blocks.fill(number)
-        return [(group, unpacked(self._moments(number, groups.index(group)), group)) for group in replaced], inputs
+        return [(group, self._moments(number, groups.index(group), group)) for group in replaced], inputs
 
     def spent(self, unit: Unit) -> list[Path]:
         """The files that are needed no more once a unit is complete."""
         number = unit.layer
-        if number is None or unit.task == FORWARD:
+        if number is None:
             return []
+        if unit.task == FORWARD:  # the layers below the first one with groups are not visited backward
+            return [] if any(map(self.stream.groups_of, range(number + 1))) else [self._file(SAMPLE, number)]
         if unit.task == BACKWARD:
             return [self._file(SAMPLE, number), self._file(GRADIENTS, number)]
-        kept = self.stream.allocates and self.stream.config.reconstruct and unit.task == MOMENTS
-        return [] if kept else [self._file(STATES, number)]
+        kinds = (SENSITIVITY,) if unit.task == MOMENTS else (SENSITIVITY, MOMENTS)
+        groups = range(len(self.stream.groups_of(number)))
+        files = [self._of_group(kind, number, index) for kind in kinds for index in groups]
+        states_stay = self.stream.allocates and self.stream.config.reconstruct and unit.task == MOMENTS
+        return files if states_stay else [*files, self._file(STATES, number)]
 
     def _step(self, number: int) -> list[Moments]:
         """Runs a layer on the complete text; the moments of its groups. Writes the next layer's inputs if it has any
@@ -138,9 +145,12 @@ class Measurements:
             for index, known in enumerate(moments)
         ]
 
-    def _moments(self, number: int, index: int) -> dict[str, Tensor]:
-        """The tensors of a group's moments, without its costs."""
-        return {name: value for name, value in self._load(MOMENTS, number, index).items() if name != "costs"}
+    def _moments(self, number: int, index: int, group: Group) -> Moments:
+        """What ``MOMENTS`` measured of a group."""
+        try:
+            return unpacked(self._load(MOMENTS, number, index), group)
+        except (KeyError, ValueError) as error:  # KronyError is a ValueError
+            raise KronyError(f"{self._of_group(MOMENTS, number, index)} is damaged: start again ({error})") from None
 
     def _entering(self, kind: str, number: int) -> Path | None:
         """The file with the inputs of a layer; None for the first layer, which reads the embeddings."""

@@ -118,7 +118,9 @@ class Stream:
         if self.measures_gradients:
             kept += sum(4 * group.sites[-1].out_features ** 2 for group in self.settled.groups)
         if self.allocates:
-            kept += sum(4 * n**2 for g in self.settled.groups for n in {site.in_features for site in g.sites})
+            kept += sum(
+                4 * n**2 for g in self.settled.groups for n in (g.sites[0].in_features, g.sites[-1].in_features)
+            )
             states = (layers if self.config.reconstruct else 2) * tokens * state
         if self.measures_gradients:
             states = max(states, layers * min(tokens, SENSITIVITY_TOKENS) * state)
@@ -232,8 +234,8 @@ def _obstacle(source: ModelSource, config: KronyConfig, device: str = "cpu") -> 
         return "--reinit draws the full model at random"
     if device == "auto":
         return "--device auto spreads the full model over devices"
-    if distributed.count() > 1:
-        return f"that works in one process, and there are {distributed.count()}"
+    if distributed.launched() > 1:
+        return f"that works in one process, and there are {distributed.launched()}"
     if source.is_compressed:
         return "it is compressed already"
     if file_names(source.skeleton) is None:

@@ -99,6 +99,11 @@ class _Work:
         self.units = stream.units()
         self.read = _reader(stream)
         self.text = None if ids is None else Measurements(stream, journal.folder, ids, self.read, device=device)
+        self.folder.mkdir(exist_ok=True)  # the journal takes a folder without folders for work that is published
+        if [line["unit"] for line in journal.done] != [unit.name for unit in self.units[: len(journal.done)]]:
+            journal.restart()  # of another version
+        if self.text is not None and journal.done:
+            self.text.blocks.returns = journal.done[-1]["returns"]
 
     def complete(self, progress: Progress, say: Callable[[str], None]) -> Stream:
         """Does every unit that is left; the plan with the shapes of the layers that are written."""
@@ -135,7 +140,9 @@ class _Work:
 
     def _note(self, unit: Unit, layers: list[LayerReport]) -> None:
         """Records a unit as complete, and deletes what no other needs."""
-        self.journal.note({"unit": unit.name, "layers": [layer.to_json() for layer in layers]})
+        returns = 0 if self.text is None else self.text.blocks.returns
+        reports = [layer.to_json() for layer in layers]
+        self.journal.note({"unit": unit.name, "layers": reports, "returns": returns})
         for file in [] if self.text is None else self.text.spent(unit):
             file.unlink(missing_ok=True)
         trim_memory()  # otherwise what earlier layers leave adds up
