@@ -74,7 +74,7 @@ def write_page(results: dict[str, Any]) -> None:
     """Puts the table into the page."""
     seeds = sorted({run["seed"] for run in results["runs"]})
     named = {
-        "like": f"{results['like']}, of which the measured text is",
+        "like": f"like the measured text ({results['like']})",
         "self": "`self`",
         "python-docs": "`python-docs`",
     }
@@ -87,7 +87,7 @@ def write_page(results: dict[str, Any]) -> None:
     said = (
         f"Perplexity, and its ratio to the original's {results['base']:.1f}, on {results['measured']:,} tokens. Half "
         f"of the neurons in the MLPs of {results['label']} are removed by `--allocation global` on "
-        f"{results['tokens']:,} tokens, without training ({where['processor']}, {where['threads']} threads)."
+        f"{results['tokens']:,} tokens, without training ({where['processor']}, threads: {where['threads']})."
     )
     fill(DOCS / PAGE, SCRIPT, f"{table}\n\n{said}\n")
 
