@@ -21,9 +21,11 @@ INTERVAL, KL = "95% interval", "KL"
 COMPARED = ("neurons", "neurons, global", *RIVALS)  # in the pictures of rivals
 
 
-def untrained(results: Row) -> list[Row]:
-    """The compressed models as their methods leave them: one row per method and size, over all seeds."""
-    return over_seeds([row for row in results["rows"] if not row.get("distilled")])
+def untrained(results: Row, *, every_seed: bool = False) -> list[Row]:
+    """The compressed models as their methods leave them: one row per method and size, of one seed or over all."""
+    rows = [row for row in results["rows"] if not row.get("distilled")]
+    first = results["seed"]
+    return over_seeds([row for row in rows if every_seed or row.get("seed", first) == first])
 
 
 def distilled(results: Row) -> list[Row]:
@@ -92,7 +94,7 @@ def table(results: Row) -> Table:
 
 def distilled_table(results: Row) -> Table:
     """The same starts before and after the same training."""
-    before = {(row["way"], row["removed"]): ratio(row, results) for row in untrained(results)}
+    before = {(row["way"], row["removed"]): ratio(row, results) for row in untrained(results, every_seed=True)}
     rows = distilled(results)
     extra = extra_columns(rows, results)
     made = []

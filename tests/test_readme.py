@@ -11,6 +11,7 @@ import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from transformers import GPT2Config
@@ -134,7 +135,7 @@ BEST_OTHER = "optipfair, calibrated"
 def quality_lines() -> list[str]:
     """The README's rows on quality, as the measured figures give them."""
     measured = results("quality-smollm2")
-    rows = [row for row in measured["rows"] if not row.get("distilled")]
+    rows = [row for row in measured["rows"] if not row.get("distilled") and row.get("seed", 0) == measured["seed"]]
     half = {row["way"]: row for row in rows if row["removed"] == 0.5}
     shown = {
         "the original": measured["base"],
@@ -159,11 +160,11 @@ def quality_lines() -> list[str]:
 def test_the_sentence_on_distillation_is_measured():
     measured = results("quality-smollm2")
     base = measured["base"]["sets"]["OpenWebText"]["perplexity"]
-    ends = {
-        row["way"]: row["sets"]["OpenWebText"]["perplexity"] / base
-        for row in measured["rows"]
-        if row.get("distilled") == 131_072 and row["removed"] == 0.5 and row["seed"] == measured["seed"]
-    }
+    losses: dict[str, list[float]] = {}  # of each method, one per seed
+    for row in measured["rows"]:
+        if row.get("distilled") == 131_072 and row["removed"] == 0.5:
+            losses.setdefault(row["way"], []).append(math.log(row["sets"]["OpenWebText"]["perplexity"] / base))
+    ends = {way: math.exp(mean(each)) for way, each in losses.items()}
     krony, best = ends.pop("neurons, global"), ends.pop(BEST_OTHER)
     assert best <= min(ends.values(), default=math.inf)  # of the others that were distilled
     sentence = f"krony is at {krony:.2f} times the original's perplexity, and optipfair at {best:.2f}."
