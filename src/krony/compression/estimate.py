@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from krony.compression.allocation import cost_curve, least_width
 from krony.compression.compress import calibration_for, check_weights, compress_as_planned
-from krony.compression.moments import SENSITIVITY_TOKENS, Calibration
+from krony.compression.moments import Calibration, sensitivity_rows
 from krony.compression.plan import CompressionPlan, plan
 from krony.compression.reconstruction import examples, reconstruct_group
 from krony.compression.replacement import replacements
-from krony.compression.tuning import HELD_OUT, tune
+from krony.compression.tuning import held_out, tune
 from krony.config import KronyConfig
 from krony.errors import KronyWarning
 from krony.init.base import Moments
@@ -62,8 +62,8 @@ class CompressionPace:
 
         ``config`` may differ from the measured one in how long it tunes, and in the size.
         """
-        sequences, length = ids.shape
-        first = min(sequences, -(-SENSITIVITY_TOKENS // length)) if config.needs_gradient else 0
+        sequences = len(ids)
+        first = sensitivity_rows(ids) if config.needs_gradient else 0
         total = self.factors
         if not self.kept:
             total += first * self.backward + (sequences - first) * self.forward
@@ -71,7 +71,7 @@ class CompressionPace:
             per_token, per_step = self.trained
             total += per_token * ids.numel() + per_step * config.reconstruct
         if config.tune:
-            held = min(HELD_OUT, max(1, sequences // 8))
+            held = held_out(sequences)
             total += held * self.held + config.tune * self.step
             total += min(config.tune, max(1, sequences - held)) * self.original
         return total

@@ -326,8 +326,13 @@ def text_batches(
 
     The first are smaller, because a backward pass keeps activations. ``processes`` share the text.
     """
-    first = min(len(ids), -(-SENSITIVITY_TOKENS // (ids.shape[1] * processes))) if sensitivity else 0
+    first = sensitivity_rows(ids, processes) if sensitivity else 0
     return batches(ids[:first], BATCH_TOKENS // 4), batches(ids[first:], BATCH_TOKENS)
+
+
+def sensitivity_rows(ids: Tensor, processes: int = 1) -> int:
+    """On how many of ``ids: (sequences, length)`` each of the ``processes`` measures the sensitivity."""
+    return min(len(ids), -(-SENSITIVITY_TOKENS // (ids.shape[1] * processes)))
 
 
 def _backward(model: PreTrainedModel, ids: Tensor) -> None:

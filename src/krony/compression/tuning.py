@@ -73,7 +73,7 @@ def tune(
         progress: called with the step, the number of steps, and what is being done.
     """
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
-    count = min(HELD_OUT, max(1, len(ids) // 8))
+    count = held_out(len(ids))
     held, trained = order[:count], order[count:] if len(ids) > 1 else order
     fast = fast_attention(model, original, device=model.device, length=ids.shape[1], dtype=product_dtype(model))
     parameters = _trained(model, everything)
@@ -87,6 +87,11 @@ def tune(
             undo()
             after = before
     return Tuned(before, after, steps)
+
+
+def held_out(sequences: int) -> int:
+    """How many of so many sequences are held back to measure on."""
+    return min(HELD_OUT, max(1, sequences // 8))
 
 
 def _trained(model: PreTrainedModel, everything: bool) -> list[nn.Parameter]:

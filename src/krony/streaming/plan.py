@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -129,8 +130,7 @@ class Stream:
     def memory_bytes(self, tokens: int) -> int:
         """About how many bytes of memory the run needs at most for this many tokens, libraries included."""
         names = self.layers
-        per_layer = [sum(_is_in(group, name) for group in self.settled.groups) for name in names]
-        at_once = max([1, *per_layer])
+        at_once = max([1, *(len(self.groups_of(number)) for number in range(len(names)))])
         working = self.settled.working_memory(self.source.dtype.itemsize, tokens if self.reads else 0, at_once)
         if not self.reads:
             return working
@@ -149,17 +149,15 @@ class Stream:
 
     def units(self) -> list[Unit]:
         """The work in order."""
-        names = self.layers
-        with_groups = [n for n in range(len(names)) if self.groups_of(n)]
-        units = []
+        numbers = range(len(self.layers))
+        with_groups = [number for number in numbers if self.groups_of(number)]
+        tasks: list[tuple[str, Iterable[int]]] = []
         if self.measures_gradients:
-            units += [Unit(FORWARD, n, f"{name}, {FORWARD}") for n, name in enumerate(names[:-1])]
-            units += [Unit(BACKWARD, n, f"{name}, {BACKWARD}") for n, name in enumerate(names) if n >= with_groups[0]][
-                ::-1
-            ]
+            tasks += [(FORWARD, numbers[:-1]), (BACKWARD, reversed(numbers[with_groups[0] :]))]
         if self.allocates:
-            units += [Unit(MOMENTS, n, f"{name}, {MOMENTS}") for n, name in enumerate(names) if n <= with_groups[-1]]
-        return [*units, *(Unit(FACTORS, n, name) for n, name in enumerate(names)), Unit(FACTORS, None, REST)]
+            tasks.append((MOMENTS, numbers[: with_groups[-1] + 1]))
+        measured = [Unit(task, n, f"{self.layers[n]}, {task}") for task, some in tasks for n in some]
+        return [*measured, *(Unit(FACTORS, n, self.layers[n]) for n in numbers), Unit(FACTORS, None, REST)]
 
     def groups_of(self, layer: int | None) -> list[Group]:
         """The groups of the layer of this index; None for those outside the layers."""
@@ -177,11 +175,6 @@ class Stream:
             return []
         stack = stack_name(inside, self.source)
         return [f"{stack}.{n}" for n in range(len(self.source.get_submodule(stack)))]
-
-
-def _is_in(group: Group, layer: str) -> bool:
-    """Whether the group is in the layer of this name."""
-    return group.sites[0].name.startswith(f"{layer}.")
 
 
 def _bytes_of(module: nn.Module) -> int:
