@@ -369,7 +369,7 @@ def test_an_effort_sets_options_and_what_is_given_wins(krony, gpt2_folder, tmp_p
     made_with = done.json["made_with"]
     assert made_with["tune"] == 2 and made_with["tune_all"] is True and "allocation" not in made_with
     said = " ".join(done.err.split())
-    assert re.search(r"this takes about [\d.]+ \w+ on this machine \(with --effort start [\d.]+ \w+, best [\d.]+ ", said)
+    assert re.search(r"this takes about [\d.]+ \w+ on this machine \(with --effort start [\d.]+ \w+, best [\d.]", said)
     done = krony(*arguments[:2], tmp_path / "wide", *arguments[3:], "--multiple-of", 48, "--json", "-")
     assert done.code == 0, done.err  # an option that needs what the effort sets
     assert done.json["made_with"]["multiple_of"] == 48 and done.json["made_with"]["allocation"] == "global"
