@@ -4,16 +4,15 @@
 
 Computed: Llama-shaped models of 1, 7 and 70 billion parameters with half of their MLPs' neurons, on 1, 8 and 64
 devices, as ``krony heal --dry-run`` says it. Measured: a Llama-shaped model of 49 million parameters on CPUs, alone,
-with a copy in each of two processes, and sharded. The figures are peaks of the resident memory of the last process over
-what it held before the model was made, after a run of a tiny model. One is the peak of the complete run with its
-checkpoint. The other, of sharded runs, is the peak until the fifth step, less the whole models that they keep in main
-memory: what a device needs. Writes ``benchmarks/results/large_models.json`` and the tables in ``docs/large-models.md``.
+with a copy in each of two processes, and sharded. The figures are peaks of the resident memory of a process in the
+complete run with its checkpoint, over what it held before the model was made, after a run of a tiny model. Of a sharded
+run the first process keeps the whole models; the other takes what a device needs. Writes
+``benchmarks/results/large_models.json`` and the tables in ``docs/large-models.md``.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import socket
 import subprocess
@@ -130,30 +129,24 @@ def work(case: str, out: Path) -> None:
     precision.fast_dtype = lambda _: torch.bfloat16 if chosen.half else torch.float32  # the same on all processors
     distributed.init()
     folder = Path(os.environ["KRONY_WORK"])
-    steps: list[int] = []
 
     def train(name: str, shape: Shape) -> None:
         torch.manual_seed(0)  # the same weights in all processes
-        model, *teachers = (
-            AutoModelForCausalLM.from_config(config(*shape), dtype=torch.float32) for _ in range(1 + chosen.taught)
-        )
+        with torch.device("meta" if chosen.shard and not distributed.is_first() else "cpu"):
+            model, *teachers = (
+                AutoModelForCausalLM.from_config(config(*shape), dtype=torch.float32) for _ in range(1 + chosen.taught)
+            )
         train_on_rows(
             model, *text.split(4), work=folder / name, recipe=STEP, options=chosen.options,
-            teacher=teachers[0] if teachers else None, progress=tell,
+            teacher=teachers[0] if teachers else None,
         )  # fmt: skip
-
-    def tell(done: int, *_: object) -> None:
-        """Between two steps, before the only checkpoint."""
-        if done == 4:
-            steps.append(resident("VmHWM"))
 
     train("warm", TINY)  # what code takes is there afterwards
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS")
     train("run", SMALL)
-    if distributed.rank() == chosen.processes - 1:
-        out.write_text(json.dumps({"run": resident("VmHWM") - before, "steps": steps[-1] - before}))
+    out.with_name(f"{out.name}-{distributed.rank()}").write_text(str(resident("VmHWM") - before))
 
 
 def resident(name: str) -> int:
@@ -180,17 +173,16 @@ def measured(case: str) -> dict[str, Any]:
         runs = [subprocess.Popen(command, env=os.environ | common | rank) for rank in ranks]
         if any(codes := [run.wait() for run in runs]):
             raise SystemExit(f"{case} ended with {codes}")
-        found = json.loads(Path(f"{folder}/bytes").read_text())
+        found = [int(Path(f"{folder}/bytes-{rank}").read_text()) for rank in range(chosen.processes)]
     model, teacher = (empty_model(config(*SMALL)).float() for _ in range(2))
     common = {"processes": chosen.processes, "half": chosen.half}
     on_cpu, elsewhere = (
         footprint(model, teacher if chosen.taught else None, STEP, options, **common)
         for options in (chosen.options, replace(chosen.options, device=None))
     )
-    row: dict[str, Any] = {"case": case, "run": {"measured": found["run"], "computed": on_cpu.peak}}
-    if chosen.shard:
-        whole = (1 + chosen.taught) * 4 * model.num_parameters()  # stays in main memory
-        row["steps"] = {"measured": found["steps"] - whole, "computed": elsewhere.peak}
+    row: dict[str, Any] = {"case": case, "first": {"measured": found[0], "computed": on_cpu.peak}}
+    if chosen.processes > 1:
+        row["other"] = {"measured": found[-1], "computed": (elsewhere if chosen.shard else on_cpu).peak}
     return row
 
 
@@ -206,10 +198,10 @@ def draw(results: dict[str, Any]) -> None:
         how = "sharded" if row["sharded"] else "a copy each"
         figures = " | ".join(f"{row[part] / gb:,.1f}" for part in parts)
         lines.append(f"| {row['model']} | {row['devices']} | {how} | {figures} |")
-    small = ["| run | at most, measured | computed | ratio | in a step, measured | computed | ratio |"]
+    small = ["| run | first process, measured | computed | ratio | other process, measured | computed | ratio |"]
     small.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for row in results["measured"]:
-        pairs = [(row[when]["measured"], row[when]["computed"]) for when in ("run", "steps") if when in row]
+        pairs = [(row[which]["measured"], row[which]["computed"]) for which in ("first", "other") if which in row]
         cells = [f"{found / gb:.3f} | {said / gb:.3f} | {said / found:.2f}" for found, said in pairs]
         small.append(f"| {row['case']} | {' | '.join([*cells, *[' | | '] * (2 - len(cells))])} |")
     fill(DOCS / "large-models.md", "benchmarks/large_models.py, computed", "\n".join(lines))

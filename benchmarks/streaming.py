@@ -6,14 +6,15 @@ Builds a Llama-shaped checkpoint of random weights in FOLDER (4096 wide, hidden 
 8.6 GB with 20 layers), compresses all of it with ``van-loan`` and its first eight layers with ``neurons``, each in a
 process of its own, and ``van-loan`` again in memory: the tensors must be the same. With ``--reconstruct N`` it measures
 only ``neurons`` with N steps of training each MLP, and adds that to the results with its own machine. Writes
-``benchmarks/results/streaming.json`` and the table in ``docs/streaming.md``. Peak memory is the kernel's
-``ru_maxrss``, the figure that GNU time prints: mapped pages are in it.
+``benchmarks/results/streaming.json`` and the table in ``docs/streaming.md``. The memory named is that of ``--dry-run``.
+Peak memory is the kernel's ``ru_maxrss``, the figure that GNU time prints: mapped pages are in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -74,6 +75,13 @@ def measured(arguments: list[str]) -> dict[str, float]:
     return {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
 
 
+def named_gb(arguments: list[str]) -> float:
+    """The memory in GB that ``--dry-run`` names for ``krony`` with these arguments."""
+    command = [sys.executable, "-m", "krony", *arguments, "--dry-run", "--json", "-"]
+    said = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+    return float(json.loads(said)["memory_bytes"]) / 1e9
+
+
 def fingerprint(folder: Path) -> str:
     """A hash over the tensors in order of their names: names, types, shapes and bytes."""
     places = {}
@@ -119,7 +127,7 @@ def measure(options: argparse.Namespace) -> dict:
             layers = min(8, layers)
             arguments += ["--layers", f"0-{layers - 1}", "--calibration", "python-docs"]
             arguments += ["--calibration-tokens", str(options.tokens), "--reconstruct", str(options.reconstruct)]
-        run = measured(arguments)
+        run = {"named_gb": named_gb(arguments), **measured(arguments)}
         written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         steps = {"reconstruct": options.reconstruct} if init == "neurons" else {}
         sizes = {"layers": layers, "read_gb": size / 1e9, "written_gb": written / 1e9}
@@ -128,7 +136,8 @@ def measure(options: argparse.Namespace) -> dict:
         if init == "van-loan":
             streamed = fingerprint(out)
             shutil.rmtree(out)
-            run = measured([*arguments[:-1], "--no-stream"])
+            arguments[-1] = "--no-stream"
+            run = {"named_gb": named_gb(arguments), **measured(arguments)}
             runs.append(runs[-1] | {"init": f"{init}, through memory", **run})
             print(runs[-1], flush=True)
             if fingerprint(out) != streamed:
@@ -156,10 +165,12 @@ def _where(results: dict) -> str:
 def _write_page(results: dict) -> None:
     rows = [
         [_name(run), str(run["layers"]), f"{run['read_gb']:.1f} GB", f"{run['written_gb']:.1f} GB"]
+        + [f"{run['named_gb']:.2f} GB" if "named_gb" in run else ""]
         + [f"{run['peak_gb']:.2f} GB", f"{run['cpu_seconds']:,.0f} s"]
         for run in results["runs"]
     ]
-    table = Table(["init", "layers compressed", "read", "written", "peak memory", "processor time"], rows).markdown()
+    headings = ["init", "layers compressed", "read", "written", "memory named", "peak memory", "processor time"]
+    table = Table(headings, rows).markdown()
     same = "In memory, the tensors of `van-loan` are the same to the bit. " if len(rows) > len(LIMITS) else ""
     text = f"{table}\n\n{same}{_where(results)}. `neurons` read {results['calibration_tokens']:,} tokens.\n"
     for run in results["runs"]:

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from healing_runs import TINY, heal, noise, text
 from krony import KronyConfig, KronyError, compress
 from krony.models import precision
+from krony.models.copies import copy_with
 from krony.runtime import distributed
 from small_models import BUILDERS
 
@@ -71,10 +72,25 @@ def run(case: Case, folder: Path, *, shard: bool, resume: bool = False):
     if case.taught:
         teacher = BUILDERS[case.kind]().to(case.dtype)
         recipe = replace(recipe, hidden=1.0)
+    if not distributed.is_first():
+        model, teacher = without_values(model, case), teacher and without_values(teacher, case)
     options = {"shard": shard, "device": DEVICE, "freeze": "none", "keep_anyway": True, "resume": resume}
     options["gradient_checkpointing"] = case.checkpointing
     report = heal(model, *text(29).split(5), work=folder, recipe=recipe, teacher=teacher, **options)
+    if not case.taught:
+        state = [value.cpu() for value in model.state_dict().values()]
+        assert all(map(torch.equal, state, distributed.from_first(state)))  # each process has the result
     return report, model.state_dict()
+
+
+def without_values(model, case: Case):
+    """The model as another process than the first may give it: on the meta device, or with values of its own."""
+    if case.taught:
+        return copy_with(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model
 
 
 def run_to_no_avail(folder: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from krony import KronyConfig, KronyError, compress
 from krony.models.attention import fast_attention
-from krony.models.comparison import Comparison
+from krony.models.comparison import Comparison, plain_heads
 from krony.models.divergence import Goal, divergence
 from krony.models.export import slim
 from krony.models.loading import load_model
@@ -168,7 +168,7 @@ def test_a_student_is_compared_from_its_states_and_with_fast_attention(name, ids
         for parameter in student.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     logits = [model(ids).logits for model in (student, teacher)]
-    comparison = Comparison(student, teacher)
+    comparison = Comparison(plain_heads(student, teacher))
     assert (comparison.heads is None) == (name in MORE_THAN_A_HEAD)
     before = [model.config._attn_implementation for model in (student, teacher)]
     with fast_attention(student, teacher, device="cpu", length=ids.shape[1], dtype=torch.bfloat16):

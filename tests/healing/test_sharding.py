@@ -1,6 +1,7 @@
 """Where sharding is refused, and how a model is split."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,10 +12,20 @@ from torch.distributed.tensor import DTensor
 
 from healing_runs import heal, text
 from krony import KronyConfig, KronyError, compress
-from krony.healing import sharding
 from krony.healing.options import HealOptions
-from krony.healing.sharding import check_sharding, decoder_layers, gather, keep_whole_states, placement, sharded_copy
+from krony.healing.sharding import (
+    check_sharding,
+    decoder_layers,
+    gather,
+    keep_whole_states,
+    load_once,
+    placement,
+    sharded_copy,
+)
+from krony.models.loading import load_model
+from krony.models.source import ModelSource
 from krony.runtime import distributed
+from processes import together
 from small_models import gpt2, llama
 
 SHARD = HealOptions(shard=True)
@@ -79,11 +90,37 @@ def test_models_that_cannot_be_sharded(launched):
         check_sharding(gpt2(), None, HealOptions(shard=True, compile=True), 2)
 
 
-def test_processes_that_loaded_different_weights(monkeypatch):
-    sharding.check_same(1, None)
-    monkeypatch.setattr(distributed, "from_first", lambda _: (2, None))
-    with pytest.raises(KronyError, match="the processes have loaded different weights"):
-        sharding.check_same(1, None)
+def load_and_shard(folder, damaged) -> None:
+    """In each of two processes: only the first has values, and what it can't load no process can."""
+    distributed.init()
+    model = load_once(ModelSource.find(folder), "auto")
+    assert [p.is_meta for p in model.parameters()] == [distributed.rank() > 0] * len(list(model.parameters()))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not model.training
+    sharded = sharded_copy(model, "cpu", trains=False)
+    gathered = {name: p.full_tensor() for name, p in sharded.named_parameters()}
+    expected = load_model(folder)
+    assert all(torch.equal(gathered[name], p) for name, p in expected.named_parameters())
+    for (name, ours), (their_name, theirs) in zip(sharded.named_buffers(), expected.named_buffers(), strict=True):
+        assert name == their_name and torch.equal(ours, theirs)  # a Llama's frequencies are in no file
+    with pytest.raises(KronyError, match="has values that are not finite"):
+        load_once(ModelSource.find(damaged), "auto")
+    other = gpt2() if distributed.is_first() else llama()
+    with pytest.raises(KronyError, match="the processes have different models, so they can't each hold a part of one"):
+        sharded_copy(other, "cpu")
+
+
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_one_process_loads_for_all(tmp_path, build):
+    """Its config doesn't say the dtype, so the others can't know it."""
+    model = build().bfloat16()
+    compress(model, KronyConfig("keep=0.5", init="van-loan"))
+    model.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert config.pop("dtype") == "bfloat16"
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    model.get_input_embeddings().weight.data[0, 0] = torch.nan  # the file is sound: only loading it shows this
+    model.save_pretrained(tmp_path / "damaged")
+    together(2, tmp_path / "runs", load_and_shard, str(tmp_path / "model"), str(tmp_path / "damaged"))
 
 
 @pytest.mark.parametrize("build", [gpt2, llama])

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from krony.models.comparison import Comparison, plain_head, without_effect
+from krony.models.comparison import Comparison, plain_head, plain_heads, without_effect
 from small_models import llama
 
 
 def test_a_head_that_trains_is_not_kept_and_gets_a_gradient():
     model = llama()
     teacher = copy.deepcopy(model)  # its head is not said to be frozen, and doesn't train all the same
-    comparison = Comparison(model, teacher, torch.bfloat16)
+    comparison = Comparison(plain_heads(model, teacher), torch.bfloat16)
     ids = torch.randint(0, 200, (1, 9))
     with comparison.headless():
         comparison.loss(*(m(input_ids=ids).logits for m in (model, teacher))).backward()
@@ -29,7 +29,7 @@ def test_a_sharded_head_is_not_kept():
     model = llama()
     teacher = copy.deepcopy(model)
     teacher.lm_head._is_fsdp_managed_module = True  # what FSDP writes on the modules whose parameters it gathers
-    comparison = Comparison(model, teacher)
+    comparison = Comparison(plain_heads(model, teacher))
     states = torch.randn(1, 9, 48)
     comparison.loss(states, states)
     assert not comparison.fixed

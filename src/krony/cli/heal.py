@@ -201,13 +201,19 @@ class _Job:
 
     def load_models(self) -> _Models:
         """Loads what is trained and what teaches it; the control only to see whether it loads. Raises KronyError."""
-        from krony.models.loading import load_model
+        from krony.models.source import ModelSource
 
         self.source.check_saves()
         if self.control is not None:
-            load_model(self.control, dtype=self.dtype)
-        teacher = None if self.teacher is None else load_model(self.teacher, dtype=self.dtype)
-        return _Models(self.source.load(dtype=self.dtype), self.source.tokenizer, teacher)
+            self.load(ModelSource.find(self.control))
+        teacher = None if self.teacher is None else self.load(ModelSource.find(self.teacher))
+        return _Models(self.load(self.source), self.source.tokenizer, teacher)
+
+    def load(self, source: ModelSource) -> PreTrainedModel:
+        """The model in ``--dtype``; of a sharded run only the first process has its values."""
+        from krony.healing.sharding import is_sharding, load_once
+
+        return load_once(source, self.dtype) if is_sharding(self.options) else source.load(dtype=self.dtype)
 
     def train(
         self, models: _Models, train: Rows, validation: Rows, recipes: list[Recipe]
@@ -219,7 +225,7 @@ class _Job:
         from krony.healing.report import perplexity
         from krony.healing.sharding import as_it_runs
         from krony.healing.validation import validation_loss
-        from krony.models.loading import load_model
+        from krony.models.source import ModelSource
 
         tokens = [f"{len(rows) * rows.length:,}" for rows in (train, validation)]
         self.to.say(f"{tokens[0]} tokens of {read_as(self.data)} to train on, {tokens[1]} to validate on")
@@ -232,7 +238,7 @@ class _Job:
             names = {"model": self.model, "teacher": self.teacher, "recipe": self.recipe, "freeze": self.options.freeze}
             figures = names | report.to_json()
             if self.control is not None:
-                dense = load_model(self.control, dtype=self.dtype)
+                dense = self.load(ModelSource.find(self.control))
                 try:
                     compared = train_control(
                         dense, train, validation, work=self.work / "control", recipe=recipes[0], **common

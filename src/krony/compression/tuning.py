@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from krony.compression.descent import relative_adamw
 from krony.models.attention import fast_attention
-from krony.models.comparison import Comparison
+from krony.models.comparison import Comparison, plain_heads
 from krony.models.divergence import PLAIN, Goal, following
 from krony.models.modes import evaluating
 from krony.models.precision import fast_products, product_dtype
@@ -159,7 +159,7 @@ class _Lesson:
     def __init__(self, model: PreTrainedModel, original: PreTrainedModel, ids: Tensor, text: float) -> None:
         self.model, self.original, self.ids, self.text = model, original, ids, text
         self.dtype = product_dtype(model)
-        self.comparison = Comparison(model, original, self.dtype)
+        self.comparison = Comparison(plain_heads(model, original), self.dtype)
         self.kept: dict[int, Tensor] = {}
 
     def loss(self, row: int) -> Tensor:

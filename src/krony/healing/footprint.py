@@ -12,9 +12,7 @@ their gradients too, and once more where they are summed.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +25,7 @@ from krony.healing.options import HealOptions
 from krony.healing.recipes import Recipe
 from krony.healing.sharding import decoder_layers, placement
 from krony.healing.trainable import gradient_checkpointing, trainable
+from krony.models.copies import copy_with
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -42,8 +41,9 @@ class Footprint:
         activations: what the forward pass leaves for the backward pass, and the logits' gradient.
         teacher: the teacher's weights on the device.
         peak: the most at one moment on the device.
-        main: the most at one moment in the machine's main memory. With shards the whole model and teacher stay there,
-            and a checkpoint gathers the whole optimiser state there. On a CPU, that and the peak are one figure.
+        main: the most at one moment in the machine's main memory. With shards this is the first process: the whole
+            model and teacher stay there, and a checkpoint gathers the whole optimiser state there; the others need none
+            beside their device. On a CPU, that and the peak are one figure.
     """
 
     parameters: int
@@ -164,7 +164,7 @@ class _Run:
         )
 
     def sharded(self, on_cpu: bool) -> Footprint:
-        """A part of the model on each device, and the whole one in main memory."""
+        """A part of the model on each device, and the whole one in the main memory of the first process."""
         every, training, taught = self.every, self.training, self.taught
         computing = every.rest + 2 * every.layer
         lasting = every.part + 2 * training.part + taught.part + taught.rest
@@ -179,10 +179,9 @@ class _Run:
         )
         peak = lasting + max(moments)
         kept = every.whole + taught.whole
-        making = max(every.whole, every.part + taught.whole)  # a copy before it is split
         saving = 2 * training.whole  # the whole state of the optimiser
         if on_cpu:
-            peak = kept + max(making, lasting + saving, peak)
+            peak = kept + max(lasting + saving, peak)
         return Footprint(
             parameters=every.part + computing,
             gradients=training.part + training.rest + 2 * training.layer,
@@ -190,7 +189,7 @@ class _Run:
             activations=self.saved + self.loss + self.copies,
             teacher=taught.part + (taught.rest + 2 * taught.layer),
             peak=peak,
-            main=peak if on_cpu else kept + max(making, saving),
+            main=peak if on_cpu else kept + saving,
         )
 
 
@@ -273,11 +272,11 @@ def _forward(
 
 def _without_values(model: PreTrainedModel, half: torch.dtype | None) -> PreTrainedModel:
     """The model on a CPU of which only shapes exist; floats are ``half``, or float32 where they were half precision."""
-    made: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+
+    def empty(tensor: Tensor) -> Tensor:
         dtype = tensor.dtype
         if dtype.is_floating_point:
             dtype = half or (torch.float32 if dtype in HALF else dtype)
-        empty = torch.empty(tensor.shape, dtype=dtype, device="cpu")
-        made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, made)
+        return torch.empty(tensor.shape, dtype=dtype, device="cpu")
+
+    return copy_with(model, empty)

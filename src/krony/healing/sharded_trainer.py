@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from krony.errors import KronyError
 from krony.healing.recipes import Recipe
 from krony.healing.sharding import gather, keep_whole_states, reshard, sharded_copy
 from krony.healing.trainer import HealingTrainer
-from krony.models.comparison import Comparison
+from krony.models.comparison import Comparison, plain_heads
+from krony.runtime import distributed
 
 
 class ShardedTrainer(HealingTrainer):
@@ -23,8 +26,9 @@ class ShardedTrainer(HealingTrainer):
     Checkpoints are those of a run without shards: a model that ``from_pretrained`` loads, and whole optimiser states.
 
     Args:
-        whole: the model to train. It stays whole, where it is; checkpoints are written from it, and ``finish`` leaves
-            the trained state in it.
+        whole: the model to train. It stays whole, where it is; checkpoints are written from that of the first process,
+            and ``finish`` leaves the trained state in it. In the other processes it may be on the meta device.
+        teacher: the same holds for it.
     """
 
     model: PreTrainedModel
@@ -44,10 +48,11 @@ class ShardedTrainer(HealingTrainer):
             raise KronyError("accelerate is set up with FSDP of its own: call krony.heal before making an Accelerator")
         self.whole = whole
         if teacher is not None:
-            # found out on whole models: it switches gradients off for a while, and shards remember that
-            self.comparison = Comparison(whole, teacher, self.half)
             self.teacher = sharded_copy(teacher, device, trains=False)
-            self.comparison.heads = self.comparison.heads and (_head(self.model), _head(self.teacher))
+            # found out on whole models: it switches gradients off for a while, and shards remember that
+            plain = distributed.is_first() and plain_heads(whole, teacher) is not None
+            heads = (_head(self.model), _head(self.teacher)) if distributed.from_first(plain) else None
+            self.comparison = Comparison(heads, self.half)
         # autocast would keep a copy of every gathered weight until the end of a forward pass
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)  # not data parallel
@@ -77,6 +82,14 @@ class ShardedTrainer(HealingTrainer):
     def finish(self) -> None:
         """Leaves the trained state in the model that the caller gave."""
         gather(self.model, self.whole)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Reads this process's parts from the file. Trainer loads whole states, onto every GPU."""
+        if checkpoint is None:
+            return
+        for state_of, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+            file = Path(checkpoint) / name
+            state_of.load_state_dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.should_save:

@@ -5,17 +5,21 @@ Nothing smaller may be a group: a fused MLP reads the parameters of its layers, 
 head, outside these modules' own forward. The head is in the last group, beside the embeddings that it may be tied to;
 that group stays gathered until its gradients are made.
 
-The copy of a model is sharded and not the model itself, because ``fully_shard`` has no way back.
+The copy of a model is sharded and not the model itself, because ``fully_shard`` has no way back. Values come from the
+first process. In the others the model itself can be on the meta device, so that a machine holds it once.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -23,6 +27,8 @@ from transformers import PreTrainedModel
 
 from krony.errors import KronyError
 from krony.healing.options import HealOptions
+from krony.models.copies import copy_with
+from krony.models.source import ModelSource
 from krony.runtime import distributed
 
 ON = ("true", "1", "yes", "on", "y", "t")
@@ -69,17 +75,26 @@ def _check_launch() -> None:
             raise KronyError(f"{name} is set, which healing does not do: {instead}")
 
 
-def check_same(*fingerprints: int | None) -> None:
-    """Raises KronyError unless all processes have loaded the same values; without shards the first one's are sent."""
-    if not distributed.all_agree(distributed.from_first(fingerprints) == fingerprints):
-        raise KronyError("the processes have loaded different weights, so they can't each hold a part of them")
+def load_once(source: ModelSource, dtype: str) -> PreTrainedModel:
+    """Loads a model that is to be sharded: whole in the first process, on the meta device in the others.
+
+    Every process has to call this. Raises KronyError in all of them where ``ModelSource.load`` raises it in the first.
+    """
+    whole = distributed.in_first(lambda: source.load(dtype=dtype))
+    dtypes = distributed.from_first({} if whole is None else {name: t.dtype for name, t in _tensors(whole)})
+    if whole is not None:
+        return whole
+    shapes = copy.deepcopy(source.skeleton).eval()
+    for name, tensor in _tensors(shapes):  # a config may not say the dtype of the files
+        tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+    return shapes
 
 
 def sharded_copy(model: PreTrainedModel, device: str, *, trains: bool = True) -> PreTrainedModel:
     """A copy of ``model`` on ``device`` of which each process holds its part; every process has to call this.
 
     Args:
-        model: stays as it is, whole and where it is. Its values have to be the same in all processes.
+        model: stays as it is, whole and where it is. Only the first process has to have its values.
         device: ``cpu`` or ``cuda``; each process has its own GPU.
         trains: False for a teacher, whose parameters need no gradients.
 
@@ -87,9 +102,13 @@ def sharded_copy(model: PreTrainedModel, device: str, *, trains: bool = True) ->
         The copy. Its forward takes all processes at once; ``load_state_dict`` takes whole tensors.
 
     Raises:
-        KronyError: a model whose decoder layers can't be told, or share parameters with each other.
+        KronyError: a model whose decoder layers can't be told, or share parameters with each other, or that is not the
+            same in all processes.
     """
-    mine = copy.deepcopy(model)
+    described = [(name, tensor.shape, tensor.dtype) for name, tensor in _tensors(model)]
+    if not distributed.all_agree(described == distributed.from_first(described)):
+        raise KronyError("the processes have different models, so they can't each hold a part of one")
+    mine = copy_with(model, lambda tensor: torch.empty_like(tensor, device="meta"))
     if not trains:
         mine.eval().requires_grad_(False)
     mesh = init_device_mesh(device, (distributed.count(),))
@@ -97,8 +116,35 @@ def sharded_copy(model: PreTrainedModel, device: str, *, trains: bool = True) ->
     for layer in reversed(decoder_layers(mine)):
         fully_shard(layer, **options)
     fully_shard(mine, **options)
+    mine.to_empty(device=device)
+    _take_values(mine, model)
     mine.register_load_state_dict_pre_hook(_take_own_parts)
     return mine
+
+
+@torch.no_grad()
+def _take_values(sharded: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Gives the parameters and buffers of ``sharded`` the values that ``model`` has in the first process.
+
+    One at a time is whole on the device.
+    """
+    first = distributed.is_first()
+    values = dict(_tensors(model, every_name=True))
+    for name, tensor in _tensors(sharded):
+        value = values[name].detach()
+        device = tensor.device
+        there = value.to(device) if first else torch.empty(value.shape, dtype=value.dtype, device=device)
+        if isinstance(tensor, DTensor):
+            tensor.copy_(distribute_tensor(there, tensor.device_mesh, tensor.placements))
+        else:
+            dist.broadcast(there, src=0)
+            tensor.copy_(there)
+
+
+def _tensors(model: PreTrainedModel, *, every_name: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and buffers of a model by name; tied ones once, or with ``every_name`` by each of their names."""
+    once = {"remove_duplicate": not every_name}
+    return itertools.chain(model.named_parameters(**once), model.named_buffers(**once))
 
 
 def as_it_runs(model: PreTrainedModel, options: HealOptions) -> PreTrainedModel:
@@ -146,7 +192,8 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 def gather(sharded: PreTrainedModel, whole: PreTrainedModel) -> None:
     """Copies the values of all parameters and buffers of ``sharded`` to ``whole``, in every process.
 
-    One parameter at a time is gathered; every process has to call this.
+    One parameter at a time is gathered; every process has to call this. Where ``whole`` is on the meta device, it stays
+    without values.
     """
     reshard(sharded)
     values = dict(sharded.named_parameters())

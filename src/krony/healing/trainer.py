@@ -22,7 +22,7 @@ from krony.healing.recipes import Recipe
 from krony.healing.scalars import log_of
 from krony.healing.trainable import adamw
 from krony.healing.validation import validation_loss
-from krony.models.comparison import Comparison
+from krony.models.comparison import Comparison, plain_heads
 from krony.runtime import distributed
 from krony.runtime.progress import Progress
 from krony.runtime.signals import Interrupt, Pending
@@ -37,7 +37,9 @@ class HealingTrainer(Trainer):
         self.stop = Pending()
         self.unevaluated: str | None = None  # the checkpoint that a run resumes from, if it was to be evaluated first
         self.teacher = None if teacher is None else teacher.eval().to(self.args.device)
-        self.comparison = None if self.teacher is None else Comparison(self.model, self.teacher, self.half)
+        self.comparison = None
+        if self.teacher is not None:
+            self.comparison = Comparison(plain_heads(self.model, self.teacher), self.half)
         # all rows have one length, so the mean over a step is the mean of its batches' means, for any loss
         self.model_accepts_loss_kwargs = False
         self.flops_per_token = training_flops(self.model, self.teacher, self.train_dataset.length)

@@ -44,7 +44,7 @@ from krony.healing.recipes import RECIPES, Recipe
 from krony.healing.report import HealReport
 from krony.healing.scalars import trajectories
 from krony.healing.sharded_trainer import ShardedTrainer
-from krony.healing.sharding import check_same, check_sharding, is_sharding
+from krony.healing.sharding import check_sharding, is_sharding
 from krony.healing.trainable import full_precision, trainable
 from krony.healing.trainer import HealingTrainer, SaveAtSignal, ShowProgress, StopAtBadLoss
 from krony.models.attention import fast_attention
@@ -103,7 +103,6 @@ def train_on_rows(
                 arguments = _arguments(model, train, recipe, work, options)
                 data = {"train_dataset": train, "eval_dataset": validation, "processing_class": tokenizer}
                 if is_sharding(options):
-                    check_same(settings[FINGERPRINTS]["model"], settings[FINGERPRINTS]["teacher"])
                     trainer = ShardedTrainer(recipe, teacher, whole=model, args=arguments, **data)
                 else:
                     trainer = HealingTrainer(recipe, teacher, model=model, args=arguments, **data)
@@ -297,12 +296,14 @@ def settings_of(
 ) -> dict[str, Any]:
     """What a resumed run has to share with the one it continues; how rows are spread over devices is free.
 
-    ``train`` holds complete steps only.
+    ``train`` holds complete steps only. Every process has to call this: weights are those of the first.
     """
     settings = {name: value for name, value in asdict(recipe).items() if name != "batch"}
+    weights = [None if one is None or not distributed.is_first() else _fingerprint(one) for one in (model, teacher)]
+    ours, theirs = distributed.from_first(weights)
     fingerprints = {
-        "model": _fingerprint(model),
-        "teacher": None if teacher is None else _fingerprint(teacher),
+        "model": ours,
+        "teacher": theirs,
         "training text": _text_fingerprint(train),
         "validation text": _text_fingerprint(validation),
     }

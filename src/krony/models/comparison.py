@@ -19,18 +19,13 @@ class Comparison:
     """How far the predictions of a student are from those of its teacher.
 
     Args:
-        student: the model that learns.
-        teacher: the model that it learns from.
+        heads: what ``plain_heads`` says of the student and its teacher. Without them the logits themselves are
+            compared, which takes more memory and time.
         dtype: the dtype of the heads' products; None for that of their weights.
-
-    Raises nothing: where a model does more to its logits than its head does (Gemma 2 caps them), the logits themselves
-    are compared, which takes more memory and time.
     """
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-        ours, theirs = plain_head(student), plain_head(teacher)
-        self.heads = None if ours is None or theirs is None else (ours, theirs)
-        self.dtype = dtype
+    def __init__(self, heads: tuple[nn.Linear, nn.Linear] | None, dtype: torch.dtype | None = None) -> None:
+        self.heads, self.dtype = heads, dtype
         self.fixed: dict[nn.Linear, Head] = {}  # heads that don't train, converted
 
     @contextmanager
@@ -58,6 +53,12 @@ class Comparison:
         if keep:
             self.fixed[layer] = head
         return head
+
+
+def plain_heads(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[nn.Linear, nn.Linear] | None:
+    """The heads of both, or None where either does more to its logits than its head does (Gemma 2 caps them)."""
+    ours, theirs = plain_head(student), plain_head(teacher)
+    return None if ours is None or theirs is None else (ours, theirs)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from torch import distributed as dist
 from krony.errors import KronyError, KronyWarning
 
 Value = TypeVar("Value")
-PATIENCE = timedelta(minutes=10)  # how long a process waits for the others; gloo's own limit is half an hour
+PATIENCE = timedelta(minutes=30)  # how long a process waits for the others, of which the first may load a large model
 LAYER_PATIENCE = timedelta(hours=6)  # the same where another may compute the factors of a large layer meanwhile
 LOST = "another process of this run has ended, or can't be reached: what it printed says why"
 FSDP = "ACCELERATE_USE_FSDP"
@@ -88,6 +88,27 @@ def _take_request_for_shards() -> None:
 def from_first(value: Value) -> Value:
     """The value that the first process has. Every process has to call this."""
     return from_process(0, value)
+
+
+def in_first(work: Callable[[], Value]) -> Value | None:
+    """What ``work`` returns in the first process; None in the others, which wait. Every process has to call this.
+
+    Raises KronyError in all of them where ``work`` raises it in the first.
+
+    Examples:
+        >>> in_first(lambda: 1 + 1)  # there is one process
+        2
+    """
+    value: Value | None = None
+    mistake: KronyError | None = None
+    if is_first():
+        try:
+            value = work()
+        except KronyError as error:
+            mistake = error
+    if mistake := from_first(mistake):
+        raise mistake
+    return value
 
 
 def from_process(number: int, value: Value) -> Value:
