@@ -30,6 +30,7 @@ from krony.init.base import Moments, Options, SecondMoment, Target, regularised
 from krony.init.whole_neurons import Selection, method
 
 BLOCK = 32  # neurons dropped between two exact updates, at least
+WORK = 1 << 21  # numbers that an update gathers at a time, 16 MB
 BLOCKS = 96  # about how many updates dropping all neurons takes: each one passes over the full inverse
 
 
@@ -123,15 +124,16 @@ def drop(
         ([1, 2], [1.0, 5.0])
     """
     block = block or max(BLOCK, weight.shape[1] // BLOCKS)
-    weight = weight.clone()
+    weight = weight.clone(memory_format=torch.contiguous_format)
     inverse = (c if consume else c.clone()).mT  # symmetric, and column-major as LAPACK requires
     torch.linalg.cholesky(inverse, out=inverse)
     torch.cholesky_inverse(inverse, out=inverse)
     inverse = inverse.mT.contiguous()  # a view, not a copy
     left = torch.arange(weight.shape[1], device=weight.device)
+    work = weight.new_empty(2, max(WORK, weight.shape[1]))
     order, costs, total = [], [], torch.zeros((), dtype=weight.dtype, device=weight.device)
     while count > 0:
-        single = weight.square().sum(0) / inverse.diagonal()  # (n_left,)
+        single = torch.linalg.vector_norm(weight, dim=0).square() / inverse.diagonal()  # (n_left,)
         cheapest = single.topk(min(block, count), largest=False).indices
         own = single[cheapest]
         stay = torch.ones(len(left), dtype=torch.bool, device=weight.device)
@@ -143,22 +145,29 @@ def drop(
         costs.append(total + own.cumsum(0) * (cost / own.sum().clamp_min(torch.finfo(own.dtype).tiny)))
         total = total + cost
         order.append(left[cheapest])
-        weight = weight[:, stay] - dropped @ shift
-        inverse = _shrink(inverse, stay, inverse[:, cheapest][stay], shift)
-        left, count = left[stay], count - len(cheapest)
+        kept = stay.nonzero().squeeze(1)
+        weight = _shrink(weight, torch.arange(len(weight), device=weight.device), kept, dropped, shift, work)
+        inverse = _shrink(inverse, kept, kept, inverse[:, cheapest][kept], shift, work)
+        left, count = left[kept], count - len(cheapest)
     return torch.cat(order), torch.cat(costs)
 
 
-def _shrink(matrix: Tensor, stay: Tensor, across: Tensor, shift: Tensor, rows: int = 1024) -> Tensor:
-    """``matrix[stay][:, stay] - across @ shift``, written into the memory of the contiguous ``matrix``.
+def _shrink(matrix: Tensor, rows: Tensor, columns: Tensor, across: Tensor, shift: Tensor, work: Tensor) -> Tensor:
+    """``matrix[rows][:, columns] - across @ shift``, written into the memory of the contiguous ``matrix``.
 
-    It works on ``rows`` rows at a time. A row moves up or stays, so none is overwritten before it is read.
+    ``rows`` and ``columns`` are rising. It works on as many rows at a time as ``work: (2, ...)`` has space for: new
+    memory for each part would take the system more time than the products. A row moves up or stays, so none is
+    overwritten before it is read.
     """
-    kept = stay.nonzero().squeeze(1)
-    small = matrix.view(-1)[: len(kept) ** 2].view(len(kept), len(kept))
-    for begin in range(0, len(kept), rows):
-        end = begin + rows
-        small[begin:end] = matrix[kept[begin:end]][:, kept] - across[begin:end] @ shift
+    small = matrix.view(-1)[: len(rows) * len(columns)].view(len(rows), len(columns))
+    step = work.shape[1] // matrix.shape[1]
+    for begin in range(0, len(rows), step):
+        part = rows[begin : begin + step]
+        complete = work[0, : len(part) * matrix.shape[1]].view(len(part), -1)
+        gathered = work[1, : len(part) * len(columns)].view(len(part), -1)
+        torch.index_select(matrix, 0, part, out=complete)
+        torch.index_select(complete, 1, columns, out=gathered)
+        torch.addmm(gathered, across[begin : begin + step], shift, alpha=-1, out=small[begin : begin + step])
     return small
 
 
