@@ -159,7 +159,8 @@ def _name(run: dict) -> str:
 
 
 def _where(results: dict) -> str:
-    return f"{results['machine']['processor']}, {results['machine']['threads']} threads"
+    threads = results["machine"]["threads"]
+    return f"{results['machine']['processor']}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _write_page(results: dict) -> None:
