@@ -70,6 +70,7 @@ CASES = {
     "one process": Case(processes=1),
     "one, with a teacher": Case(processes=1, taught=True),
     "one, products in bfloat16": Case(processes=1, half=True),
+    "one, with a teacher, products in bfloat16": Case(processes=1, taught=True, half=True),
     "two, a copy each": Case(processes=2),
     "two, sharded": Case(processes=2, shard=True),
     "two, sharded, with a teacher": Case(processes=2, shard=True, taught=True),
@@ -126,7 +127,8 @@ def work(case: str, out: Path) -> None:
     from krony.models import precision
     from krony.runtime import distributed
 
-    precision.fast_dtype = lambda _: torch.bfloat16 if chosen.half else torch.float32  # the same on all processors
+    fast = torch.bfloat16 if chosen.half else torch.float32
+    precision.fast_dtype = lambda _: fast  # the same on all processors
     distributed.init()
     folder = Path(os.environ["KRONY_WORK"])
 

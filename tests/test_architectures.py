@@ -8,10 +8,10 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from krony import KronyConfig, KronyError, compress
-from krony.models.attention import fast_attention
 from krony.models.comparison import Comparison, plain_heads
 from krony.models.divergence import Goal, divergence
 from krony.models.export import slim
+from krony.models.fast_training import fast_training
 from krony.models.loading import load_model
 from krony.models.source import ModelSource
 from krony.models.surgery import find_groups, kronecker_layers, layer_index, plain_config, take_out
@@ -161,8 +161,11 @@ MORE_THAN_A_HEAD = {"Gemma 2"}  # caps its logits
 
 
 @pytest.mark.parametrize("name", list(WORK))
-def test_a_student_is_compared_from_its_states_and_with_fast_attention(name, ids):
+def test_a_student_is_compared_from_its_states_and_with_eager_attention(name, ids, monkeypatch):
     """The loss is the divergence of the logits, and the implementation of attention changes rounding alone."""
+    monkeypatch.setattr("krony.models.fast_training._in_bfloat16", lambda *_: True)
+    monkeypatch.setattr("krony.models.fast_training.has_tiles", lambda: False)
+    monkeypatch.setattr("krony.models.fast_training.product_weights", lambda _: [])
     teacher, student = built(*WORK[name]), built(*WORK[name])
     with torch.no_grad():
         for parameter in student.parameters():
@@ -171,7 +174,7 @@ def test_a_student_is_compared_from_its_states_and_with_fast_attention(name, ids
     comparison = Comparison(plain_heads(student, teacher))
     assert (comparison.heads is None) == (name in MORE_THAN_A_HEAD)
     before = [model.config._attn_implementation for model in (student, teacher)]
-    with fast_attention(student, teacher, device="cpu", length=ids.shape[1], dtype=torch.bfloat16):
+    with fast_training(student, teacher, device="cpu", length=ids.shape[1]):
         assert {model.config._attn_implementation for model in (student, teacher)} == {"eager"}
         with comparison.headless():
             loss = comparison.loss(*(model(ids).logits for model in (student, teacher)), Goal(2.0))

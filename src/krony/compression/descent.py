@@ -19,7 +19,7 @@ def relative_adamw(
     """
     rates = [rate * (p.detach().square().mean().sqrt().item() or 1.0) for p in parameters]
     groups = [{"params": [p], "lr": own} for p, own in zip(parameters, rates, strict=True)]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     total = max(steps, 2)
     rising = max(warm_up, 1.5 / total)  # OneCycleLR divides by the number of rising steps less one
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -23,8 +23,8 @@ from krony.compression.tuning import held_out, tune
 from krony.config import KronyConfig
 from krony.errors import KronyWarning
 from krony.init.base import Moments
-from krony.models.attention import fast_attention
-from krony.models.precision import fast_products, product_dtype
+from krony.models.fast_training import fast_training
+from krony.models.precision import fast_products
 from krony.models.split_attention import splitting, wholes_of
 from krony.runtime.progress import silent
 from krony.runtime.timing import timed
@@ -174,7 +174,7 @@ def _tuned(model: PreTrainedModel, config: KronyConfig, ids: Tensor) -> tuple[fl
         with fast_products(model):
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
 
-    with fast_attention(model, device=model.device, length=ids.shape[1], dtype=product_dtype(model)):
+    with fast_training(None, model, device=model.device, length=ids.shape[1]):
         return step, timed(model.device, look), held
 
 

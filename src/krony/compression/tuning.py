@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from krony.compression.descent import relative_adamw
-from krony.models.attention import fast_attention
 from krony.models.comparison import Comparison, plain_heads
 from krony.models.divergence import PLAIN, Goal, following
+from krony.models.fast_training import fast_training
 from krony.models.modes import evaluating
 from krony.models.precision import fast_products, product_dtype
 from krony.models.surgery import kronecker_layers
@@ -75,7 +75,7 @@ def tune(
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed)).tolist()
     count = held_out(len(ids))
     held, trained = order[:count], order[count:] if len(ids) > 1 else order
-    fast = fast_attention(model, original, device=model.device, length=ids.shape[1], dtype=product_dtype(model))
+    fast = fast_training(model, original, device=model.device, length=ids.shape[1])
     parameters = _trained(model, everything)
     with torch.no_grad(), _training(model, parameters) as undo, fast:
         lesson = _Lesson(model, original, ids, text)

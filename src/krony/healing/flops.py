@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from krony.models.modes import evaluating
+from krony.models.precision import fast_products
 
 # Peak of dense bfloat16 products in FLOP/s, by a part of the device's name: NVIDIA's data sheets.
 PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
@@ -19,7 +20,7 @@ def forward_flops(model: PreTrainedModel, length: int) -> int:
     The products that are run are counted, so a sum of Kronecker products counts what its forward path takes.
     """
     ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
-    with evaluating(model), FlopCounterMode(display=False) as counter:
+    with evaluating(model), fast_products(model), FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False)
     return int(counter.get_total_flops())
 

@@ -12,6 +12,7 @@ their gradients too, and once more where they are summed.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 import torch
@@ -26,6 +27,7 @@ from krony.healing.recipes import Recipe
 from krony.healing.sharding import decoder_layers, placement
 from krony.healing.trainable import gradient_checkpointing, trainable
 from krony.models.copies import copy_with
+from krony.models.fast_training import product_weights
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -105,6 +107,7 @@ def footprint(
         every = _weights(model, parts, trains=True)
         training = _weights(model, parts, trains=True, only_trained=True)
         saved, loss = _activations(model, batch, recipe.length, half, options, taught=teacher is not None)
+    aside = product_weights(teacher) if teacher is not None and half and on_cpu else []  # ``fast_training`` does so
     copies = 0
     if half:  # autocast's, which the backward pass needs too unless it computes activations again
         held = sharded and options.gradient_checkpointing  # layer by layer, as their weights are
@@ -112,7 +115,8 @@ def footprint(
     run = _Run(
         every=every,
         training=training,
-        taught=_Weights() if teacher is None else _weights(teacher, parts),
+        taught=_Weights() if teacher is None else _weights(teacher, parts, converted=aside),
+        aside=sum(weight.numel() * weight.dtype.itemsize for weight in aside),
         saved=saved,
         loss=loss,
         copies=copies,
@@ -130,6 +134,7 @@ class _Run:
         every: the weights, as they train.
         training: those of them that get gradients.
         taught: the teacher's.
+        aside: those of the teacher's that are converted, as they were before.
         saved: what the forward pass leaves for the backward pass.
         loss: what the loss takes for a moment, when all of ``saved`` is there.
         copies: weights in the dtype of the products, which autocast makes.
@@ -140,6 +145,7 @@ class _Run:
     every: _Weights
     training: _Weights
     taught: _Weights
+    aside: int
     saved: int
     loss: int
     copies: int
@@ -150,9 +156,9 @@ class _Run:
         """A complete model on each device."""
         every, training, taught = self.every, self.training, self.taught
         activations = self.saved + self.loss + self.copies
-        fixed = every.whole + 2 * training.whole + self.buckets + taught.whole
+        fixed = every.whole + 2 * training.whole + self.buckets + taught.whole + self.aside
         # without accumulation, gradients take the place of activations
-        peak = fixed + max(self.accumulated + activations, training.whole + (0 if on_cpu else training.whole))
+        peak = fixed + max(self.accumulated + activations, training.whole)
         return Footprint(
             parameters=every.whole,
             gradients=training.whole + self.buckets,
@@ -175,10 +181,9 @@ class _Run:
             self.accumulated + computing + training.rest + 2 * training.layer + self.saved + self.copies,
             training.part + computing + training.rest + 2 * training.layer,  # and the first
             training.part + every.rest + 2 * training.rest,  # what is around the layers is summed
-            2 * training.part,  # AdamW
         )
         peak = lasting + max(moments)
-        kept = every.whole + taught.whole
+        kept = every.whole + taught.whole + self.aside
         saving = 2 * training.whole  # the whole state of the optimiser
         if on_cpu:
             peak = kept + max(lasting + saving, peak)
@@ -193,13 +198,22 @@ class _Run:
         )
 
 
-def _weights(model: PreTrainedModel, parts: int, *, trains: bool = False, only_trained: bool = False) -> _Weights:
-    """Bytes of the weights, those in half precision as float32 if the model trains; tied ones count once."""
+def _weights(
+    model: PreTrainedModel,
+    parts: int,
+    *,
+    trains: bool = False,
+    only_trained: bool = False,
+    converted: Collection[nn.Parameter] = (),
+) -> _Weights:
+    """Bytes of the weights, tied ones once: in float32 if the model trains, the ``converted`` ones in bfloat16."""
+    halved = {id(parameter) for parameter in converted}
 
     def size(parameter: nn.Parameter, parts: int = 1) -> int:
         if only_trained and not parameter.requires_grad:
             return 0
         item = 4 if trains and parameter.dtype in HALF else parameter.dtype.itemsize
+        item = 2 if id(parameter) in halved else item
         if parts == 1 or not parameter.ndim:
             return parameter.numel() * item
         along = parameter.shape[placement(parameter, parts).dim]

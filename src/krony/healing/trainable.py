@@ -124,4 +124,4 @@ def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": [p for p in training if id(p) in scalars], "weight_decay": 0.0, "lr": scalar_rate},
         {"params": [p for p in training if id(p) not in factors | scalars], "weight_decay": 0.0, "lr": other_rate},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, betas=(0.9, 0.95))
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)

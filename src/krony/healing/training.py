@@ -9,7 +9,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from krony.healing.sharded_trainer import ShardedTrainer
 from krony.healing.sharding import check_sharding, is_sharding
 from krony.healing.trainable import full_precision, trainable
 from krony.healing.trainer import HealingTrainer, SaveAtSignal, ShowProgress, StopAtBadLoss
-from krony.models.attention import fast_attention
+from krony.models.fast_training import fast_training
 from krony.models.loading import context_length
 from krony.models.precision import product_dtype
 from krony.runtime import distributed
@@ -99,7 +99,9 @@ def train_on_rows(
         hold_to_settings(work, settings, resume=options.resume)
         save_start(model, work)
         try:
-            with full_precision(model), _nothing_left_on(model), _fast_attention(model, teacher, train, options):
+            device = training_device(options.device)
+            fast = fast_training(model, teacher, device=device, length=train.length)
+            with full_precision(model), _nothing_left_on(model), fast:
                 arguments = _arguments(model, train, recipe, work, options)
                 data = {"train_dataset": train, "eval_dataset": validation, "processing_class": tokenizer}
                 if is_sharding(options):
@@ -183,13 +185,6 @@ def _run(trainer: HealingTrainer, last: str | None, work: Path, progress: Progre
         trainer.unevaluated = last if last is not None and lacks_evaluation(Path(last)) else None
         trainer.train(resume_from_checkpoint=last)
         return float(trainer.evaluate()["eval_loss"])
-
-
-def _fast_attention(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, train: Rows, options: HealOptions
-) -> AbstractContextManager[None]:
-    device = training_device(options.device)
-    return fast_attention(model, teacher, device=device, length=train.length, dtype=product_dtype(model, device))
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from krony.compression.compress import compress
 from krony.data.rows import Rows
 from krony.healing.recipes import Recipe
 from krony.healing.trainable import adamw
-from krony.models.attention import fast_attention
+from krony.models.fast_training import fast_training
 from krony.models.modes import evaluating
-from krony.models.precision import fast_products, product_dtype
+from krony.models.precision import fast_products
 from krony.reproduce.runs import Run
 from krony.runtime.timing import timed
 
@@ -88,7 +88,7 @@ def measure_pace(base: PreTrainedModel, run: Run, rows: Rows, recipe: Recipe) ->
             forward(of)
 
     optimizer = adamw(model, recipe)
-    with fast_attention(model, base, device=model.device, length=rows.length, dtype=product_dtype(model)):
+    with fast_training(model, base, device=model.device, length=rows.length):
         train = _fastest(learn, model)
         step = _fastest(optimizer.step, model)
         with evaluating(model):

@@ -21,9 +21,18 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
     kind = torch.device(device).type
     fast = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == "cpu":
-        abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
-        fast = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+        fast = has_tiles() or bool(_abilities().get("avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+def has_tiles() -> bool:
+    """Whether the processor multiplies bfloat16 matrices in tiles (Intel's AMX)."""
+    return bool(_abilities().get("amx_bf16"))
+
+
+def _abilities() -> dict[str, Any]:
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.10
+    return found
 
 
 def memory() -> int:
