@@ -41,7 +41,7 @@ BATCH_TOKENS = 4096  # tokens per forward pass
 SENSITIVITY_TOKENS = 16_384  # enough for a matrix of the model's width; a backward pass is expensive
 ROUNDING = 1e-3  # relative asymmetry that float32 sums may leave in a symmetric matrix
 ABANDONED = 24 * 3600  # age in seconds of a half-written file that no process finishes any more
-BLOCKS = 4  # of columns, in sums of symmetric products: 10 of 16 blocks are computed
+BLOCKS, LARGEST = 4, 512  # of columns, in sums of symmetric products: at least so many, of at most so many columns
 MEMORY = 4 * 1024**3  # bytes of sums in memory at once; a model that needs more takes several passes over the text
 
 
@@ -297,7 +297,7 @@ def _add_upper(sums: Tensor, first: Tensor, second: Tensor) -> None:
     ``first`` and ``second``: ``(tokens, n)``, float32; ``sums``: float64. Blocks below the diagonal are not computed.
     """
     n = first.shape[1]
-    size = -(-n // BLOCKS)
+    size = min(-(-n // BLOCKS), LARGEST)  # a product of a large block is slow to get memory for
     for start in range(0, n, size):
         block = slice(start, start + size)
         sums[block, start:].add_(first[:, block].T @ second[:, start:])

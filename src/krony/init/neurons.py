@@ -30,7 +30,7 @@ from krony.init.base import Moments, Options, SecondMoment, Target, regularised
 from krony.init.whole_neurons import Selection, method
 
 BLOCK = 32  # neurons dropped between two exact updates, at least
-WORK = 1 << 21  # numbers that an update gathers at a time, 16 MB
+GONE = 1 / 8  # share of dropped neurons up to which updates include them: taking them out copies the matrices
 BLOCKS = 96  # about how many updates dropping all neurons takes: each one passes over the full inverse
 
 
@@ -130,44 +130,39 @@ def drop(
     torch.cholesky_inverse(inverse, out=inverse)
     inverse = inverse.mT.contiguous()  # a view, not a copy
     left = torch.arange(weight.shape[1], device=weight.device)
-    work = weight.new_empty(2, max(WORK, weight.shape[1]))
+    gone = torch.zeros_like(left, dtype=torch.bool)  # dropped, and still in the matrices
     order, costs, total = [], [], torch.zeros((), dtype=weight.dtype, device=weight.device)
     while count > 0:
-        single = torch.linalg.vector_norm(weight, dim=0).square() / inverse.diagonal()  # (n_left,)
-        cheapest = single.topk(min(block, count), largest=False).indices
+        single = torch.linalg.vector_norm(weight, dim=0).square() / inverse.diagonal()  # (n,)
+        cheapest = single.masked_fill_(gone, torch.inf).topk(min(block, count), largest=False).indices
         own = single[cheapest]
-        stay = torch.ones(len(left), dtype=torch.bool, device=weight.device)
-        stay[cheapest] = False
-        inner = torch.linalg.cholesky(inverse[cheapest][:, cheapest])  # (block, block)
-        shift = torch.cholesky_solve(inverse[cheapest][:, stay], inner)  # S: (block, n_left - block)
+        across = inverse[cheapest]  # C⁻¹[D, :]: (block, n)
+        inner = torch.linalg.cholesky(across[:, cheapest])  # (block, block)
+        shift = torch.cholesky_solve(across, inner)  # S: (block, n)
         dropped = weight[:, cheapest]  # (out, block)
         cost = (dropped * torch.cholesky_solve(dropped.T, inner).T).sum()  # tr(W_D (C⁻¹_DD)⁻¹ W_Dᵀ)
         costs.append(total + own.cumsum(0) * (cost / own.sum().clamp_min(torch.finfo(own.dtype).tiny)))
         total = total + cost
         order.append(left[cheapest])
-        kept = stay.nonzero().squeeze(1)
-        weight = _shrink(weight, torch.arange(len(weight), device=weight.device), kept, dropped, shift, work)
-        inverse = _shrink(inverse, kept, kept, inverse[:, cheapest][kept], shift, work)
-        left, count = left[kept], count - len(cheapest)
+        weight.addmm_(dropped, shift, alpha=-1)
+        inverse.addmm_(across.T, shift, alpha=-1)
+        gone[cheapest] = True
+        count -= len(cheapest)
+        if gone.sum() > GONE * len(gone):
+            kept = (~gone).nonzero().squeeze(1)
+            weight, inverse = weight[:, kept], _compacted(inverse, kept)
+            left, gone = left[kept], gone[kept]
     return torch.cat(order), torch.cat(costs)
 
 
-def _shrink(matrix: Tensor, rows: Tensor, columns: Tensor, across: Tensor, shift: Tensor, work: Tensor) -> Tensor:
-    """``matrix[rows][:, columns] - across @ shift``, written into the memory of the contiguous ``matrix``.
+def _compacted(matrix: Tensor, kept: Tensor, rows: int = 128) -> Tensor:
+    """``matrix[kept][:, kept]`` in the memory of the contiguous ``matrix``; ``kept`` is rising.
 
-    ``rows`` and ``columns`` are rising. It works on as many rows at a time as ``work: (2, ...)`` has space for: new
-    memory for each part would take the system more time than the products. A row moves up or stays, so none is
-    overwritten before it is read.
+    It works on a few rows at a time. A row moves up or stays, so none is overwritten before it is read.
     """
-    small = matrix.view(-1)[: len(rows) * len(columns)].view(len(rows), len(columns))
-    step = work.shape[1] // matrix.shape[1]
-    for begin in range(0, len(rows), step):
-        part = rows[begin : begin + step]
-        complete = work[0, : len(part) * matrix.shape[1]].view(len(part), -1)
-        gathered = work[1, : len(part) * len(columns)].view(len(part), -1)
-        torch.index_select(matrix, 0, part, out=complete)
-        torch.index_select(complete, 1, columns, out=gathered)
-        torch.addmm(gathered, across[begin : begin + step], shift, alpha=-1, out=small[begin : begin + step])
+    small = matrix.view(-1)[: len(kept) ** 2].view(len(kept), len(kept))
+    for part, target in zip(kept.split(rows), small.split(rows), strict=True):
+        target.copy_(matrix[part][:, kept])
     return small
 
 
