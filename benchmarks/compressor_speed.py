@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from krony.compression.allocation import cost_curve, least_width
 from krony.compression.compress import compress_as_planned
-from krony.compression.moments import BATCH_TOKENS, BLOCKS, SENSITIVITY_TOKENS, Calibration, batches
+from krony.compression.moments import BATCH_TOKENS, SENSITIVITY_TOKENS, Calibration, batches
 from krony.compression.plan import plan
 from krony.compression.replacement import replacements
 from krony.compression.tuning import tune
@@ -54,7 +54,9 @@ from krony.storage.files import write_json, write_text
 
 SHAPES = {576: 1536, 960: 2560, 2048: 8192, 4096: 11_008}  # SmolLM2-135M and 360M, Llama 3.2 1B, Llama 2 7B
 LENGTH, DEFAULT_TOKENS = 512, 131_072
-PARTS = ("forward pass", "second moments", "sensitivity", "costs", "factors")
+PARTS = ("forward pass", "second moments", "their mean", "sensitivity", "costs", "factors")
+GROW = PARTS[:2]  # with the text
+PRODUCTS = tuple(name for name in PARTS if name != "their mean")  # what mostly multiplies matrices
 CONFIG = KronyConfig("keep=0.5", init="neurons", allocation="global")
 PRODUCT = 3072  # rows and columns of the matrices by which the machine's rate is measured
 TURNS, STEPS = 3, 8
@@ -64,9 +66,11 @@ CPU = torch.device("cpu")
 def llama(width: int, hidden: int, layers: int, words: int) -> PreTrainedModel:
     """A Llama-shaped model of random weights in float32, in eval mode."""
     torch.manual_seed(0)
+    heads = width // 64
+    shared = heads // (4 if heads % 3 else 3)  # of keys and values
     config = LlamaConfig(
-        hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=width // 64,
-        num_key_value_heads=max(1, width // 192), vocab_size=words, tie_word_embeddings=True, dtype=torch.float32,
+        hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=shared, vocab_size=words, tie_word_embeddings=True, dtype=torch.float32,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -80,7 +84,7 @@ def rate(dtype: torch.dtype) -> float:
 def median(call: Callable[[], Any], turns: int = TURNS) -> float:
     """Seconds, after one turn that does not count; a slow call has one turn, which does."""
     first = timed(CPU, call)
-    return first if first > 60 else statistics.median(timed(CPU, call) for _ in range(turns))
+    return first if first > 10 else statistics.median(timed(CPU, call) for _ in range(turns))
 
 
 def dropping(neurons: int, count: int, out: int) -> float:
@@ -97,31 +101,34 @@ def compression(width: int, hidden: int) -> dict[str, Any]:
     settled = plan(model, CONFIG)
     (group,), tokens, least = settled.groups, ids.numel(), least_width(settled)
 
-    def read(*, sensitivity: bool) -> Any:
-        return next(iter(Calibration(model, settled.groups, ids, sensitivity=sensitivity)))
+    def read(rows: torch.Tensor, *, sensitivity: bool = False) -> Any:
+        return next(iter(Calibration(model, settled.groups, rows, sensitivity=sensitivity)))
 
     def forward() -> None:
         with evaluating(model):
             for rows in batches(ids, BATCH_TOKENS):
                 model.base_model(input_ids=rows, use_cache=False)
 
-    moments = read(sensitivity=True)
+    moments = read(ids, sensitivity=True)
     passes = median(forward)
-    reading = median(lambda: read(sensitivity=False))
+    reading, half_of_it = (median(partial(read, rows)) for rows in (ids, ids[: len(ids) // 2]))
+    growing = 2 * (reading - half_of_it)
     seconds = {
         "forward pass": passes,
-        "second moments": max(0.0, reading - passes),
-        "sensitivity": max(0.0, median(lambda: read(sensitivity=True)) - reading),
+        "second moments": growing - passes,
+        "their mean": reading - growing,
+        "sensitivity": median(lambda: read(ids, sensitivity=True)) - reading,
         "costs": median(lambda: cost_curve(model, group, moments, CONFIG, least=least)),
         "factors": median(lambda: replacements(model, group, settled.shapes, CONFIG, moments)),
     }
     once = counted(lambda: model.base_model(input_ids=ids[:1], use_cache=False)) * len(ids)
-    share, half = (BLOCKS + 1) / (2 * BLOCKS), hidden // 2  # of a symmetric sum; neurons that stay
+    half = hidden // 2  # neurons that stay
     refit = half**3 / 3 + 2 * half * hidden * width + 2 * half**2 * width
     flops = {
         "forward pass": once,
-        "second moments": 2 * tokens * (hidden**2 + width**2) * share,
-        "sensitivity": once + 2 * tokens * width**2 * share,  # gradients of activations only
+        "second moments": tokens * (hidden**2 + width**2),  # one triangle
+        "their mean": 0,
+        "sensitivity": once + tokens * width**2,  # gradients of activations only
         "costs": dropping(hidden, hidden - least, width),
         "factors": dropping(hidden, half, width) + refit,
     }
@@ -200,13 +207,13 @@ def write_page(results: dict[str, Any]) -> None:
     for row in layers:
         took, head = row["seconds"], [f"{row['width']:,}", f"{row['hidden']:,}"]
         more = DEFAULT_TOKENS / row["tokens"]
-        whole = {name: took[name] * (more if name in PARTS[:2] else 1) for name in PARTS}
+        whole = {name: took[name] * (more if name in GROW else 1) for name in PARTS}
         largest = max(whole, key=lambda name: whole[name])
-        cells = [f"{took[name]:,.2f}" for name in PARTS]
+        cells = [f"{max(0.0, took[name]):,.2f}" for name in PARTS]
         total = sum(whole.values())
         seconds.append([*head, *cells, f"{total:,.1f}", f"{largest}, {whole[largest] / total:.0%}"])
-        kinds = ["float32"] * 3 + ["float64"] * 2
-        used = [row["flops"][n] / took[n] / rates[k] if took[n] else 0.0 for n, k in zip(PARTS, kinds, strict=True)]
+        kinds = dict.fromkeys(PARTS, "float32") | {"costs": "float64", "factors": "float64"}
+        used = [row["flops"][name] / took[name] / rates[kinds[name]] for name in PRODUCTS]
         shares.append([*head, *(f"{each:.0%}" for each in used)])
     for row in results["training"]:
         achieved = row["tokens_per_s"] * row["flops_per_token"]
@@ -217,7 +224,7 @@ def write_page(results: dict[str, Any]) -> None:
     write_text(DOCS / "speed-compressing.md", PAGE.format(
         processor=where["processor"], threads=where["threads"], torch=where["torch"], rates=known,
         seconds=Table(["width", "hidden", *PARTS, "a layer of a model", "the largest part"], seconds).markdown(),
-        shares=Table(["width", "hidden", *PARTS], shares).markdown(),
+        shares=Table(["width", "hidden", *PRODUCTS], shares).markdown(),
         steps=Table(["training", "tokens/s", "GFLOP/s", "products in", "of the rate above"], steps).markdown(),
         size=PRODUCT,
     ))  # fmt: skip
@@ -240,8 +247,8 @@ The arithmetic of each part as a share of the rate above, in float32 for the fir
 
 {shares}
 
-The forward pass and the moments grow with the text, costs and factors with the cube of the hidden width. Reading the
-text takes float32 products: in bfloat16 the moments would differ by more than the selection of neurons tolerates.
+The forward pass and the second moments grow with the text, costs and factors with the cube of the hidden width. Reading
+the text takes float32 products, so that the moments are as exact as the sums of them, which are in float64.
 
 ## Training
 

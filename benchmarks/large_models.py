@@ -77,6 +77,7 @@ CASES = {
     "two, sharded, activations computed again": Case(processes=2, shard=True, again=True),
     "two, sharded, products in bfloat16": Case(processes=2, shard=True, half=True),
     "two, sharded, both": Case(processes=2, shard=True, half=True, again=True),
+    "two, sharded, with a teacher, products in bfloat16": Case(processes=2, shard=True, taught=True, half=True),
 }
 
 

@@ -30,6 +30,7 @@ DRAWN = [
     ("speed", [], ["speed.md"], ["speed.svg"]),
     ("speed", ["--compile"], ["speed-compiled.md"], ["speed-compiled.svg"]),
     ("speed_shapes", [], ["speed-shapes.md"], ["speed-shapes-bfloat16.svg", "speed-shapes-float32.svg"]),
+    ("compressor_speed", [], ["speed-compressing.md"], []),
     ("streaming", [], ["streaming.md"], []),
 ]
 
@@ -62,6 +63,16 @@ def test_pages_are_drawn_from_the_results(script, options, pages, pictures, tmp_
         drawn, kept = ((folder / picture).read_text(encoding="utf-8") for folder in (tmp_path, ROOT / "docs"))
         assert title(drawn) == title(kept)
         assert re.search(r"\d", title(kept))  # by how much
+
+
+def test_the_arithmetic_of_a_selection(monkeypatch):
+    """Of dropping neurons block by block: the integral that the benchmark takes is near the sum over the blocks."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    compressor_speed = importlib.import_module("compressor_speed")
+    neurons, out, block = 1536, 576, 32
+    blocks = range(neurons - block, neurons // 2 - 1, -block)  # neurons that are left after each
+    summed = sum(2 * block * left * (left + out + block) for left in blocks) + neurons**3
+    assert compressor_speed.dropping(neurons, neurons // 2, out) == pytest.approx(summed, rel=0.02)
 
 
 def test_what_scalars_could_move_by_is_the_sum_of_the_schedule(monkeypatch):
