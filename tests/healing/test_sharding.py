@@ -102,6 +102,9 @@ def load_and_shard(folder, damaged) -> None:
     assert all(torch.equal(gathered[name], p) for name, p in expected.named_parameters())
     for (name, ours), (their_name, theirs) in zip(sharded.named_buffers(), expected.named_buffers(), strict=True):
         assert name == their_name and torch.equal(ours, theirs)  # a Llama's frequencies are in no file
+    device = "cpu" if distributed.is_first() else "meta"  # as a script of one's own does it
+    again = sharded_copy(load_model(folder, dtype="bfloat16", device=device), "cpu")
+    assert all(torch.equal(p.full_tensor(), gathered[name]) for name, p in again.named_parameters())
     with pytest.raises(KronyError, match="has values that are not finite"):
         load_once(ModelSource.find(damaged), "auto")
     other = gpt2() if distributed.is_first() else llama()

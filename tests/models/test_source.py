@@ -6,10 +6,11 @@ import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from krony import KronyError
+from krony import KronyConfig, KronyError, compress
 from krony.models import source
 from krony.models.source import ModelSource
 from krony.storage import hub as storage
+from small_models import llama
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +62,23 @@ def test_the_demo_is_loaded_in_float32():
     found = ModelSource.find("demo")
     assert found.dtype() == torch.float32 and found.dtype("bfloat16") == torch.bfloat16
     assert not found.is_compressed
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_shapes_without_values(tmp_path, dtype):
+    """Dense and compressed: what is loaded but for the device, and no weight is read."""
+    for number, compressed in enumerate((False, True)):
+        model = llama().bfloat16()
+        if compressed:
+            compress(model, KronyConfig("keep=0.5", init="van-loan"))
+        model.save_pretrained(tmp_path / str(number))
+        found = ModelSource.find(str(tmp_path / str(number)))
+        loaded = found.load(dtype=dtype)
+        (tmp_path / f"{number}/model.safetensors").unlink()
+        shapes = found.load(dtype=dtype, device="meta")
+        assert not shapes.training and all(p.is_meta for p in shapes.parameters())
+        for one, other in (
+            (shapes.named_parameters, loaded.named_parameters),
+            (shapes.named_buffers, loaded.named_buffers),
+        ):
+            assert [(n, t.shape, t.dtype) for n, t in one()] == [(n, t.shape, t.dtype) for n, t in other()]

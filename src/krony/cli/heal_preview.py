@@ -18,7 +18,7 @@ from krony.models.source import ModelSource
 from krony.runtime.hardware import fast_dtype
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 
 def preview(
@@ -43,9 +43,9 @@ def preview(
     Raises:
         KronyError: a recipe, text or options that don't fit the model or the number of devices.
     """
-    model, original = _skeleton(source, dtype), None
+    model, original = source.shapes(dtype), None
     if teacher is not None:
-        original = _skeleton(ModelSource.find(teacher), dtype)
+        original = ModelSource.find(teacher).shapes(dtype)
     own: dict[str, Any] = {"teacher": original, "options": options, "processes": processes}
     for recipe in recipes:
         check_settings(model, recipe.length, recipe=recipe, **own)
@@ -85,10 +85,3 @@ def _show(to: Output, memory: dict[str, int], options: HealOptions, processes: i
     if on_cpu:
         main = f" {whole}" if options.shard else ""
     to.say(f"about {in_bytes(memory['peak'])} at the highest moment{main}; libraries and what an allocator loses add")
-
-
-def _skeleton(source: ModelSource, dtype: str) -> PreTrainedModel:
-    """The model on the meta device, in the dtype in which it is loaded."""
-    wanted = source.dtype(dtype)
-    stored = wanted if isinstance(wanted, torch.dtype) else getattr(source.config, "dtype", None)
-    return source.skeleton.to(stored or torch.float32)  # healing converts halves to float32

@@ -11,7 +11,6 @@ first process. In the others the model itself can be on the meta device, so that
 
 from __future__ import annotations
 
-import copy
 import itertools
 import os
 from collections.abc import Iterator
@@ -84,7 +83,7 @@ def load_once(source: ModelSource, dtype: str) -> PreTrainedModel:
     dtypes = distributed.from_first({} if whole is None else {name: t.dtype for name, t in _tensors(whole)})
     if whole is not None:
         return whole
-    shapes = copy.deepcopy(source.skeleton).eval()
+    shapes = source.shapes(dtype)
     for name, tensor in _tensors(shapes):  # a config may not say the dtype of the files
         tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
     return shapes

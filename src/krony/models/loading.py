@@ -14,7 +14,8 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", device: str = "c
     Args:
         name: a folder, a hub name, or ``demo`` for the model that comes with krony.
         dtype: ``auto`` for the dtype it was saved in (``demo``: float32), or float32, bfloat16, float16, float64.
-        device: a device name of torch; ``auto`` spreads the model over all devices.
+        device: a device name of torch; ``auto`` spreads the model over all devices, and ``meta`` gives its shapes
+            without reading the weights.
 
     Raises:
         KronyError: no such model, no network, a damaged or incomplete file, or an architecture that isn't a causal LM.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import tempfile
 from dataclasses import dataclass
@@ -139,9 +140,20 @@ class ModelSource:
         if self.has_tokenizer:
             self.tokenizer.save_pretrained(folder)
 
+    def shapes(self, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+        """The model on the meta device in eval mode, in the dtype in which it is loaded if its config says that."""
+        wanted = self.dtype(dtype)
+        stored = wanted if isinstance(wanted, torch.dtype) else getattr(self.config, "dtype", None)
+        model = copy.deepcopy(self.skeleton).eval()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(stored or torch.float32)
+        return model
+
     def load(self, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
         """The model in eval mode, from safetensors only; ``krony.load_model`` says the rest."""
         check_device(device)
+        if device == "meta":
+            return self.shapes(dtype)
         options: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
         options |= _hub_options(self.folder or self.name)
         if self.folder is not None:
