@@ -59,8 +59,22 @@ def test_copies():
     copies = footprint(model, teacher, RECIPE, HealOptions(freeze=()), processes=4, half=False)
     assert copies.gradients == 2 * size and copies.teacher == size // 2  # and what is sent
     assert copies.main == size + size // 2  # while they are loaded
-    # two rows on each device, at once: nothing is accumulated; AdamW holds the root of an average for a moment
-    assert copies.peak == size + 2 * size + size + size // 2 + max(2 * size, copies.activations)
+    # two rows on each device, at once: nothing is accumulated
+    assert copies.peak == size + 2 * size + size + size // 2 + max(size, copies.activations)
+
+
+def test_a_teacher_that_is_converted():
+    """On CPUs with products in bfloat16: its matrices twice, but for the head that is tied to the embeddings."""
+    model, teacher = llama(), llama()
+    matrices = sum(p.numel() for p in teacher.model.layers.parameters() if p.ndim == 2)
+    size = sum(p.numel() for p in teacher.parameters()) * 4
+    common = {"recipe": RECIPE, "options": HealOptions(freeze=(), device="cpu"), "processes": 1, "half": True}
+    taught, alone = (footprint(model, each, **common) for each in (teacher, None))
+    assert taught.teacher == size - 2 * matrices
+    in_float32 = replace(common["options"], device=None)  # a GPU converts in no time
+    assert footprint(model, teacher, **common | {"options": in_float32}).teacher == size
+    others = taught.activations - alone.activations  # the loss
+    assert taught.peak - alone.peak == pytest.approx(size + 2 * matrices + others, rel=0.01)
 
 
 def test_shards():
