@@ -54,9 +54,9 @@ from krony.storage.files import write_json, write_text
 
 SHAPES = {576: 1536, 960: 2560, 2048: 8192, 4096: 11_008}  # SmolLM2-135M and 360M, Llama 3.2 1B, Llama 2 7B
 LENGTH, DEFAULT_TOKENS = 512, 131_072
-PARTS = ("forward pass", "second moments", "their mean", "sensitivity", "costs", "factors")
+PARTS = ("forward pass", "second moments", "finishing them", "sensitivity", "costs", "factors")
 GROW = PARTS[:2]  # with the text
-PRODUCTS = tuple(name for name in PARTS if name != "their mean")  # what mostly multiplies matrices
+PRODUCTS = tuple(name for name in PARTS if name != "finishing them")  # what mostly multiplies matrices
 CONFIG = KronyConfig("keep=0.5", init="neurons", allocation="global")
 PRODUCT = 3072  # rows and columns of the matrices by which the machine's rate is measured
 TURNS, STEPS = 3, 8
@@ -116,7 +116,7 @@ def compression(width: int, hidden: int) -> dict[str, Any]:
     seconds = {
         "forward pass": passes,
         "second moments": growing - passes,
-        "their mean": reading - growing,
+        "finishing them": reading - growing,
         "sensitivity": median(lambda: read(ids, sensitivity=True)) - reading,
         "costs": median(lambda: cost_curve(model, group, moments, CONFIG, least=least)),
         "factors": median(lambda: replacements(model, group, settled.shapes, CONFIG, moments)),
@@ -127,7 +127,7 @@ def compression(width: int, hidden: int) -> dict[str, Any]:
     flops = {
         "forward pass": once,
         "second moments": tokens * (hidden**2 + width**2),  # one triangle
-        "their mean": 0,
+        "finishing them": 0,
         "sensitivity": once + tokens * width**2,  # gradients of activations only
         "costs": dropping(hidden, hidden - least, width),
         "factors": dropping(hidden, half, width) + refit,
@@ -205,11 +205,12 @@ def write_page(results: dict[str, Any]) -> None:
     rates, layers = results["rates"], results["layers"]
     seconds, shares, steps = [], [], []
     for row in layers:
-        took, head = row["seconds"], [f"{row['width']:,}", f"{row['hidden']:,}"]
+        took = {name: max(0.0, each) for name, each in row["seconds"].items()}
+        head = [f"{row['width']:,}", f"{row['hidden']:,}"]
         more = DEFAULT_TOKENS / row["tokens"]
         whole = {name: took[name] * (more if name in GROW else 1) for name in PARTS}
         largest = max(whole, key=lambda name: whole[name])
-        cells = [f"{max(0.0, took[name]):,.2f}" for name in PARTS]
+        cells = [f"{took[name]:,.2f}" for name in PARTS]
         total = sum(whole.values())
         seconds.append([*head, *cells, f"{total:,.1f}", f"{largest}, {whole[largest] / total:.0%}"])
         kinds = dict.fromkeys(PARTS, "float32") | {"costs": "float64", "factors": "float64"}
@@ -248,7 +249,8 @@ The arithmetic of each part as a share of the rate above, in float32 for the fir
 {shares}
 
 The forward pass and the second moments grow with the text, costs and factors with the cube of the hidden width. Reading
-the text takes float32 products, so that the moments are as exact as the sums of them, which are in float64.
+the text takes float32 products, so that the moments are as exact as the sums of them, which are in float64. What takes
+more than 10 seconds was timed once, everything else three times after a first; *second moments* are a difference.
 
 ## Training
 

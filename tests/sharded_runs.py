@@ -73,7 +73,7 @@ def run(case: Case, folder: Path, *, shard: bool, resume: bool = False):
         teacher = BUILDERS[case.kind]().to(case.dtype)
         recipe = replace(recipe, hidden=1.0)
     if not distributed.is_first():
-        model, teacher = without_values(model, case), teacher and without_values(teacher, case)
+        model, teacher = as_another_gives_it(model, case), teacher and as_another_gives_it(teacher, case)
     options = {"shard": shard, "device": DEVICE, "freeze": "none", "keep_anyway": True, "resume": resume}
     options["gradient_checkpointing"] = case.checkpointing
     report = heal(model, *text(29).split(5), work=folder, recipe=recipe, teacher=teacher, **options)
@@ -83,7 +83,7 @@ def run(case: Case, folder: Path, *, shard: bool, resume: bool = False):
     return report, model.state_dict()
 
 
-def without_values(model, case: Case):
+def as_another_gives_it(model, case: Case):
     """The model as another process than the first may give it: on the meta device, or with values of its own."""
     if case.taught:
         return copy_with(model, lambda tensor: torch.empty_like(tensor, device="meta"))

@@ -71,8 +71,8 @@ def test_a_teacher_that_is_converted():
     common = {"recipe": RECIPE, "options": HealOptions(freeze=(), device="cpu"), "processes": 1, "half": True}
     taught, alone = (footprint(model, each, **common) for each in (teacher, None))
     assert taught.teacher == size - 2 * matrices
-    in_float32 = replace(common["options"], device=None)  # a GPU converts in no time
-    assert footprint(model, teacher, **common | {"options": in_float32}).teacher == size
+    on_gpu = replace(common["options"], device=None)  # which converts them in each pass
+    assert footprint(model, teacher, **common | {"options": on_gpu}).teacher == size
     others = taught.activations - alone.activations  # the loss
     assert taught.peak - alone.peak == pytest.approx(size + 2 * matrices + others, rel=0.01)
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import RepositoryNotFoundError
+from transformers import GemmaConfig
 
 from krony import KronyConfig, KronyError, compress
 from krony.models import source
 from krony.models.source import ModelSource
 from krony.storage import hub as storage
-from small_models import llama
+from small_models import at_random, llama
 
 
 @pytest.fixture(autouse=True)
@@ -64,11 +65,18 @@ def test_the_demo_is_loaded_in_float32():
     assert not found.is_compressed
 
 
+def gemma():
+    """Its scale of the embeddings is a buffer in the dtype of the model."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 96, "head_dim": 12, "vocab_size": 257}
+    return at_random(GemmaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
+
+
+@pytest.mark.parametrize("build", [llama, gemma])
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_shapes_without_values(tmp_path, dtype):
+def test_shapes_without_values(tmp_path, dtype, build):
     """Dense and compressed: what is loaded but for the device, and no weight is read."""
     for number, compressed in enumerate((False, True)):
-        model = llama().bfloat16()
+        model = build().bfloat16()
         if compressed:
             compress(model, KronyConfig("keep=0.5", init="van-loan"))
         model.save_pretrained(tmp_path / str(number))

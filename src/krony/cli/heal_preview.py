@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,9 +16,6 @@ from krony.healing.text import Reader, load_text
 from krony.healing.training import check_run, check_settings
 from krony.models.source import ModelSource
 from krony.runtime.hardware import fast_dtype
-
-if TYPE_CHECKING:
-    pass
 
 
 def preview(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from krony.errors import KronyError
+from krony.healing.flops import forward_flops
 from krony.healing.recipes import Recipe
 from krony.healing.sharding import gather, keep_whole_states, reshard, sharded_copy
 from krony.healing.trainer import HealingTrainer
@@ -53,6 +54,8 @@ class ShardedTrainer(HealingTrainer):
             plain = distributed.is_first() and plain_heads(whole, teacher) is not None
             heads = (_head(self.model), _head(self.teacher)) if distributed.from_first(plain) else None
             self.comparison = Comparison(heads, self.half)
+            length = self.train_dataset.length
+            self.flops_per_token += forward_flops(self.teacher, length) / length
         # autocast would keep a copy of every gathered weight until the end of a forward pass
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)  # not data parallel
@@ -89,6 +92,8 @@ class ShardedTrainer(HealingTrainer):
             return
         for state_of, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
             file = Path(checkpoint) / name
+            if not file.is_file():
+                raise KronyError(f"{file} is missing: resume in a folder that all processes share")
             state_of.load_state_dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

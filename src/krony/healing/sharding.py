@@ -80,12 +80,18 @@ def load_once(source: ModelSource, dtype: str) -> PreTrainedModel:
     Every process has to call this. Raises KronyError in all of them where ``ModelSource.load`` raises it in the first.
     """
     whole = distributed.in_first(lambda: source.load(dtype=dtype))
-    dtypes = distributed.from_first({} if whole is None else {name: t.dtype for name, t in _tensors(whole)})
+    described = distributed.from_first([] if whole is None else _described(whole))
     if whole is not None:
         return whole
     shapes = source.shapes(dtype)
-    for name, tensor in _tensors(shapes):  # a config may not say the dtype of the files
-        tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+    known = dict(_tensors(shapes))
+    for name, shape, own in described:
+        if name in known:  # a config may not say the dtype of the files
+            known[name].data = known[name].data.to(own)
+        else:  # the files hold two matrices where the config ties them
+            module, _, last = name.rpartition(".")
+            empty = torch.empty(shape, dtype=own, device="meta")
+            setattr(shapes.get_submodule(module), last, nn.Parameter(empty))
     return shapes
 
 
@@ -104,9 +110,12 @@ def sharded_copy(model: PreTrainedModel, device: str, *, trains: bool = True) ->
         KronyError: a model whose decoder layers can't be told, or share parameters with each other, or that is not the
             same in all processes.
     """
-    described = [(name, tensor.shape, tensor.dtype) for name, tensor in _tensors(model)]
-    if not distributed.all_agree(described == distributed.from_first(described)):
-        raise KronyError("the processes have different models, so they can't each hold a part of one")
+    described = _described(model)
+    theirs = distributed.from_first(described)
+    if not distributed.all_agree(described == theirs):
+        names = sorted({name for name, *_ in set(described) ^ set(theirs)})
+        where = f" ({names[0]})" if names else ""
+        raise KronyError(f"the processes have different models{where}, so they can't each hold a part of one")
     mine = copy_with(model, lambda tensor: torch.empty_like(tensor, device="meta"))
     if not trains:
         mine.eval().requires_grad_(False)
@@ -138,6 +147,11 @@ def _take_values(sharded: PreTrainedModel, model: PreTrainedModel) -> None:
         else:
             dist.broadcast(there, src=0)
             tensor.copy_(there)
+
+
+def _described(model: PreTrainedModel) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of each parameter and buffer."""
+    return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _tensors(model)]
 
 
 def _tensors(model: PreTrainedModel, *, every_name: bool = False) -> Iterator[tuple[str, Tensor]]:

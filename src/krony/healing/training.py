@@ -92,9 +92,9 @@ def train_on_rows(
     distributed.init(training_device(options.device), shards=True)
     check_run(model, train, validation, recipe=recipe, teacher=teacher, options=options)
     train = complete_steps(train, recipe)
-    settings = settings_of(model, train, validation, recipe=recipe, teacher=teacher, options=options)
     freezing = trainable(model, options.frozen, checkpointing=options.gradient_checkpointing)
     with explain_write_errors(work), explain_lost_processes(work), freezing:
+        settings = settings_of(model, train, validation, recipe=recipe, teacher=teacher, options=options)
         last = last_checkpoint(work) if options.resume else None
         hold_to_settings(work, settings, resume=options.resume)
         save_start(model, work)

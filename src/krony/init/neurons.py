@@ -30,8 +30,8 @@ from krony.init.base import Moments, Options, SecondMoment, Target, regularised
 from krony.init.whole_neurons import Selection, method
 
 BLOCK = 32  # neurons dropped between two exact updates, at least
-GONE = 1 / 8  # share of dropped neurons up to which updates include them: taking them out copies the matrices
 BLOCKS = 96  # about how many updates dropping all neurons takes: each one passes over the full inverse
+GONE = 1 / 8  # of the neurons: when more than these are dropped, the matrices are copied without them
 
 
 def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Selection:

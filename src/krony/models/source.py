@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import tempfile
 from dataclasses import dataclass
@@ -81,7 +80,10 @@ class ModelSource:
     @cached_property
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device, with the Kronecker layers that it has, to be read. Raises KronyError."""
-        model = empty_model(self.config)
+        return self._without_values()
+
+    def _without_values(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        model = empty_model(self.config, dtype)
         if self.is_compressed:
             with LoadingErrors(self.name):
                 quantizer.put_layers_in(model, self.config.quantization_config)
@@ -144,10 +146,7 @@ class ModelSource:
         """The model on the meta device in eval mode, in the dtype in which it is loaded if its config says that."""
         wanted = self.dtype(dtype)
         stored = wanted if isinstance(wanted, torch.dtype) else getattr(self.config, "dtype", None)
-        model = copy.deepcopy(self.skeleton).eval()
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(stored or torch.float32)
-        return model
+        return self._without_values(stored or torch.float32).eval()
 
     def load(self, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
         """The model in eval mode, from safetensors only; ``krony.load_model`` says the rest."""
@@ -186,10 +185,14 @@ def _check_template_names(tokenizer: PreTrainedTokenizerBase) -> None:
             raise RuntimeError(f"its chat template {template!r} can't be a file's name")
 
 
-def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The dense model that a config describes, on the meta device: shapes without memory. Raises KronyError."""
+def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The dense model that a config describes, on the meta device: shapes without memory. Raises KronyError.
+
+    ``dtype``: None for the config's own.
+    """
     with torch.device("meta"), bounded(), LoadingErrors(config.name_or_path or type(config).__name__):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        options = {} if dtype is None else {"dtype": dtype}
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
