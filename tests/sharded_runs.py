@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from healing_runs import TINY, heal, noise, text
 from krony import KronyConfig, KronyError, compress
 from krony.models import precision
-from krony.models.copies import copy_with
+from krony.models.copies import copy_without_values
 from krony.runtime import distributed
 from small_models import BUILDERS
 
@@ -86,7 +86,7 @@ def run(case: Case, folder: Path, *, shard: bool, resume: bool = False):
 def as_another_gives_it(model, case: Case):
     """The model as another process than the first may give it: on the meta device, or with values of its own."""
     if case.taught:
-        return copy_with(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+        return copy_without_values(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from krony.errors import KronyError
 from krony.healing.options import HealOptions
-from krony.models.copies import copy_with
+from krony.models.copies import copy_without_values
 from krony.models.source import ModelSource
 from krony.runtime import distributed
 
@@ -75,24 +75,13 @@ def _check_launch() -> None:
 
 
 def load_once(source: ModelSource, dtype: str) -> PreTrainedModel:
-    """Loads a model that is to be sharded: whole in the first process, on the meta device in the others.
+    """Loads a model that is to be sharded: whole in the first process, without values (``meta``) in the others.
 
     Every process has to call this. Raises KronyError in all of them where ``ModelSource.load`` raises it in the first.
     """
     whole = distributed.in_first(lambda: source.load(dtype=dtype))
-    described = distributed.from_first([] if whole is None else _described(whole))
-    if whole is not None:
-        return whole
-    shapes = source.shapes(dtype)
-    known = dict(_tensors(shapes))
-    for name, shape, own in described:
-        if name in known:  # a config may not say the dtype of the files
-            known[name].data = known[name].data.to(own)
-        else:  # the files hold two matrices where the config ties them
-            module, _, last = name.rpartition(".")
-            empty = torch.empty(shape, dtype=own, device="meta")
-            setattr(shapes.get_submodule(module), last, nn.Parameter(empty))
-    return shapes
+    empty = distributed.from_first(None if whole is None else copy_without_values(whole))
+    return empty if whole is None else whole
 
 
 def sharded_copy(model: PreTrainedModel, device: str, *, trains: bool = True) -> PreTrainedModel:
@@ -116,7 +105,7 @@ def sharded_copy(model: PreTrainedModel, device: str, *, trains: bool = True) ->
         names = sorted({name for name, *_ in set(described) ^ set(theirs)})
         where = f" ({names[0]})" if names else ""
         raise KronyError(f"the processes have different models{where}, so they can't each hold a part of one")
-    mine = copy_with(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+    mine = copy_without_values(model)
     if not trains:
         mine.eval().requires_grad_(False)
     mesh = init_device_mesh(device, (distributed.count(),))

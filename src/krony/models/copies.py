@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,3 +20,8 @@ def copy_with(model: PreTrainedModel, make: Callable[[Tensor], Tensor]) -> PreTr
         value = make(tensor)
         made[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     return copy.deepcopy(model, made)
+
+
+def copy_without_values(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of ``model`` on the meta device, which takes no memory to speak of and can be sent to other processes."""
+    return copy_with(model, lambda tensor: torch.empty_like(tensor, device="meta"))

@@ -18,5 +18,5 @@ def product_dtype(model: PreTrainedModel, device: torch.device | str | None = No
 def fast_products(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Within it the products of a float32 model are in bfloat16 where that is fast; weights keep their dtype."""
     dtype = product_dtype(model)
-    low = dtype in (torch.bfloat16, torch.float16) and model.device.type != "meta"
+    low = dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(model.device.type, dtype if low else None, enabled=low)
