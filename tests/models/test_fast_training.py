@@ -61,6 +61,17 @@ def test_where_nothing_changes(tiles, monkeypatch):
     assert dtypes(llama(), plain) == ({torch.float32}, "sdpa")
 
 
+def test_a_layer_that_may_do_more_than_a_product_stays():
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return x @ (2 * self.weight).T
+
+    model = llama()
+    model.model.layers[0].mlp.up_proj.__class__ = Scaled
+    assert not any(p is model.model.layers[0].mlp.up_proj.weight for p in product_weights(model))
+    assert any(p is model.model.layers[1].mlp.up_proj.weight for p in product_weights(model))
+
+
 def test_an_error_gives_the_weights_back(tiles):
     teacher = llama()
     places = [weight.data_ptr() for weight in product_weights(teacher)]

@@ -77,8 +77,6 @@ def _show(to: Output, memory: dict[str, int], options: HealOptions, processes: i
     to.say(f"on {processes} {kind}{'' if processes == 1 else 's'}, {how}")
     rows = [[name, in_bytes(size)] for name, size in memory.items() if name not in ("peak", "main")]
     to.table([f"on each {kind}", "memory"], rows)
-    whole = "in the first process, which keeps the whole models" if options.shard else "for each"
-    main = f", and {in_bytes(memory['main'])} of main memory {whole}"
-    if on_cpu:
-        main = f" {whole}" if options.shard else ""
+    where = " in the first process, which keeps the whole models" if options.shard else ""
+    main = where if on_cpu else f", and {in_bytes(memory['main'])} of main memory{where or ' for each'}"
     to.say(f"about {in_bytes(memory['peak'])} at the highest moment{main}; libraries and what an allocator loses add")

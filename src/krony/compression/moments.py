@@ -41,7 +41,8 @@ BATCH_TOKENS = 4096  # tokens per forward pass
 SENSITIVITY_TOKENS = 16_384  # enough for a matrix of the model's width; a backward pass is expensive
 ROUNDING = 1e-3  # relative asymmetry that float32 sums may leave in a symmetric matrix
 ABANDONED = 24 * 3600  # age in seconds of a half-written file that no process finishes any more
-BLOCKS, LARGEST = 4, 512  # of columns, in sums of symmetric products: at least so many, of at most so many columns
+BLOCKS = 4  # of columns, at least, in sums of symmetric products: those below the diagonal are not computed
+BLOCK_COLUMNS = 512  # at most: the memory of a larger product is given back and asked for again in every sum
 MEMORY = 4 * 1024**3  # bytes of sums in memory at once; a model that needs more takes several passes over the text
 
 
@@ -297,7 +298,7 @@ def _add_upper(sums: Tensor, first: Tensor, second: Tensor) -> None:
     ``first`` and ``second``: ``(tokens, n)``, float32; ``sums``: float64. Blocks below the diagonal are not computed.
     """
     n = first.shape[1]
-    size = min(-(-n // BLOCKS), LARGEST)  # a product of a large block is slow to get memory for
+    size = min(-(-n // BLOCKS), BLOCK_COLUMNS)
     for start in range(0, n, size):
         block = slice(start, start + size)
         sums[block, start:].add_(first[:, block].T @ second[:, start:])

@@ -294,11 +294,10 @@ def settings_of(
     ``train`` holds complete steps only. Every process has to call this: weights are those of the first.
     """
     settings = {name: value for name, value in asdict(recipe).items() if name != "batch"}
-    weights = [None if one is None or not distributed.is_first() else _fingerprint(one) for one in (model, teacher)]
-    ours, theirs = distributed.from_first(weights)
-    fingerprints = {
-        "model": ours,
-        "teacher": theirs,
+    weights: dict[str, int | None] = {}
+    if distributed.is_first():
+        weights = {"model": _fingerprint(model), "teacher": None if teacher is None else _fingerprint(teacher)}
+    fingerprints = distributed.from_first(weights) | {
         "training text": _text_fingerprint(train),
         "validation text": _text_fingerprint(validation),
     }

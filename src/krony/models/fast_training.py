@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from krony.models.precision import product_dtype
+from krony.models.surgery import is_linear
 from krony.runtime.hardware import has_tiles
 
 LONGEST = 1024  # tokens per row: the eager implementation takes memory that grows with their square
@@ -20,7 +20,7 @@ LONGEST = 1024  # tokens per row: the eager implementation takes memory that gro
 def fast_training(
     student: PreTrainedModel | None, teacher: PreTrainedModel | None, *, device: torch.device | str, length: int
 ) -> Iterator[None]:
-    """Within it a student and its teacher compute what they did before, faster, on rows of ``length`` tokens.
+    """Within it a student and its teacher compute the same, but for rounding, faster on rows of ``length`` tokens.
 
     Only CPUs with fast bfloat16 products are concerned. There transformers' plain attention (``eager``) has the faster
     backward pass, and the faster forward pass too unless the processor has matrix tiles; otherwise torch's own
@@ -48,7 +48,7 @@ def product_weights(model: PreTrainedModel) -> list[nn.Parameter]:
     others = set()
     for module in model.modules():
         own = list(module.parameters(recurse=False))
-        if isinstance(module, nn.Linear | Conv1D):
+        if is_linear(module):
             products += [p for p in own if p.ndim == 2 and p.dtype == torch.float32]
         else:
             others |= {id(p) for p in own}
