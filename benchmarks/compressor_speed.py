@@ -9,7 +9,7 @@ are measured on a Llama of SmolLM2-135M's shape with a teacher of that shape, in
 
 Beside the seconds is the arithmetic that they do, as a share of the rate at which this machine multiplies large square
 matrices of the same dtype: what is far below 100 % is not bounded by products. The results are in
-``benchmarks/results/compressor-speed.json``, the tables in ``docs/speed-compressing.md``.
+``benchmarks/results/compressor-speed.json``, the tables in ``docs/compressor-speed.md``.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ def rate(dtype: torch.dtype) -> float:
     return 2 * PRODUCT**3 / min(timed(CPU, lambda: first @ second) for _ in range(2 * TURNS))
 
 
-def median(call: Callable[[], Any], turns: int = TURNS) -> float:
-    """Seconds, after one turn that does not count; a slow call has one turn, which does."""
+def median(call: Callable[[], Any]) -> float:
+    """Seconds, after one turn that does not count; a call of more than ten seconds has one turn, which does."""
     first = timed(CPU, call)
-    return first if first > 10 else statistics.median(timed(CPU, call) for _ in range(turns))
+    return first if first > 10 else statistics.median(timed(CPU, call) for _ in range(TURNS))
 
 
 def dropping(neurons: int, count: int, out: int) -> float:
@@ -127,7 +127,6 @@ def compression(width: int, hidden: int) -> dict[str, Any]:
     flops = {
         "forward pass": once,
         "second moments": tokens * (hidden**2 + width**2),  # one triangle
-        "finishing them": 0,
         "sensitivity": once + tokens * width**2,  # gradients of activations only
         "costs": dropping(hidden, hidden - least, width),
         "factors": dropping(hidden, half, width) + refit,
@@ -170,9 +169,8 @@ def counted(run: Callable[[], object]) -> int:
 
 
 def pace_of_heal(student: PreTrainedModel, teacher: PreTrainedModel) -> float:
-    """Tokens per second between two steps that are not followed by a validation."""
-    recipe = RECIPES["quick"].changed(length=LENGTH)
-    recipe = replace(recipe, evaluations=2)
+    """Tokens per second between two steps, of which most are not followed by a validation."""
+    recipe = replace(RECIPES["quick"], length=LENGTH, evaluations=2)
     text = Rows(np.random.default_rng(0).integers(49_152, size=20 * LENGTH).astype(np.uint16), LENGTH)
     options = HealOptions(device="cpu", keep_anyway=True)
 
@@ -222,7 +220,7 @@ def write_page(results: dict[str, Any]) -> None:
         steps.append([row["training"], f"{row['tokens_per_s']:,.0f}", f"{achieved / 1e9:,.0f}", row["dtype"], share])
     where = results["machine"]
     known = ", ".join(f"{name} {each / 1e9:,.0f}" for name, each in rates.items())
-    write_text(DOCS / "speed-compressing.md", PAGE.format(
+    write_text(DOCS / "compressor-speed.md", PAGE.format(
         processor=where["processor"], threads=where["threads"], torch=where["torch"], rates=known,
         seconds=Table(["width", "hidden", *PARTS, "a layer of a model", "the largest part"], seconds).markdown(),
         shares=Table(["width", "hidden", *PRODUCTS], shares).markdown(),
@@ -248,9 +246,10 @@ The arithmetic of each part as a share of the rate above, in float32 for the fir
 
 {shares}
 
-The forward pass and the second moments grow with the text, costs and factors with the cube of the hidden width. Reading
-the text takes float32 products, so that the moments are as exact as the sums of them, which are in float64. What takes
-more than 10 seconds was timed once, everything else three times after a first; *second moments* are a difference.
+The forward pass and the second moments grow with the text, costs and factors with the cube of the hidden width. The
+text is read with products in float32, also where the machine is faster in bfloat16. What takes more than 10 seconds was
+timed once, everything else three times after a first. The columns from *second moments* to *sensitivity* are
+differences of such times.
 
 ## Training
 

@@ -30,7 +30,7 @@ DRAWN = [
     ("speed", [], ["speed.md"], ["speed.svg"]),
     ("speed", ["--compile"], ["speed-compiled.md"], ["speed-compiled.svg"]),
     ("speed_shapes", [], ["speed-shapes.md"], ["speed-shapes-bfloat16.svg", "speed-shapes-float32.svg"]),
-    ("compressor_speed", [], ["speed-compressing.md"], []),
+    ("compressor_speed", [], ["compressor-speed.md"], []),
     ("streaming", [], ["streaming.md"], []),
 ]
 

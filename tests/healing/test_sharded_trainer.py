@@ -5,11 +5,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from krony import KronyError
+from krony.healing.sharded_trainer import ShardedTrainer
 from krony.models import precision
 from sharded_runs import QUICK, SLOW, run
 
@@ -74,6 +77,12 @@ def test_two_processes_with_half_of_everything_are_one_with_all(tmp_path):
     assert any(all(torch.equal(state[name], value) for name, value in first[2].items()) for state in states)
     without_last(work, tmp_path / "again.work")
     assert_same(case, first, whole(case, tmp_path / "again.work", resume=True))
+
+
+def test_a_checkpoint_without_the_state_of_the_optimiser(tmp_path):
+    """As in a folder that another machine does not share. Trainer would start a new one without a word."""
+    with pytest.raises(KronyError, match=r"optimizer.pt is missing: resume in a folder that all processes share"):
+        ShardedTrainer._load_optimizer_and_scheduler(SimpleNamespace(optimizer=None, lr_scheduler=None), str(tmp_path))
 
 
 def test_training_to_no_avail(tmp_path):
