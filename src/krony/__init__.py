@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from krony.models.export import export_model as export_model
     from krony.models.loading import demo_model as demo_model
     from krony.models.loading import load_model as load_model
+    from krony.models.loading import load_shapes as load_shapes
     from krony.models.loading import load_tokenizer as load_tokenizer
     from krony.sizing.frontier import frontier as frontier
     from krony.sizing.report import Frontier as Frontier
@@ -59,6 +60,7 @@ _MODULES = {
     "inspect_model": "krony.evaluation.inspection",
     "interpret": "krony.interpretation.interpret",
     "load_model": "krony.models.loading",
+    "load_shapes": "krony.models.loading",
     "load_tokenizer": "krony.models.loading",
     "own_text": "krony.compression.own_text",
 }

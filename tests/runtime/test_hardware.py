@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from krony.runtime.hardware import fast_dtype, machine, trim_memory
+from krony import KronyError
+from krony.runtime.hardware import check_device, fast_dtype, machine, trim_memory
 
 
 def test_a_figure_says_where_it_is_from():
@@ -36,3 +37,9 @@ def test_trimming_gives_freed_memory_back():
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda _: (_ for _ in ()).throw(OSError("no libc.so.6")))
     trim_memory()
+
+
+def test_a_device_without_values_is_refused():
+    with pytest.raises(KronyError, match="device 'meta' can't be used: it holds no values"):
+        check_device("meta")
+    check_device("auto")

@@ -14,8 +14,7 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", device: str = "c
     Args:
         name: a folder, a hub name, or ``demo`` for the model that comes with krony.
         dtype: ``auto`` for the dtype it was saved in (``demo``: float32), or float32, bfloat16, float16, float64.
-        device: a device name of torch; ``auto`` spreads the model over all devices, and ``meta`` gives its shapes
-            without reading the weights.
+        device: a device name of torch; ``auto`` spreads the model over all devices.
 
     Raises:
         KronyError: no such model, no network, a damaged or incomplete file, or an architecture that isn't a causal LM.
@@ -26,6 +25,25 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", device: str = "c
         5918720
     """
     return ModelSource.find(name).load(dtype=dtype, device=device)
+
+
+def load_shapes(name: str, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """Makes a model of these shapes without values, on the meta device: no weight is read, and it can't run.
+
+    For a script that heals with shards (``krony.heal(…, shard=True)``): only its first process needs the values.
+
+    Args:
+        name: as for ``load_model``.
+        dtype: as for ``load_model``; ``auto`` is what the config says, or float32 if it says nothing.
+
+    Raises:
+        KronyError: no such model, or an architecture that isn't a causal LM.
+
+    Examples:
+        >>> sum(parameter.numel() for parameter in load_shapes("demo").parameters())
+        5918720
+    """
+    return ModelSource.find(name).shapes(dtype)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

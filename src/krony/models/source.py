@@ -151,8 +151,6 @@ class ModelSource:
     def load(self, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
         """The model in eval mode, from safetensors only; ``krony.load_model`` says the rest."""
         check_device(device)
-        if device == "meta":
-            return self.shapes(dtype)
         options: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
         options |= _hub_options(self.folder or self.name)
         if self.folder is not None:

@@ -57,6 +57,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def check_device(device: str) -> None:
     """Raises KronyError unless torch can use the device of this name; ``auto`` is always accepted."""
+    if device == "meta":
+        raise KronyError("device 'meta' can't be used: it holds no values, so nothing can be computed on it")
     try:
         torch.empty(0, device="cpu" if device == "auto" else device)
     except (RuntimeError, AssertionError) as error:  # torch raises either for a device that isn't there
