@@ -32,7 +32,7 @@ from common import DOCS, RESULTS, arguments, draw_or_measure
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from krony.compression.allocation import cost_curve, least_width
+from krony.compression.allocation import least_width, ranking_of
 from krony.compression.compress import compress_as_planned
 from krony.compression.moments import BATCH_TOKENS, SENSITIVITY_TOKENS, Calibration, batches
 from krony.compression.plan import plan
@@ -118,7 +118,7 @@ def compression(width: int, hidden: int) -> dict[str, Any]:
         "second moments": growing - passes,
         "finishing them": reading - growing,
         "sensitivity": median(lambda: read(ids, sensitivity=True)) - reading,
-        "costs": median(lambda: cost_curve(model, group, moments, CONFIG, least=least)),
+        "costs": median(lambda: ranking_of(model, group, moments, CONFIG, least=least)),
         "factors": median(lambda: replacements(model, group, settled.shapes, CONFIG, moments)),
     }
     once = counted(lambda: model.base_model(input_ids=ids[:1], use_cache=False)) * len(ids)

@@ -7,8 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krony import KronyError
-from krony.compression.allocation import allocate_widths
+from krony import KronyConfig, KronyError
+from krony.compression.allocation import allocate, allocate_widths
+from krony.compression.compress import calibration_for
+from krony.compression.plan import plan
+from krony.compression.replacement import replacements
+from krony.runtime.progress import silent
+from small_models import BUILDERS
 
 
 @st.composite
@@ -46,3 +51,27 @@ def test_a_curve_that_is_not_convex_is_taken_by_its_hull():
 def test_a_budget_that_is_too_small():
     with pytest.raises(KronyError, match="a budget of 7 neurons for 2 layers: at least 4 per layer are needed"):
         allocate_widths([torch.arange(61.0)] * 2, 4, 7)
+
+
+@pytest.mark.parametrize("init", ["neurons", "flap"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_neurons_kept_are_those_that_the_method_chooses_for_these_widths(name, init):
+    """Ranking once gives the layers that initialising each with its own choice gives, to the bit."""
+    model = BUILDERS[name]()
+    config = KronyConfig("keep=0.5", init=init, allocation="global")
+    settled = plan(model, config)
+    ids = torch.randint(0, 256, (16, 32), generator=torch.Generator().manual_seed(1))
+    moments = list(calibration_for(settled, model, ids))
+    found = allocate(model, settled, moments, silent)
+    groups = [group for group in settled.groups if group.sites[0].name in found.shapes]
+    assert groups and found.kept.keys() == {group.sites[0].name for group in groups}
+    with torch.no_grad():
+        for group, known in zip(settled.groups, moments, strict=True):
+            if group not in groups:
+                continue
+            chosen = replacements(model, group, found.shapes, config, known)
+            given = replacements(model, group, found.shapes, config, known, kept=found.kept[group.sites[0].name])
+            for site in group.sites:
+                ours, theirs = (one[site.name].layer.state_dict() for one in (given, chosen))
+                assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+                assert given[site.name].report == chosen[site.name].report

@@ -56,7 +56,7 @@ def slow(patience, out):
     """Compresses, and takes five seconds for the second group, which is that of the second process."""
     distributed.init("cpu", patience=timedelta(seconds=patience))
     replacements = module.replacements
-    module.replacements = lambda *a: (time.sleep(5 * ("h.1." in a[1].sites[0].name)), replacements(*a))[1]
+    module.replacements = lambda *a, **k: (time.sleep(5 * ("h.1." in a[1].sites[0].name)), replacements(*a, **k))[1]
     compress(BUILDERS["gpt2"](), KronyConfig("keep=0.5", init="van-loan"))
     torch.save("done", f"{out}-{distributed.rank()}")
 

@@ -10,7 +10,7 @@ from krony.errors import KronyWarning
 from krony.init import neurons
 from krony.init.base import Moments, SecondMoment, Target, regularised
 from krony.init.registry import find_initialisation
-from krony.init.whole_neurons import hidden_order
+from krony.init.whole_neurons import Selection, hidden_order
 from krony.kronecker.algebra import KronShape
 from krony.models.surgery import find_groups, kronecker_layers, take_out
 from small_models import BUILDERS, gpt2, llama
@@ -28,6 +28,12 @@ def problem(seed: int, out: int, width: int, tokens: int = 400):
     x = activations(tokens, width, seed)
     weight = torch.randn(out, width, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     return x, weight, x.T @ x
+
+
+def select(weight: torch.Tensor, bias: torch.Tensor | None, moments: Moments, keep: int) -> Selection:
+    """What the initialisation makes of a down matrix."""
+    kept = neurons.rank(weight, bias, moments, weight.shape[1] - keep).kept(weight.shape[1], keep)
+    return neurons.refitted(weight, bias, moments, kept)
 
 
 def refit_from_scratch(x: torch.Tensor, weight: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -75,8 +81,8 @@ def test_selection_of_a_whole_layer_uses_the_bias_for_the_mean():
     weight = torch.randn(3, 8, dtype=torch.float64)
     second = SecondMoment(x.T @ x / 500, x.mean(0))
     moments = Moments(second, second, 500)
-    with_bias = neurons.select(weight, torch.zeros(3), moments, 4)
-    without = neurons.select(weight, None, moments, 4)
+    with_bias = select(weight, torch.zeros(3), moments, 4)
+    without = select(weight, None, moments, 4)
     assert without.bias is None and with_bias.bias is not None
     target = x @ weight.T
     made = x[:, with_bias.kept] @ with_bias.down.T + with_bias.bias
@@ -92,13 +98,13 @@ def test_sensitivity_decides_what_goes_and_prices_it():
     sensitivity = root @ root.T
     second = SecondMoment(c, x.mean(0))
     moments = Moments(second, second, 400, sensitivity)
-    curve = neurons.cost_curve(weight, None, moments, 8)
-    chosen = neurons.select(weight, None, moments, 8)
+    curve = neurons.rank(weight, None, moments, 8).costs
+    chosen = select(weight, None, moments, 8)
     lost = weight.clone()
     lost[:, chosen.kept] -= chosen.down
     expected = torch.trace(sensitivity @ lost @ c @ lost.T)
     torch.testing.assert_close(curve[8], expected, rtol=2e-2, atol=0)
-    blind = neurons.select(weight, None, Moments(second, second, 400), 8)
+    blind = select(weight, None, Moments(second, second, 400), 8)
     assert blind.kept.tolist() != chosen.kept.tolist()
 
 

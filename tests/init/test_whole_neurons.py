@@ -82,12 +82,15 @@ def test_flap_restores_the_mean_of_the_outputs_where_there_is_a_bias(ids):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 8, generator=generator, dtype=torch.float64) + torch.arange(8)
     weight, bias = torch.randn(3, 8, generator=generator, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
-    moments = SecondMoment(x.T @ x / 300, x.mean(0))
-    chosen = flap.select(weight, bias, moments, 4)
+    hidden = SecondMoment(x.T @ x / 300, x.mean(0))
+    moments = Moments(hidden, hidden, 300)
+    kept = flap.rank(weight, bias, moments, 4).kept(8, 4)
+    assert kept.tolist() == flap.scores(weight, hidden).topk(4).indices.sort().values.tolist()
+    chosen = flap.with_mean(weight, bias, moments, kept)
     torch.testing.assert_close(chosen.down @ x[:, chosen.kept].mean(0) + chosen.bias, weight @ x.mean(0) + bias)
     assert torch.equal(chosen.down, weight[:, chosen.kept])
-    assert flap.select(weight, None, moments, 4).bias is None
-    torch.testing.assert_close(flap.scores(weight, moments), x.var(0, unbiased=False) * weight.square().sum(0))
+    assert flap.with_mean(weight, None, moments, kept).bias is None
+    torch.testing.assert_close(flap.scores(weight, hidden), x.var(0, unbiased=False) * weight.square().sum(0))
 
 
 def test_a_constant_neuron_costs_flap_nothing_and_wanda_much():
@@ -105,7 +108,7 @@ def test_flaps_allocation_is_one_threshold_of_standard_scores():
         Moments(SecondMoment(torch.eye(1), torch.zeros(1)), SecondMoment(torch.diag(v), torch.zeros(40)), 9)
         for _, v in layers
     ]
-    curves = [flap.cost_curve(w, None, m, 39) for (w, _), m in zip(layers, moments, strict=True)]
+    curves = [flap.rank(w, None, m, 39).costs for (w, _), m in zip(layers, moments, strict=True)]
     assert all(curve[0] == 0 and curve[1] < 0 and len(curve) == 40 for curve in curves)
     assert all((curve.diff().diff() >= -1e-12).all() for curve in curves)
     kept = allocate_widths(curves, unit=1, budget=60)
@@ -119,8 +122,9 @@ def test_flaps_allocation_is_one_threshold_of_standard_scores():
 def test_flap_with_layers_in_which_all_neurons_score_the_same():
     second = SecondMoment(torch.eye(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64))
     moments = Moments(second, second, 9)
-    curve = flap.cost_curve(torch.ones(2, 8), None, moments, 7)
-    assert not curve.any()
+    ranking = flap.rank(torch.ones(2, 8), None, moments, 7)
+    curve = ranking.costs
+    assert not curve.any() and ranking.kept(8, 3).tolist() == [0, 1, 2]  # of equal ones the first stay
     assert sum(allocate_widths([curve, curve], unit=1, budget=8)) == 8
 
 

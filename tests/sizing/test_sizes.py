@@ -37,7 +37,7 @@ def test_the_prediction_rises_as_neurons_go_and_starts_from_the_cost_curves(tmp_
     predicted = [sizes.predicted(size) for size in sizes.ladder]
     assert predicted == sorted(predicted) and predicted[0] >= 0
     half = sizes.size(0.5)
-    curves = sizes._curves  # 3 layers of 192 neurons; the budget keeps half of them
+    curves = [ranking.costs for ranking in sizes._rankings]  # 3 layers of 192 neurons; the budget keeps half of them
     uniform = sum(float(curve[96]) for curve in curves) / 2
     assert half.keep == 0.5 and 0 < sizes.predicted(half) <= uniform
 
@@ -59,21 +59,23 @@ def test_what_is_measured_is_the_compressed_models_loss(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_costs_are_computed_once_for_all_sizes(tmp_path, monkeypatch):
+def test_neurons_are_ranked_once_for_all_sizes(tmp_path, monkeypatch):
     from krony.compression import allocation
+    from krony.init import neurons
     from krony.sizing import sizes as module
 
     asked = []
 
     def counted(*arguments, **options):
         asked.append(options)
-        return allocation.cost_curves(*arguments, **options)
+        return allocation.ranked(*arguments, **options)
 
-    monkeypatch.setattr(module, "cost_curves", counted)
+    monkeypatch.setattr(module, "ranked", counted)
     sizes = Sizes(gpt2(), CONFIG, rows(1), rows(2, count=6), cache=tmp_path)
     for keep in (0.25, 0.5, 0.75):
         sizes.measure(sizes.size(keep))
-    monkeypatch.setattr(allocation, "cost_curves", None)  # not computed anywhere else
+    monkeypatch.setattr(allocation, "ranked", None)  # not computed anywhere else
+    monkeypatch.setattr(neurons, "drop", None)
     sizes.measure(sizes.size(0.375))
     assert len(asked) == 1
 

@@ -141,11 +141,11 @@ def test_an_interrupted_run_resumes_after_any_unit(config, units, source, tmp_pa
 
 @pytest.mark.parametrize("config", [GLOBAL, KronyConfig("keep=0.5", reconstruct=2, layers="1-2")], ids=["all", "upper"])
 def test_files_are_deleted_when_no_unit_needs_them(config, source, tmp_path):
-    """Stopped before the last unit: only the costs are left, which say what the layout is."""
+    """Stopped before the last unit: only the rankings are left, which say what the layout is."""
     with pytest.raises(KeyboardInterrupt):
         streamed(source, tmp_path / "out", config, progress=Stop(11 if config.allocation == "global" else 7))
     left = {path.name.partition("-")[0] for path in (tmp_path / "out.work").glob("*.safetensors")}
-    assert left == ({"costs"} if config.allocation == "global" else set())
+    assert left == ({"ranking"} if config.allocation == "global" else set())
 
 
 @pytest.mark.parametrize("at", [1, 3, 5, 7, 9, 11])

@@ -1,6 +1,6 @@
 """Divides one budget of hidden neurons among all layers, so that the total cost is least.
 
-Neuron selection computes what dropping the next neurons of a layer costs. With the sensitivity of the loss to each
+A method's ranking says what dropping the next neurons of a layer costs. With the sensitivity of the loss to each
 layer's outputs, the costs of different layers are in one unit (proportional to nats per token). Each layer's cost curve
 is replaced by its lower convex hull; dropping units in the order of rising marginal cost is then optimal.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -17,11 +18,24 @@ from krony.compression.plan import CompressionPlan, portion
 from krony.compression.replacement import sound_moments
 from krony.config import KronyConfig
 from krony.errors import KronyError
-from krony.init.base import Moments
+from krony.init.base import Moments, Ranking
 from krony.kronecker.algebra import KronShape
 from krony.models.surgery import Group, take_out
 from krony.runtime import distributed
 from krony.runtime.progress import Progress
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What every layer becomes.
+
+    Attributes:
+        shapes: the split of every matrix, by name; layers that stay dense are left out.
+        kept: the neurons that an MLP keeps, in rising order, by the name of its first matrix, where they are known.
+    """
+
+    shapes: dict[str, KronShape]
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 def allocate(
@@ -29,26 +43,30 @@ def allocate(
     settled: CompressionPlan,
     moments: Iterable[Moments | None],
     progress: Progress,
-    curves: Sequence[Tensor] | None = None,
-) -> dict[str, KronShape]:
-    """The split of every matrix, by name; layers that stay dense are left out.
+    rankings: Sequence[Ranking] | None = None,
+) -> Allocation:
+    """Divides the budget of ``settled``.
 
-    With ``allocation="uniform"`` these are ``settled.shapes``. With ``"global"``, ``moments`` holds one record per
-    group; ``curves`` are the cost curves where they are known. Raises KronyError if the budget has less than one
-    portion per layer.
+    With ``allocation="uniform"`` every layer has its split in ``settled.shapes``. With ``"global"``, ``moments`` holds
+    one record per group; ``rankings`` are those of ``ranked`` where they are known. Raises KronyError if the budget has
+    less than one portion per layer.
     """
     groups, config, shapes = settled.groups, settled.config, settled.shapes
     if config.allocation == "uniform":
-        return shapes
+        return Allocation(shapes)
     first = shapes[groups[0].sites[0].name]  # (groups, width) ⊗ (r, 1), k factors
     width, unit = first.rows, least_width(settled)
-    if curves is None:
-        curves = cost_curves(model, settled, moments, progress, least=unit)
-    kept = allocate_widths(curves, unit, first.m1 * first.factors * len(groups), config.max_width)
-    allocated = {}
-    for group, count in zip(groups, kept, strict=True):
-        for site in group.sites if count < width else ():
-            allocated[site.name] = site.shape(f"{unit}x{first.columns}:{count // unit}")
+    if rankings is None:
+        rankings = ranked(model, settled, moments, progress, least=unit)
+    costs, budget = [ranking.costs for ranking in rankings], first.m1 * first.factors * len(groups)
+    allocated = Allocation({})
+    for group, ranking, count in zip(
+        groups, rankings, allocate_widths(costs, unit, budget, config.max_width), strict=True
+    ):
+        if count < width:
+            allocated.kept[group.sites[0].name] = ranking.kept(width, count)
+            for site in group.sites:
+                allocated.shapes[site.name] = site.shape(f"{unit}x{first.columns}:{count // unit}")
     return allocated
 
 
@@ -57,29 +75,30 @@ def least_width(settled: CompressionPlan) -> int:
     return portion(settled.groups[0].sites[0].out_features, settled.config.multiple_of)
 
 
-def cost_curves(
+def ranked(
     model: nn.Module, settled: CompressionPlan, moments: Iterable[Moments | None], progress: Progress, *, least: int
-) -> list[Tensor]:
-    """Per group the cost of dropping its n cheapest neurons, for n from 0 to its width less ``least``.
+) -> list[Ranking]:
+    """Per group the ranking of its neurons, all but ``least`` of them, on the CPU.
 
     ``moments`` holds one record per group, with sensitivity. Processes share the groups.
     """
-    curves: dict[int, Tensor] = {}
+    rankings: dict[int, Ranking] = {}
     for done, (group, known) in enumerate(zip(settled.groups, moments, strict=True)):
         progress(done, len(settled.groups), "allocation")
         assert known is not None  # ``plan`` has refused configurations without text
         if distributed.does(done):
-            curves[done] = cost_curve(model, group, known, settled.config, least=least)
-    return [distributed.result_of(index, curves) for index in range(len(settled.groups))]
+            rankings[done] = ranking_of(model, group, known, settled.config, least=least)
+    return [distributed.result_of(index, rankings) for index in range(len(settled.groups))]
 
 
-def cost_curve(model: nn.Module, group: Group, moments: Moments, config: KronyConfig, *, least: int) -> Tensor:
-    """``cost_curves`` of a single group, whose weights are in memory: ``(width - least + 1,)``."""
-    curve = config.initialisation.cost_curve
-    assert curve is not None and moments.hidden is not None  # ``plan`` has refused other methods, and single layers
+def ranking_of(model: nn.Module, group: Group, moments: Moments, config: KronyConfig, *, least: int) -> Ranking:
+    """``ranked`` for a single group, whose weights are in memory."""
+    rank = config.initialisation.rank
+    assert rank is not None and moments.hidden is not None  # ``plan`` has refused other methods, and single layers
     weight, bias = take_out(model, group.sites[-1].name)
     with sound_moments(group):
-        return curve(weight, bias, moments, weight.shape[1] - least).cpu()
+        found = rank(weight, bias, moments, weight.shape[1] - least)
+    return Ranking(found.order.cpu(), found.costs.cpu())
 
 
 def allocate_widths(costs: Sequence[Tensor], unit: int, budget: int, max_width: int | None = None) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from krony.compression.allocation import allocate
+from krony.compression.allocation import Allocation, allocate
 from krony.compression.kept_layers import KeptLayers
 from krony.compression.moments import Calibration
 from krony.compression.plan import CompressionPlan, plan
@@ -25,7 +25,7 @@ from krony.compression.tuning import tune
 from krony.config import KronyConfig
 from krony.data.calibration_set import documents_of, pack
 from krony.errors import KronyError
-from krony.init.base import Moments
+from krony.init.base import Moments, Ranking
 from krony.kronecker.algebra import KronShape
 from krony.kronecker.embedding import KroneckerEmbedding, factorised
 from krony.kronecker.linear import KroneckerLinear
@@ -98,26 +98,26 @@ def compress_as_planned(
     settled: CompressionPlan,
     ids: Tensor | None,
     *,
-    curves: Sequence[Tensor] | None = None,
+    rankings: Sequence[Ranking] | None = None,
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> CompressionReport:
     """``compress`` by a plan for this model, on token ids ``(sequences, length)``, or without text.
 
-    ``curves``: what ``cost_curves`` gave for this model, text and configuration but for the scheme; the allocation of
-    several sizes then computes them once. Raises KronyError.
+    ``rankings``: what ``ranked`` gave for this model, text and configuration but for the scheme; several sizes then
+    compute them once. Raises KronyError.
     """
     check_weights(model)
     sites = [site.name for group in settled.groups for site in group.sites]
     with splitting(model, wholes_of(model, sites) if settled.config.split_attention else []):
-        return _compress(model, settled, ids, curves, cache, progress)
+        return _compress(model, settled, ids, rankings, cache, progress)
 
 
 def _compress(
     model: PreTrainedModel,
     settled: CompressionPlan,
     ids: Tensor | None,
-    curves: Sequence[Tensor] | None,
+    rankings: Sequence[Ranking] | None,
     cache: Path | None,
     progress: Progress,
 ) -> CompressionReport:
@@ -126,11 +126,11 @@ def _compress(
     moments: Iterable[Moments | None] = [None] * len(settled.groups)
     if ids is not None:
         moments = calibration_for(settled, original, ids, cache=cache, progress=progress)
-    shapes = allocate(model, settled, moments, progress, curves)
-    kept = KeptLayers(getattr(moments, "folder", None), config, shapes)
+    allocation = allocate(model, settled, moments, progress, rankings)
+    kept = KeptLayers(getattr(moments, "folder", None), config, allocation.shapes)
     tuned = None
     with torch.no_grad():
-        new = _initialise(original, settled, shapes, moments, ids, kept, progress)
+        new = _initialise(original, settled, allocation, moments, ids, kept, progress)
         embedding = None if settled.embedding is None else _factorise_embedding(model, *settled.embedding)
         redrawn = _redrawn_weights(model, config.seed) if config.reinit == "all" else {}
         with _swapped(model, {name: replacement.layer for name, replacement in new.items()}):
@@ -139,7 +139,7 @@ def _compress(
                     model, original, ids, steps=config.tune, text=config.tune_text, everything=config.tune_all,
                     seed=config.seed, progress=progress,
                 )  # fmt: skip
-                new = _measure_again(original, settled.groups, shapes, new, moments)
+                new = _measure_again(original, settled.groups, allocation.shapes, new, moments)
         _copy_redrawn(model, redrawn)
         reports = [replacement.report for replacement in new.values()]
         if embedding is not None:
@@ -237,7 +237,7 @@ def calibration_for(
 def _initialise(
     original: PreTrainedModel,
     settled: CompressionPlan,
-    shapes: dict[str, KronShape],
+    allocation: Allocation,
     moments: Iterable[Moments | None],
     ids: Tensor | None,
     kept: KeptLayers,
@@ -264,10 +264,11 @@ def _initialise(
             train = partial(kept.load, index)
         elif trained:
             train = partial(reconstruct_group, original, group, next(texts), known, config)
-        if not any(site.name in shapes for site in group.sites):
+        if not any(site.name in allocation.shapes for site in group.sites):
             made[index] = {}  # allocation leaves this layer dense
             continue
-        made[index] = replacements(original, group, shapes, config, known, train)
+        chosen = allocation.kept.get(group.sites[0].name)
+        made[index] = replacements(original, group, allocation.shapes, config, known, kept=chosen, train=train)
         if trained and not done[index]:
             kept.save(index, {name: one.layer for name, one in made[index].items()})
         if distributed.count() > 1:  # layers travel by way of the CPU

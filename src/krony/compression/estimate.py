@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from krony.compression.allocation import cost_curve, least_width
+from krony.compression.allocation import least_width, ranking_of
 from krony.compression.compress import calibration_for, check_weights, compress_as_planned
 from krony.compression.moments import Calibration, sensitivity_rows
 from krony.compression.plan import CompressionPlan, plan
@@ -134,9 +134,12 @@ def _reading(
 def _one_group(model: PreTrainedModel, settled: CompressionPlan, moments: Moments) -> None:
     """The costs if there is an allocation, the factors, and the errors of the first group."""
     config, group = settled.config, settled.groups[0]
+    kept = None
     if config.allocation == "global":
-        cost_curve(model, group, moments, config, least=least_width(settled))
-    replacements(model, group, settled.shapes, config, moments)
+        width, first = group.sites[-1].in_features, settled.shapes[group.sites[0].name]
+        ranking = ranking_of(model, group, moments, config, least=least_width(settled))
+        kept = ranking.kept(width, first.m1 * first.factors)
+    replacements(model, group, settled.shapes, config, moments, kept=kept)
 
 
 def _trained(model: PreTrainedModel, settled: CompressionPlan, ids: Tensor, moments: Moments) -> tuple[float, float]:

@@ -38,6 +38,8 @@ def replacements(
     shapes: dict[str, KronShape],
     config: KronyConfig,
     moments: Moments | None = None,
+    *,
+    kept: Tensor | None = None,
     train: Callable[[dict[str, KroneckerLinear]], None] | None = None,
 ) -> dict[str, Replacement]:
     """The layers that replace a group's, by name, with their errors; the model does not change.
@@ -45,6 +47,7 @@ def replacements(
     Args:
         shapes: module name -> split, with at least every layer of the group.
         moments: the group's moments; None without calibration text.
+        kept: the neurons that stay, in rising order, where they are chosen already.
         train: called with the new layers by name before their errors are measured.
 
     Raises:
@@ -52,7 +55,7 @@ def replacements(
     """
     targets = _targets(model, group, shapes)
     with sound_moments(group):
-        initial = config.initialisation.initialise(targets, config, moments)
+        initial = _initial(targets, config, moments, kept)
     layers = {t.name: _build(t, factors, config) for t, factors in zip(targets, initial, strict=True)}
     if train is not None:
         train(layers)
@@ -62,6 +65,15 @@ def replacements(
         )
         for t, factors in zip(targets, initial, strict=True)
     }
+
+
+def _initial(targets: list[Target], config: KronyConfig, moments: Moments | None, kept: Tensor | None) -> list[Factors]:
+    """The factors of a group; by a choice of neurons only for a method that makes such choices."""
+    method = config.initialisation
+    if kept is None:
+        return method.initialise(targets, config, moments)
+    assert method.initialise_kept is not None
+    return method.initialise_kept(targets, config, moments, kept.to(targets[0].weight.device))
 
 
 @contextmanager

@@ -90,6 +90,30 @@ class Factors:
     curve: tuple[float, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """An MLP's hidden neurons in the order in which a method drops them, and what that costs.
+
+    Attributes:
+        order: the neurons that are dropped, first the cheapest, ``(count,)``.
+        costs: the cost of dropping the first n of them, for n from 0 to ``count``: ``(count + 1,)``, 0 first.
+    """
+
+    order: Tensor
+    costs: Tensor
+
+    def kept(self, neurons: int, keep: int) -> Tensor:
+        """The neurons that are left when ``keep`` of all ``neurons`` stay, in rising order: ``(keep,)``.
+
+        Examples:
+            >>> Ranking(torch.tensor([3, 0, 1]), torch.arange(4.0)).kept(neurons=4, keep=2)
+            tensor([1, 2])
+        """
+        stay = torch.ones(neurons, dtype=torch.bool, device=self.order.device)
+        stay[self.order[: neurons - keep]] = False
+        return stay.nonzero().squeeze(1)
+
+
 def regularised(c: Tensor, ridge: float = RIDGE) -> Tensor:
     """``c: (n, n)`` with a ridge relative to each neuron's own second moment, and a floor for neurons that never fire.
 
@@ -133,14 +157,22 @@ class Initialise(Protocol):
     ) -> list[Factors]: ...
 
 
-class CostCurve(Protocol):
-    """The cost of dropping the n cheapest hidden neurons, for n from 0 to ``count``: ``(count + 1,)``, 0 first.
+class InitialiseKept(Protocol):
+    """``Initialise`` for an MLP of which the neurons that stay are chosen already: ``kept``, in rising order."""
 
-    ``weight: (out, hidden)`` and ``bias: (out,)`` belong to the down matrix. Only the slopes matter to the allocation:
-    it drops the next neurons where the curve rises least, so a curve may also fall.
+    def __call__(
+        self, targets: Sequence[Target], options: Options, moments: Moments | None, kept: Tensor
+    ) -> list[Factors]: ...
+
+
+class Rank(Protocol):
+    """Ranks the hidden neurons of an MLP, until ``count`` of them are dropped.
+
+    ``weight: (out, hidden)`` and ``bias: (out,)`` belong to the down matrix. Only the slopes of the costs matter to the
+    allocation: it drops the next neurons where they rise least, so costs may also fall.
     """
 
-    def __call__(self, weight: Tensor, bias: Tensor | None, moments: Moments, count: int) -> Tensor: ...
+    def __call__(self, weight: Tensor, bias: Tensor | None, moments: Moments, count: int) -> Ranking: ...
 
 
 class Check(Protocol):
@@ -176,7 +208,8 @@ class Initialisation:
         rescales: whether it follows ``KronyConfig.rescale``.
         default_epsilon: entry of the right factor for dropped neurons; None for a method without such an entry.
         whole_neurons: whether it works only with schemes that don't split hidden neurons.
-        cost_curve: the cost by which ``allocation="global"`` compares layers; None where the method has none.
+        rank: ranks neurons by costs, by which ``allocation="global"`` compares layers; None where the method has none.
+        initialise_kept: computes the factors by a ranking; None for a method without ``rank``.
         predicts_loss: whether these costs, with sensitivity, are proportional to nats per token.
         shape: maps the split that the scheme asks for to the split that the method uses.
         check: raises KronyError for layers that the method can't initialise.
@@ -190,7 +223,8 @@ class Initialisation:
     rescales: bool = False
     default_epsilon: float | None = None
     whole_neurons: bool = False
-    cost_curve: CostCurve | None = None
+    rank: Rank | None = None
+    initialise_kept: InitialiseKept | None = None
     predicts_loss: bool = False
     shape: Callable[[KronShape], KronShape] = same_shape
     check: Check = accept_all
@@ -198,4 +232,4 @@ class Initialisation:
     @property
     def takes_allocation(self) -> bool:
         """Whether ``allocation="global"`` works with this method."""
-        return self.cost_curve is not None
+        return self.rank is not None

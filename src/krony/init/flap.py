@@ -21,33 +21,11 @@ Var and mean are weighted as the calibration weighs tokens; the paper weighs all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from krony.init.base import Moments, Options, SecondMoment, Target
-from krony.init.whole_neurons import Selection, highest, method
-
-
-def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Selection:
-    """The neurons of the highest scores; the down bias takes up the mean of the others."""
-    assert moments is not None and moments.hidden is not None
-    return select(targets[-1].weight, targets[-1].bias, moments.hidden, keep)
-
-
-def select(weight: Tensor, bias: Tensor | None, hidden: SecondMoment, keep: int) -> Selection:
-    """Chooses ``keep`` of the neurons of the down matrix ``weight: (out, hidden)``; its bias makes up for the others.
-
-    ``bias`` is ``(out,)`` or None. ``hidden`` holds the moments of the down matrix's inputs.
-    """
-    kept = highest(scores(weight, hidden), keep)
-    w = weight.double()
-    if bias is None:
-        return Selection(kept, w[:, kept])
-    mean = hidden.mean.to(weight.device).clone()  # (hidden,)
-    mean[kept] = 0.0
-    return Selection(kept, w[:, kept], bias.double() + w @ mean)
+from krony.init.base import Moments, Ranking, SecondMoment
+from krony.init.whole_neurons import Selection, method
 
 
 def scores(weight: Tensor, hidden: SecondMoment) -> Tensor:
@@ -63,15 +41,27 @@ def scores(weight: Tensor, hidden: SecondMoment) -> Tensor:
     return variance * weight.double().square().sum(0)
 
 
-def cost_curve(weight: Tensor, bias: Tensor | None, moments: Moments, count: int) -> Tensor:
-    """The sum of the n lowest standard scores, for n from 0 to ``count``: ``(count + 1,)``, float64, convex.
+def rank(weight: Tensor, bias: Tensor | None, moments: Moments, count: int) -> Ranking:
+    """The ``count`` neurons of the lowest scores; the costs are sums of their standard scores, float64, convex.
 
-    It falls first, as standard scores below the mean are negative. Where all scores are equal they are all zero.
+    They fall first, as standard scores below the mean are negative. Where all scores are equal they are all zero.
     """
     assert moments.hidden is not None
     each = scores(weight, moments.hidden)
     standard = (each - each.mean()) / each.std().clamp_min(torch.finfo(each.dtype).tiny)
-    return torch.cat([each.new_zeros(1), standard.sort().values[:count].cumsum(0)])
+    order = each.argsort(descending=True, stable=True).flip(0)[:count]  # of equal ones the first stays
+    return Ranking(order, torch.cat([each.new_zeros(1), standard[order].cumsum(0)]))
 
 
-FLAP = method("flap", choose, needs_text=True, cost_curve=cost_curve)
+def with_mean(weight: Tensor, bias: Tensor | None, moments: Moments | None, kept: Tensor) -> Selection:
+    """The columns of the kept neurons; the bias ``(out,)``, where there is one, takes up the mean of the others."""
+    w = weight.double()
+    if bias is None:
+        return Selection(kept, w[:, kept])
+    assert moments is not None and moments.hidden is not None
+    mean = moments.hidden.mean.to(weight.device).clone()  # (hidden,)
+    mean[kept] = 0.0
+    return Selection(kept, w[:, kept], bias.double() + w @ mean)
+
+
+FLAP = method("flap", refit=with_mean, needs_text=True, rank=rank)

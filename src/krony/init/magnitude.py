@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from krony.init.base import Moments, Options, Target
-from krony.init.whole_neurons import Selection, as_they_are, highest, method
+from krony.init.whole_neurons import highest, method
 
 
-def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Selection:
-    """The neurons of the highest scores, as they are; ``moments`` are not used."""
+def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Tensor:
+    """The neurons of the highest scores; ``moments`` are not used."""
     *ups, down = targets
-    return as_they_are(down, highest(scores([up.weight for up in ups], down.weight), keep))
+    return highest(scores([up.weight for up in ups], down.weight), keep)
 
 
 def scores(ups: Sequence[Tensor], down: Tensor) -> Tensor:

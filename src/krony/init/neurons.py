@@ -20,13 +20,12 @@ The rows and biases of the up matrices that are kept stay exact.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from krony.errors import KronyWarning
-from krony.init.base import Moments, Options, SecondMoment, Target, regularised
+from krony.init.base import Moments, Ranking, SecondMoment, regularised
 from krony.init.whole_neurons import Selection, method
 
 BLOCK = 32  # neurons dropped between two exact updates, at least
@@ -34,18 +33,12 @@ BLOCKS = 96  # about how many updates dropping all neurons takes: each one passe
 GONE = 1 / 8  # of the neurons: when more than these are dropped, the matrices are copied without them
 
 
-def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Selection:
-    """The neurons that the others can't replace, and the down matrix refitted to them."""
-    assert moments is not None
-    return select(targets[-1].weight, targets[-1].bias, moments, keep)
+def rank(weight: Tensor, bias: Tensor | None, moments: Moments, count: int) -> Ranking:
+    """The ``count`` neurons that the others replace best; the costs are in float64, and rise.
 
-
-def select(weight: Tensor, bias: Tensor | None, moments: Moments, keep: int) -> Selection:
-    """Chooses ``keep`` of the hidden neurons and refits the down matrix ``weight: (out, hidden)`` to them.
-
-    With a bias ``(out,)``, the refitted bias absorbs the mean output of the dropped neurons, and C is the covariance
-    instead of the second moment. ``moments.hidden`` must be there. Warns (KronyWarning) if the text has fewer tokens
-    than the MLP has neurons.
+    ``weight: (out, hidden)`` and ``bias: (out,)`` belong to the down matrix; ``moments.hidden`` must be there. With
+    ``moments.sensitivity`` the costs are proportional to nats per token, otherwise they are the mean squared error of
+    the MLP's outputs. Warns (KronyWarning) if the text has fewer tokens than the MLP has neurons.
     """
     assert moments.hidden is not None
     neurons = weight.shape[1]
@@ -56,30 +49,21 @@ def select(weight: Tensor, bias: Tensor | None, moments: Moments, keep: int) -> 
             KronyWarning,
             stacklevel=2,
         )
-    w, c = weight.double(), _centred_covariance(moments.hidden, bias, weight.device)
-    diagonal = c.diagonal().clone()
-    dropped, _ = drop(_sensitivity_scaled(w, moments), c, neurons - keep, consume=True)
-    c = _centred(moments.hidden, bias, weight.device).clone()  # again: ``drop`` has overwritten it
-    c.diagonal().copy_(diagonal)
-    stay = torch.ones(neurons, dtype=torch.bool, device=weight.device)
-    stay[dropped] = False
-    kept = stay.nonzero().squeeze(1)
-    down = refit(w, c, kept)
-    mean = moments.hidden.mean.to(weight.device)
-    return Selection(kept, down, None if bias is None else bias.double() + w @ mean - down @ mean[kept])
+    c = _centred_covariance(moments.hidden, bias, weight.device)
+    order, costs = drop(_sensitivity_scaled(weight.double(), moments), c, count, consume=True)
+    return Ranking(order, torch.cat([costs.new_zeros(1), costs]))
 
 
-def cost_curve(weight: Tensor, bias: Tensor | None, moments: Moments, count: int) -> Tensor:
-    """The cost of dropping the n cheapest neurons, for n from 0 to ``count``: ``(count + 1,)``, float64, rising.
+def refitted(weight: Tensor, bias: Tensor | None, moments: Moments | None, kept: Tensor) -> Selection:
+    """The down matrix ``weight: (out, hidden)`` refitted to the kept neurons.
 
-    ``weight: (out, hidden)`` and ``bias: (out,)`` belong to the down matrix. With ``moments.sensitivity`` the cost is
-    proportional to nats per token, otherwise it is the mean squared error of the MLP's outputs.
+    With a bias ``(out,)``, the refitted bias absorbs the mean output of the dropped neurons, and C is the covariance
+    instead of the second moment. ``moments.hidden`` must be there.
     """
-    assert moments.hidden is not None
-    _, costs = drop(
-        _sensitivity_scaled(weight.double(), moments), _centred_covariance(moments.hidden, bias, weight.device), count
-    )
-    return torch.cat([costs.new_zeros(1), costs])
+    assert moments is not None and moments.hidden is not None
+    w, mean = weight.double(), moments.hidden.mean.to(weight.device)
+    down = refit(w, _centred_covariance(moments.hidden, bias, weight.device), kept)
+    return Selection(kept, down, None if bias is None else bias.double() + w @ mean - down @ mean[kept])
 
 
 def _sensitivity_scaled(weight: Tensor, moments: Moments) -> Tensor:
@@ -91,13 +75,8 @@ def _sensitivity_scaled(weight: Tensor, moments: Moments) -> Tensor:
 
 def _centred_covariance(second: SecondMoment, bias: Tensor | None, device: torch.device) -> Tensor:
     """C with its ridge: the second moment, or the covariance where a bias absorbs the mean."""
-    return regularised(_centred(second, bias, device))
-
-
-def _centred(second: SecondMoment, bias: Tensor | None, device: torch.device) -> Tensor:
-    """C without its ridge, ``(n, n)``; without a bias this is ``second.matrix`` itself, not a copy."""
     matrix, mean = second.matrix.to(device), second.mean.to(device)
-    return matrix if bias is None else matrix - mean.outer(mean)
+    return regularised(matrix if bias is None else matrix - mean.outer(mean))
 
 
 def drop(
@@ -175,4 +154,4 @@ def refit(weight: Tensor, c: Tensor, kept: Tensor) -> Tensor:
     return torch.cholesky_solve(c[kept] @ weight.T, factor).T
 
 
-NEURONS = method("neurons", choose, needs_text=True, cost_curve=cost_curve, predicts_loss=True)
+NEURONS = method("neurons", refit=refitted, needs_text=True, rank=rank, predicts_loss=True)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from krony.init.base import Moments, Options, Target
-from krony.init.whole_neurons import Selection, as_they_are, method
+from krony.init.whole_neurons import method
 
 
-def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Selection:
-    """Neurons drawn at random, as they are, from ``options.seed`` and the name of the down layer only."""
+def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Tensor:
+    """Neurons drawn at random, from ``options.seed`` and the name of the down layer only."""
     down = targets[-1]
-    return as_they_are(down, draw(down.weight.shape[1], keep, options.seed, down.name).to(down.weight.device))
+    return draw(down.weight.shape[1], keep, options.seed, down.name).to(down.weight.device)
 
 
 def draw(neurons: int, keep: int, seed: int, name: str) -> Tensor:

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from krony.init.base import Moments, Options, SecondMoment, Target
-from krony.init.whole_neurons import Selection, as_they_are, highest, method
+from krony.init.whole_neurons import highest, method
 
 
-def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Selection:
-    """The neurons of the highest scores, as they are."""
+def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Tensor:
+    """The neurons of the highest scores."""
     assert moments is not None and moments.hidden is not None
-    return as_they_are(targets[-1], highest(scores(targets[-1].weight, moments.hidden), keep))
+    return highest(scores(targets[-1].weight, moments.hidden), keep)
 
 
 def scores(weight: Tensor, hidden: SecondMoment) -> Tensor:

@@ -3,7 +3,7 @@
 Hidden neurons can be permuted freely (the activation is elementwise, and the permutation cancels between the matrices).
 So the kept neurons become the first ones of each group of r, and the right factors select them: ``B_f = e_f``. With
 epsilon 0 the outputs are those of a narrower MLP, and ``krony export --to slim`` is exact. A method of this kind
-chooses which neurons stay, and may change the down matrix and its bias; ``method`` makes its record, and everything
+chooses which neurons stay, and may then refit the down matrix and its bias; ``method`` makes its record, and everything
 else is here.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from krony.errors import KronyError
-from krony.init.base import Check, CostCurve, Factors, Initialisation, Moments, Options, Target
+from krony.init.base import Check, Factors, Initialisation, Moments, Options, Rank, Target
 from krony.kronecker.algebra import KronShape
 
 EPSILON = 0.0  # dropped neurons contribute nothing: the outputs are those of a narrower MLP
@@ -39,39 +39,70 @@ class Selection:
 
 
 class Choose(Protocol):
-    """Chooses ``keep`` of an MLP's hidden neurons; ``targets`` are its matrices, the down matrix last.
+    """The ``keep`` hidden neurons of an MLP that stay, in rising order, ``(keep,)``.
 
-    ``moments`` hold second moments of the hidden neurons where the method needs text, and may be None elsewhere.
+    ``targets`` are its matrices, the down matrix last. ``moments`` hold second moments of the hidden neurons where the
+    method needs text, and may be None elsewhere.
     """
 
-    def __call__(
-        self, targets: Sequence[Target], keep: int, options: Options, moments: Moments | None
-    ) -> Selection: ...
+    def __call__(self, targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Tensor: ...
+
+
+class Refit(Protocol):
+    """What becomes of the down matrix ``weight: (out, hidden)`` and its bias when the neurons ``kept`` stay."""
+
+    def __call__(self, weight: Tensor, bias: Tensor | None, moments: Moments | None, kept: Tensor) -> Selection: ...
+
+
+def as_they_are(weight: Tensor, bias: Tensor | None, moments: Moments | None, kept: Tensor) -> Selection:
+    """The columns of the kept neurons, unchanged, and the same bias."""
+    return Selection(kept, weight[:, kept].double())
+
+
+def by_rank(rank: Rank) -> Choose:
+    """The choice of the neurons that ``rank`` would drop last."""
+
+    def choose(targets: Sequence[Target], keep: int, options: Options, moments: Moments | None) -> Tensor:
+        down = targets[-1]
+        assert moments is not None
+        neurons = down.weight.shape[1]
+        return rank(down.weight, down.bias, moments, neurons - keep).kept(neurons, keep)
+
+    return choose
 
 
 def method(
     name: str,
-    choose: Choose,
+    choose: Choose | None = None,
     *,
+    refit: Refit = as_they_are,
     needs_text: bool = False,
-    cost_curve: CostCurve | None = None,
+    rank: Rank | None = None,
     predicts_loss: bool = False,
 ) -> Initialisation:
-    """The record of a method that keeps the neurons that ``choose`` chooses.
+    """The record of a method that keeps the neurons that ``choose`` chooses, or that ``rank`` drops last.
 
     Its ``initialise`` raises KronyError for single layers, for schemes that split neurons, and without text where that
     is needed.
     """
     check = check_for(name)
+    if choose is None:
+        assert rank is not None
+        choose = by_rank(rank)
 
     def initialise(targets: Sequence[Target], options: Options, moments: Moments | None = None) -> list[Factors]:
-        down = targets[-1]
-        is_mlp = len(targets) > 1 and down.role == "down"
+        is_mlp = len(targets) > 1 and targets[-1].role == "down"
         check([t.name for t in targets], [t.shape for t in targets], is_mlp=is_mlp)
         if needs_text and (moments is None or moments.hidden is None):
             raise KronyError(f"init {name} needs calibration text")
         shape = targets[0].shape
-        return factors_of(choose(targets, shape.factors * shape.m1, options, moments), targets, options)
+        return initialise_kept(targets, options, moments, choose(targets, shape.factors * shape.m1, options, moments))
+
+    def initialise_kept(
+        targets: Sequence[Target], options: Options, moments: Moments | None, kept: Tensor
+    ) -> list[Factors]:
+        down = targets[-1]
+        return factors_of(refit(down.weight, down.bias, moments, kept), targets, options)
 
     return Initialisation(
         name=name,
@@ -80,7 +111,8 @@ def method(
         reorders_neurons=True,
         default_epsilon=EPSILON,
         whole_neurons=True,
-        cost_curve=cost_curve,
+        rank=rank,
+        initialise_kept=None if rank is None else initialise_kept,
         predicts_loss=predicts_loss,
         check=check,
     )
@@ -115,11 +147,6 @@ def highest(scores: Tensor, count: int) -> Tensor:
         [0, 1, 3]
     """
     return scores.argsort(descending=True, stable=True)[:count].sort().values
-
-
-def as_they_are(down: Target, kept: Tensor) -> Selection:
-    """The selection that changes nothing: the down matrix's columns of the kept neurons, and its bias."""
-    return Selection(kept, down.weight[:, kept].double())
 
 
 def factors_of(selection: Selection, targets: Sequence[Target], options: Options) -> list[Factors]:

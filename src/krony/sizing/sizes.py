@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from krony.compression.allocation import allocate_widths, cost_curves
+from krony.compression.allocation import allocate_widths, ranked
 from krony.compression.compress import compress_as_planned
 from krony.compression.moments import Calibration
 from krony.compression.plan import CompressionPlan, chosen_groups, plan, portion, size_of
@@ -18,6 +18,7 @@ from krony.compression.report import CompressionReport
 from krony.config import KronyConfig
 from krony.errors import KronyError
 from krony.evaluation.interval import Interval, ratio_interval, sequence_losses
+from krony.init.base import Ranking
 from krony.init.registry import INITIALISATIONS
 from krony.kronecker.schemes import KEEP_GROUP
 from krony.models.surgery import count_parameters
@@ -105,10 +106,11 @@ class Sizes:
         """
         width = self.groups[0].sites[0].out_features
         each = round(size.keep * width)
-        kept = [each] * len(self._curves)
+        curves = [ranking.costs for ranking in self._rankings]
+        kept = [each] * len(curves)
         if self.config.allocation == "global":
-            kept = allocate_widths(self._curves, self._least, each * len(kept), self.config.max_width)
-        return float(sum(curve[width - n] for curve, n in zip(self._curves, kept, strict=True))) / 2
+            kept = allocate_widths(curves, self._least, each * len(kept), self.config.max_width)
+        return float(sum(curve[width - n] for curve, n in zip(curves, kept, strict=True))) / 2
 
     def measure(self, size: Size) -> Interval:
         """The perplexity of this size on the held-back text, relative to the original's."""
@@ -120,9 +122,11 @@ class Sizes:
 
     def compress(self, model: PreTrainedModel, size: Size) -> CompressionReport:
         """Compresses the original, or a copy of it, to this size in place."""
-        curves = self._curves if self.config.allocation == "global" else None
+        rankings = self._rankings if self.config.allocation == "global" else None
         settled = self._plan(size.scheme)
-        return compress_as_planned(model, settled, self.ids, curves=curves, cache=self.cache, progress=self.progress)
+        return compress_as_planned(
+            model, settled, self.ids, rankings=rankings, cache=self.cache, progress=self.progress
+        )
 
     def compare(self, model: PreTrainedModel) -> Interval:
         """The perplexity of any model on the held-back text, relative to the original's."""
@@ -139,13 +143,13 @@ class Sizes:
         return portion(width, self.config.multiple_of) if self.config.allocation == "global" else 1
 
     @cached_property
-    def _curves(self) -> list[Tensor]:
+    def _rankings(self) -> list[Ranking]:
         settled = self._plan(self.ladder[0].scheme)
         moments = Calibration(
             self.model, settled.groups, self.ids, token_weighting=self.config.token_weighting, sensitivity=True,
             cache=self.cache, progress=self.progress,
         )  # fmt: skip
-        return cost_curves(self.model, settled, moments, self.progress, least=self._least)
+        return ranked(self.model, settled, moments, self.progress, least=self._least)
 
     def _plan(self, scheme: str) -> CompressionPlan:
         return plan(self.model, replace(self.config, scheme=scheme))

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from krony.compression.allocation import allocate, cost_curve, least_width
+from krony.compression.allocation import Allocation, allocate, least_width, ranking_of
 from krony.compression.moments import packed, unpacked
 from krony.compression.reconstruction import Examples
 from krony.errors import KronyError
-from krony.init.base import Moments
+from krony.init.base import Moments, Ranking
 from krony.kronecker.algebra import KronShape
 from krony.models.surgery import Group
 from krony.runtime.progress import silent
@@ -31,7 +31,7 @@ from krony.streaming.plan import BACKWARD, FORWARD, MOMENTS, Stream, Unit
 
 # Files of hidden states; the sample are the sequences that measure the sensitivity.
 STATES, SAMPLE, GRADIENTS = "states", "sample", "gradients"
-SENSITIVITY, COSTS = "sensitivity", "costs"
+SENSITIVITY, RANKING = "sensitivity", "ranking"
 
 
 class Measurements:
@@ -81,22 +81,19 @@ class Measurements:
         else:
             least = least_width(self.stream.settled)
             for index, (group, known) in enumerate(zip(groups, self._step(number), strict=True)):
-                curve = cost_curve(self.stream.source, group, known, self.stream.config, least=least)
+                ranking = ranking_of(self.stream.source, group, known, self.stream.config, least=least)
                 self._save(MOMENTS, number, index, packed(known))
-                self._save(COSTS, number, index, {"costs": curve})
+                self._save(RANKING, number, index, {"order": ranking.order, "costs": ranking.costs})
         self.blocks.release(number)
 
-    def shapes(self) -> dict[str, KronShape]:
-        """The split of every matrix, by name; layers that stay dense are left out."""
-        stream = self.stream
-        if not stream.allocates:
-            return stream.shapes
-        curves = [
-            self._load(COSTS, number, index)["costs"]
+    def allocation(self) -> Allocation:
+        """What every layer becomes, by a plan that allocates."""
+        rankings = [
+            Ranking(**self._load(RANKING, number, index))
             for number in range(self.last + 1)
-            for index in range(len(stream.groups_of(number)))
+            for index in range(len(self.stream.groups_of(number)))
         ]
-        return allocate(stream.source, stream.settled, [], silent, curves)
+        return allocate(self.stream.source, self.stream.settled, [], silent, rankings)
 
     def visits(self, number: int) -> bool:
         """Whether ``layer`` has to be called for the layer of this index."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from krony.compression.allocation import Allocation
 from krony.compression.moments import BATCH_TOKENS, SENSITIVITY_TOKENS
 from krony.compression.plan import LIBRARIES, CompressionPlan, plan
 from krony.config import KronyConfig
@@ -59,13 +60,14 @@ class Stream:
     Attributes:
         folder: the model's folder.
         settled: the groups and their splits.
-        shapes: module name -> split of every matrix that is replaced; an allocation changes them (``with_shapes``).
+        shapes: module name -> split of every matrix that is replaced; ``with_allocation`` changes them.
         source: the original model, on the meta device.
         target: the compressed model, on the meta device.
         entries: the file and position of each tensor of the source, by name.
         layout: dtype and shape of each tensor to write, by its name in the target.
         names: name in the target -> name in the files.
         reads: whether calibration text is read.
+        kept: the neurons that an MLP keeps, by the name of its first matrix, where an allocation has chosen them.
     """
 
     folder: Path
@@ -77,6 +79,7 @@ class Stream:
     layout: TensorLayout
     names: dict[str, str]
     reads: bool
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def config(self) -> KronyConfig:
@@ -103,10 +106,13 @@ class Stream:
         """Bytes of tensors to write; with an allocation about as many."""
         return total(self.layout)
 
-    def with_shapes(self, shapes: dict[str, KronShape]) -> Stream:
-        """The same plan with these splits; layers without one stay dense."""
-        target = _target(self.source, shapes, self.config)
-        return replace(self, shapes=shapes, target=target, layout=_layout(target), names=file_names(target) or {})
+    def with_allocation(self, allocation: Allocation) -> Stream:
+        """The same plan with these splits and choices of neurons; layers without a split stay dense."""
+        target = _target(self.source, allocation.shapes, self.config)
+        return replace(
+            self, shapes=allocation.shapes, kept=allocation.kept, target=target, layout=_layout(target),
+            names=file_names(target) or {},
+        )  # fmt: skip
 
     def kept_bytes(self, tokens: int) -> int:
         """Bytes of temporary files in ``OUT.work`` for this many tokens: hidden states, gradients, and moments."""

@@ -132,7 +132,9 @@ class _Work:
 
     def _settled(self) -> Stream:
         """The plan after the allocation, if there is one."""
-        return self.stream.with_shapes(self.text.shapes()) if self.text and self.stream.allocates else self.stream
+        return (
+            self.stream.with_allocation(self.text.allocation()) if self.text and self.stream.allocates else self.stream
+        )
 
     def _shards(self, stream: Stream) -> Shards:
         layout = {stream.names[name]: one for name, one in stream.layout.items()}
@@ -213,7 +215,10 @@ def _replace(
         reconstruct_group(stream.source, group, next(texts), moments, config, layers)
 
     with torch.no_grad():
-        made = replacements(stream.source, group, stream.shapes, config, moments, train if config.reconstruct else None)
+        made = replacements(
+            stream.source, group, stream.shapes, config, moments,
+            kept=stream.kept.get(group.sites[0].name), train=train if config.reconstruct else None,
+        )  # fmt: skip
         for name, new in made.items():
             for key, value in new.layer.state_dict().items():
                 shards.put(stream.names[f"{name}.{key}"], value)
