@@ -20,6 +20,7 @@ from krony.storage.files import cache_folder
 
 STEPS = 150  # of reconstruction, per MLP
 TUNING = 240  # steps, with one sequence each
+LONG = 720  # of them, as in --effort best
 METHODS: dict[str, dict] = {
     "neurons": {},
     "neurons, global": {"allocation": "global"},
@@ -32,6 +33,13 @@ METHODS: dict[str, dict] = {
         "tune": TUNING,
         "tune_text": 0.0,
     },
+    "neurons, global, reconstructed, all weights tuned": {
+        "allocation": "global",
+        "reconstruct": STEPS,
+        "tune": TUNING,
+        "tune_all": True,
+    },
+    f"neurons, global, all weights tuned, {LONG} steps": {"allocation": "global", "tune": LONG, "tune_all": True},
     "svd": {"init": "svd"},
     "van-loan": {"init": "van-loan"},
     "prune": {"init": "prune"},

@@ -209,7 +209,7 @@ class Initialisation:
         default_epsilon: entry of the right factor for dropped neurons; None for a method without such an entry.
         whole_neurons: whether it works only with schemes that don't split hidden neurons.
         rank: ranks neurons by costs, by which ``allocation="global"`` compares layers; None where the method has none.
-        initialise_kept: computes the factors by a ranking; None for a method without ``rank``.
+        initialise_kept: computes the factors for given neurons; None for a method that does not keep complete ones.
         predicts_loss: whether these costs, with sensitivity, are proportional to nats per token.
         shape: maps the split that the scheme asks for to the split that the method uses.
         check: raises KronyError for layers that the method can't initialise.

@@ -112,7 +112,7 @@ def method(
         default_epsilon=EPSILON,
         whole_neurons=True,
         rank=rank,
-        initialise_kept=None if rank is None else initialise_kept,
+        initialise_kept=initialise_kept,
         predicts_loss=predicts_loss,
         check=check,
     )
