@@ -59,10 +59,8 @@ def allocate(
     if rankings is None:
         rankings = ranked(model, settled, moments, progress, least=unit)
     costs, budget = [ranking.costs for ranking in rankings], first.m1 * first.factors * len(groups)
-    allocated = Allocation({})
-    for group, ranking, count in zip(
-        groups, rankings, allocate_widths(costs, unit, budget, config.max_width), strict=True
-    ):
+    widths, allocated = allocate_widths(costs, unit, budget, config.max_width), Allocation({})
+    for group, ranking, count in zip(groups, rankings, widths, strict=True):
         if count < width:
             allocated.kept[group.sites[0].name] = ranking.kept(width, count)
             for site in group.sites:

@@ -132,9 +132,9 @@ class _Work:
 
     def _settled(self) -> Stream:
         """The plan after the allocation, if there is one."""
-        return (
-            self.stream.with_allocation(self.text.allocation()) if self.text and self.stream.allocates else self.stream
-        )
+        if self.text is None or not self.stream.allocates:
+            return self.stream
+        return self.stream.with_allocation(self.text.allocation())
 
     def _shards(self, stream: Stream) -> Shards:
         layout = {stream.names[name]: one for name, one in stream.layout.items()}
