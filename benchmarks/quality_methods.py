@@ -15,31 +15,26 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import krony
+from krony.config import EFFORTS
 from krony.models.surgery import count_parameters, find_groups
 from krony.storage.files import cache_folder
 
 STEPS = 150  # of reconstruction, per MLP
-TUNING = 240  # steps, with one sequence each
-LONG = 720  # of them, as in --effort best
+TUNING, LONG = (EFFORTS[name]["tune"] for name in ("tuned", "best"))  # steps, with one sequence each
 METHODS: dict[str, dict] = {
     "neurons": {},
     "neurons, global": {"allocation": "global"},
     "neurons, global, reconstructed": {"allocation": "global", "reconstruct": STEPS},
     "neurons, global, tuned": {"allocation": "global", "tune": TUNING, "tune_text": 0.0},
-    "neurons, global, all weights tuned": {"allocation": "global", "tune": TUNING, "tune_all": True},
+    "neurons, global, all weights tuned": EFFORTS["tuned"],
     "neurons, global, reconstructed, tuned": {
         "allocation": "global",
         "reconstruct": STEPS,
         "tune": TUNING,
         "tune_text": 0.0,
     },
-    "neurons, global, reconstructed, all weights tuned": {
-        "allocation": "global",
-        "reconstruct": STEPS,
-        "tune": TUNING,
-        "tune_all": True,
-    },
-    f"neurons, global, all weights tuned, {LONG} steps": {"allocation": "global", "tune": LONG, "tune_all": True},
+    "neurons, global, reconstructed, all weights tuned": EFFORTS["tuned"] | {"reconstruct": STEPS},
+    f"neurons, global, all weights tuned, {LONG} steps": EFFORTS["best"],
     "svd": {"init": "svd"},
     "van-loan": {"init": "van-loan"},
     "prune": {"init": "prune"},

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from quality_measures import SETS
-from quality_methods import LONG, METHODS, ORIGINALS, RIVALS, STEPS, TUNING, WAYS
+from quality_methods import METHODS, ORIGINALS, RIVALS, STEPS, TUNING, WAYS
 
 from krony.evaluation.interval import Interval, ratio_interval
 from krony.pages import Table
@@ -203,8 +203,8 @@ def document(results: Row, name: str) -> str:
 Written by `python benchmarks/quality.py`.
 {results["model"]}, seed {results["seed"]}, calibrated on {results["calibration_tokens"]:,} tokens. `reconstructed` is
 `--reconstruct {STEPS}`, `tuned` is `--tune {TUNING} --tune-text 0`, and `all weights tuned` is
-`--tune {TUNING} --tune-all` ({LONG} steps where the row says so), on the same tokens. `int8` is torchao's quantisation
-of the weights of the linear layers; `slim` is `krony export --to slim`.
+`--tune {TUNING} --tune-all`, on the same tokens. `int8` is torchao's quantisation of the weights of the linear layers;
+`slim` is `krony export --to slim`.
 
 Measured on the first {results["tokens"]:,} tokens of each set in {results["dtype"]}: perplexity on OpenWebText by the
 `token` protocol, on WikiText-2 and LAMBADA by the `paper` protocol, and LAMBADA's last-word accuracy. "Removed" is a
