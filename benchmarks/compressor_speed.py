@@ -247,9 +247,10 @@ The arithmetic of each part as a share of the rate above, in float32 for the fir
 {shares}
 
 The forward pass and the second moments grow with the text, costs and factors with the cube of the hidden width. The
-text is read with products in float32, also where the machine is faster in bfloat16. What takes more than 10 seconds was
-timed once, everything else three times after a first. The columns from *second moments* to *sensitivity* are
-differences of such times.
+factors are measured alone and choose the neurons again; in a compression they take them from the costs, so *a layer of
+a model* counts that twice. The text is read with products in float32, also where the machine is faster in bfloat16.
+What takes more than 10 seconds was timed once, everything else three times after a first. The columns from *second
+moments* to *sensitivity* are differences of such times.
 
 ## Training
 
