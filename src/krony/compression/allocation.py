@@ -58,7 +58,7 @@ def allocate(
     width, unit = first.rows, least_width(settled)
     if rankings is None:
         rankings = ranked(model, settled, moments, progress, least=unit)
-    costs, budget = [ranking.costs for ranking in rankings], first.m1 * first.factors * len(groups)
+    costs, budget = [ranking.costs for ranking in rankings], first.kept_rows * len(groups)
     widths, allocated = allocate_widths(costs, unit, budget, config.max_width), Allocation({})
     for group, ranking, count in zip(groups, rankings, widths, strict=True):
         if count < width:

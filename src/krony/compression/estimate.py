@@ -138,7 +138,7 @@ def _one_group(model: PreTrainedModel, settled: CompressionPlan, moments: Moment
     if config.allocation == "global":
         width, first = group.sites[-1].in_features, settled.shapes[group.sites[0].name]
         ranking = ranking_of(model, group, moments, config, least=least_width(settled))
-        kept = ranking.kept(width, first.m1 * first.factors)
+        kept = ranking.kept(width, first.kept_rows)
     replacements(model, group, settled.shapes, config, moments, kept=kept)
 
 

@@ -249,9 +249,9 @@ def check_share(groups: list[Group], config: KronyConfig) -> None:
     unit = portion(shape.rows, config.multiple_of)
     if config.max_width is not None and config.max_width < unit:
         raise KronyError(f"max_width is {config.max_width}, and every layer keeps at least {unit} neurons: raise it")
-    kept = shape.m1 * shape.factors
     raise KronyError(
-        f"scheme {config.scheme} keeps {kept} neurons per layer, and allocation global gives each layer at least {unit}"
+        f"scheme {config.scheme} keeps {shape.kept_rows} neurons per layer, "
+        f"and allocation global gives each layer at least {unit}"
     )
 
 
@@ -300,6 +300,6 @@ def _kept_by_allocation(groups: list[Group], config: KronyConfig) -> float | Non
     """The mean number of neurons that a layer keeps; None if it is less than one portion."""
     shape = _shape(groups[0].sites[0], config)
     unit = portion(shape.rows, config.multiple_of)
-    total = shape.m1 * shape.factors * len(groups) // unit * unit
+    total = shape.kept_rows * len(groups) // unit * unit
     ceiling = min(shape.rows, config.max_width or shape.rows) // unit * unit
     return min(total / len(groups), ceiling) if total >= unit * len(groups) and ceiling else None

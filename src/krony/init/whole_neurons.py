@@ -95,8 +95,8 @@ def method(
         check([t.name for t in targets], [t.shape for t in targets], is_mlp=is_mlp)
         if needs_text and (moments is None or moments.hidden is None):
             raise KronyError(f"init {name} needs calibration text")
-        shape = targets[0].shape
-        return initialise_kept(targets, options, moments, choose(targets, shape.factors * shape.m1, options, moments))
+        kept = choose(targets, targets[0].shape.kept_rows, options, moments)
+        return initialise_kept(targets, options, moments, kept)
 
     def initialise_kept(
         targets: Sequence[Target], options: Options, moments: Moments | None, kept: Tensor

@@ -71,6 +71,11 @@ class KronShape:
         return self.m2, self.n2
 
     @property
+    def kept_rows(self) -> int:
+        """How many rows of the matrix stay where the factors are a choice of them: m1 per factor."""
+        return self.m1 * self.factors
+
+    @property
     def max_factors(self) -> int:
         """The largest rank of the rearranged matrix: this many factors reproduce any matrix."""
         return min(self.m1 * self.n1, self.m2 * self.n2)

@@ -95,7 +95,7 @@ class Sizes:
         settled = self._plan(f"keep={keep:g}")
         first = self.groups[0].sites[0]
         shape = settled.shapes[first.name]
-        kept = shape.m1 * shape.factors / first.out_features
+        kept = shape.kept_rows / first.out_features
         return Size(scheme=str(settled.config.scheme), keep=kept, params=settled.params_after)
 
     def predicted(self, size: Size) -> float:
