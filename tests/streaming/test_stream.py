@@ -160,6 +160,29 @@ def test_an_interrupted_run_goes_on_where_it_stopped(init, tmp_path):
     assert digest(out) == digest(memory) and not (tmp_path / "out.work").exists()
 
 
+@pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left on device")], ids=repr)
+def test_a_run_that_lacks_memory_or_space_keeps_what_is_done(error, tmp_path, monkeypatch):
+    llama().save_pretrained(tmp_path / "source")
+    config, out, said = KronyConfig("keep=0.5", init="van-loan"), tmp_path / "out", []
+    memory, _ = both_ways(tmp_path / "source", config, tmp_path)
+    usual, calls = Shards.put, iter(range(12))  # more than one layer's
+
+    def put(*args, **options):
+        if next(calls, None) is None:
+            raise error
+        return usual(*args, **options)
+
+    stream = prepare(ModelSource.find(str(tmp_path / "source")), config)
+    with monkeypatch.context() as short, pytest.raises(type(error)):
+        short.setattr(Shards, "put", put)
+        run(stream, out, say=said.append)
+    assert not out.exists() and said == [
+        f"{tmp_path / 'out.work'} holds what is done: the same call resumes from there"
+    ]
+    run(stream, out, say=said.append)
+    assert digest(out) == digest(memory) and said[1].startswith("resuming after model.layers.")
+
+
 def test_interrupted_before_anything_is_done_nothing_is_left(tmp_path):
     llama().save_pretrained(tmp_path / "source")
     stream = prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init="prune"))

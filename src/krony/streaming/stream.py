@@ -67,8 +67,11 @@ def run(
         say: called with a sentence if an interrupted run resumes.
 
     Raises:
-        KronyError: bad input; nothing is left on disk.
-        KeyboardInterrupt: interrupted; like a killed process it leaves ``OUT.work``, and the same call resumes.
+        KronyError: bad input, which leaves nothing on disk; or files that can't be written.
+        KeyboardInterrupt: interrupted.
+
+    Where it stops for anything but bad input, such as a full disk or too little memory, it leaves ``OUT.work`` as a
+    killed process does, and the same call resumes.
     """
     start = time.perf_counter()
     _check_text(stream, calibration)
@@ -82,12 +85,19 @@ def run(
         finish(work.folder, report)
         journal.publish(work.folder)
         return report
-    except KeyboardInterrupt:
-        journal.close() if journal.done else journal.remove()
+    except BaseException as error:
+        if _is_mistake(error) or not journal.done:
+            journal.remove()
+            raise
+        journal.close()
+        if not isinstance(error, KeyboardInterrupt):  # whoever interrupts a run is told by the command line
+            say(f"{journal.folder} holds what is done: the same call resumes from there")
         raise
-    except BaseException:
-        journal.remove()
-        raise
+
+
+def _is_mistake(error: BaseException) -> bool:
+    """Whether the input is wrong, so that the same call would fail again; a full disk is no mistake."""
+    return isinstance(error, KronyError) and not isinstance(error.__context__, OSError)
 
 
 class _Work:
