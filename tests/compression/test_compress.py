@@ -1,5 +1,6 @@
 """krony.compress on whole models of both families."""
 
+import copy
 import re
 
 import pytest
@@ -152,6 +153,23 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes():
     with pytest.raises(KronyError, match=r"transformer\.h\.2\.mlp\.c_proj: .* not finite"):
         compress(model, KronyConfig("keep=0.5", init="van-loan"))
     assert not kronecker_layers(model)
+
+
+def test_texts_are_read_in_sequences_that_the_model_takes(tokenizer):
+    model = gpt2(n_positions=64)
+    texts = [f"text number {n}, of a few words" for n in range(200)]
+    compress(model, KronyConfig("keep=0.5"), calibration=texts, tokenizer=tokenizer)
+    assert kronecker_layers(model)
+
+
+@pytest.mark.parametrize("options", [{"init": "als"}, {"init": "van-loan"}, {"init": "van-loan", "tune": 3}], ids=str)
+def test_text_is_not_measured_outside_the_layers(options, ids):
+    """At a head that has its own matrix."""
+    model = llama(tie_word_embeddings=False, vocab_size=256)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KronyError, match="lm_head is in no transformer layer, and calibration text is measured in"):
+        compress(model, KronyConfig("keep=0.5", modules="lm_head|up_proj", **options), calibration=ids)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("part", ["transformer.h.1.mlp", "transformer.wte"])

@@ -74,6 +74,10 @@ def test_too_few_tokens(tokenizer):
         own_text(gpt2(), tokenizer, tokens=31, length=32)
 
 
+def test_sequences_are_no_longer_than_the_context(tokenizer):
+    assert own_text(gpt2(n_positions=64), tokenizer, tokens=200).shape == (3, 64)
+
+
 def test_it_calibrates(tokenizer):
     model = gpt2()
     ids = own_text(model, tokenizer, tokens=640, length=64)

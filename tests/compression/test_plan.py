@@ -53,6 +53,16 @@ def test_the_scheme_for_a_size_is_the_largest_within_it(budget):
     assert made <= budget and all(made >= size for size in sizes if size <= budget)
 
 
+def test_a_size_of_matrices_that_differ():
+    """Left factors that divide one matrix and not another are no candidates, and no reason to stop."""
+    options = {"modules": "mlp|attn", "init": "van-loan"}
+    budget = count_parameters(gpt2()) - 20_000
+    config = within(gpt2(), KronyConfig("", **options), budget)
+    model = gpt2()
+    compress(model, config)
+    assert parameters_after(gpt2(), find_groups(gpt2(), "mlp|attn"), config) == count_parameters(model) <= budget
+
+
 def test_portions():
     assert (portion(192, None), portion(3072, None), portion(1536, 64)) == (8, 128, 64)
     with pytest.raises(KronyError, match="multiple_of 7 does not divide the hidden width 192"):

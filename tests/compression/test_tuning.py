@@ -113,6 +113,37 @@ def test_an_interruption_leaves_every_weight(ids):
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
 
 
+def test_an_embedding_is_factorised_before_the_others_train(ids, monkeypatch):
+    """So that they make up for it, and the divergence that is reported is that of the model that comes out."""
+    model, seen = gpt2(), []
+    original = copy.deepcopy(model)
+
+    def watched(student, teacher, *args, **options):
+        found = tuning.tune(student, teacher, *args, **options)
+        seen.append(divergence(student, original, ids))
+        return found
+
+    monkeypatch.setattr(compression, "tune", watched)
+    compress(model, KronyConfig("keep=0.5", tune=4, embedding=2), calibration=ids)
+    assert seen == [pytest.approx(divergence(model, original, ids), rel=1e-6)]
+    assert not model.config.tie_word_embeddings
+
+
+def test_an_interruption_leaves_the_embedding_and_the_head_tied_to_it(ids):
+    model = gpt2()
+    before = copy.deepcopy(model.state_dict())
+
+    def interrupt(done, total, what):
+        if "all layers" in what and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, KronyConfig("keep=0.5", tune=9, embedding=2), calibration=ids, progress=interrupt)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
+    assert model.lm_head.weight is model.get_input_embeddings().weight and model.config.tie_word_embeddings
+
+
 def test_the_errors_in_the_report_are_those_of_the_layers_that_come_out(ids):
     original, model = sharp(gpt2), sharp(gpt2)
     report = compress(model, KronyConfig("keep=0.5", init="van-loan", tune=20), calibration=ids)

@@ -23,13 +23,14 @@ from krony.compression.replacement import Replacement, measured, relative, repla
 from krony.compression.report import CompressionReport, LayerReport
 from krony.compression.tuning import tune
 from krony.config import KronyConfig
-from krony.data.calibration_set import documents_of, pack
+from krony.data.calibration_set import LENGTH, documents_of, pack
 from krony.errors import KronyError
 from krony.init.base import Moments, Ranking
 from krony.kronecker.algebra import KronShape
 from krony.kronecker.embedding import KroneckerEmbedding, factorised
 from krony.kronecker.linear import KroneckerLinear
 from krony.models import quantizer
+from krony.models.loading import context_length
 from krony.models.split_attention import (
     SplitAttention,
     fused_attention,
@@ -42,6 +43,7 @@ from krony.models.surgery import (
     count_parameters,
     embedding_of,
     is_tied,
+    kronecker_embeddings,
     kronecker_layers,
     plain_config,
     put_in,
@@ -57,7 +59,7 @@ def compress(
     *,
     calibration: Tensor | Iterable[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    cache: Path | None = None,
+    cache: Path | str | None = None,
     progress: Progress = silent,
 ) -> CompressionReport:
     """Replaces the matrices that ``config`` chooses by sums of Kronecker products, in place.
@@ -89,7 +91,7 @@ def compress(
     if not isinstance(config, KronyConfig):
         raise KronyError(f"compress takes a KronyConfig, such as KronyConfig('keep=0.5'), not {config!r}")
     settled = plan(model, config)
-    ids = _token_ids(calibration, tokenizer, config)
+    ids = _token_ids(calibration, tokenizer, model, config)
     return compress_as_planned(model, settled, ids, cache=cache, progress=progress)
 
 
@@ -99,7 +101,7 @@ def compress_as_planned(
     ids: Tensor | None,
     *,
     rankings: Sequence[Ranking] | None = None,
-    cache: Path | None = None,
+    cache: Path | str | None = None,
     progress: Progress = silent,
 ) -> CompressionReport:
     """``compress`` by a plan for this model, on token ids ``(sequences, length)``, or without text.
@@ -118,7 +120,7 @@ def _compress(
     settled: CompressionPlan,
     ids: Tensor | None,
     rankings: Sequence[Ranking] | None,
-    cache: Path | None,
+    cache: Path | str | None,
     progress: Progress,
 ) -> CompressionReport:
     start, config = time.perf_counter(), settled.config
@@ -131,9 +133,15 @@ def _compress(
     tuned = None
     with torch.no_grad():
         new = _initialise(original, settled, allocation, moments, ids, kept, progress)
-        embedding = None if settled.embedding is None else _factorise_embedding(model, *settled.embedding)
+        modules: dict[str, nn.Module] = {name: replacement.layer for name, replacement in new.items()}
+        embeddings: list[LayerReport] = []
+        if settled.embedding is not None:
+            name, shape = settled.embedding
+            modules[name], report = _factorise_embedding(model, name, shape)
+            embeddings.append(report)
+        tied = is_tied(model)
         redrawn = _redrawn_weights(model, config.seed) if config.reinit == "all" else {}
-        with _swapped(model, {name: replacement.layer for name, replacement in new.items()}):
+        with _swapped(model, modules):
             if config.tune and ids is not None:
                 tuned = tune(
                     model, original, ids, steps=config.tune, text=config.tune_text, everything=config.tune_all,
@@ -141,12 +149,8 @@ def _compress(
                 )  # fmt: skip
                 new = _measure_again(original, settled.groups, allocation.shapes, new, moments)
         _copy_redrawn(model, redrawn)
-        reports = [replacement.report for replacement in new.values()]
-        if embedding is not None:
-            if is_tied(model):
-                untie(model)
-            put_in(model, embedding[1].name, embedding[0])
-            reports.append(embedding[1])
+        if tied and embeddings:
+            untie(model)
     kept.clear()
     progress(len(settled.groups), len(settled.groups), "done")
     quantizer.attach_quantizer(model, made_with(config, ids))
@@ -156,7 +160,7 @@ def _compress(
         params_before=settled.params_before,
         params_after=count_parameters(model),
         seconds=time.perf_counter() - start,
-        layers=reports,
+        layers=[*(replacement.report for replacement in new.values()), *embeddings],
         calibration=moments.source if isinstance(moments, Calibration) else None,
         tuned=tuned,
         made_with=model.config.quantization_config.made_with,
@@ -189,7 +193,10 @@ def check_weights(model: PreTrainedModel) -> None:
 
 
 def _token_ids(
-    calibration: Tensor | Iterable[str] | None, tokenizer: PreTrainedTokenizerBase | None, config: KronyConfig
+    calibration: Tensor | Iterable[str] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    config: KronyConfig,
 ) -> Tensor | None:
     """The calibration text as token ids ``(sequences, length)``. Raises KronyError for text that can't be read."""
     if calibration is None:
@@ -207,7 +214,7 @@ def _token_ids(
         )
     if tokenizer is None:
         raise KronyError("calibration is texts, so tokenizer= is needed; or give token ids")
-    return pack(list(calibration), tokenizer, seed=config.seed)
+    return pack(list(calibration), tokenizer, length=min(LENGTH, context_length(model)), seed=config.seed)
 
 
 def calibration_for(
@@ -215,7 +222,7 @@ def calibration_for(
     model: PreTrainedModel,
     ids: Tensor,
     *,
-    cache: Path | None = None,
+    cache: Path | str | None = None,
     progress: Progress = silent,
 ) -> Calibration:
     """The moments that the plan needs, of token ids ``(sequences, length)``; computed when they are read.
@@ -331,10 +338,10 @@ def _redrawn_weights(model: PreTrainedModel, seed: int) -> dict[str, Tensor]:
 
 
 def _copy_redrawn(model: PreTrainedModel, redrawn: dict[str, Tensor]) -> None:
-    """Copies redrawn weights into every layer that isn't compressed, and biases into those that are; does nothing if
+    """Copies redrawn weights into every module that isn't compressed, and biases into those that are; does nothing if
     there are none.
     """
-    compressed = tuple(f"{name}." for name in kronecker_layers(model))
+    compressed = tuple(f"{name}." for name in (*kronecker_layers(model), *kronecker_embeddings(model)))
     for name, value in model.state_dict().items() if redrawn else ():
         if not name.startswith(compressed) or name.endswith(".bias"):
             value.copy_(redrawn[name])

@@ -79,7 +79,7 @@ class CompressionPace:
 
 @torch.no_grad()
 def compression_pace(
-    model: PreTrainedModel, settled: CompressionPlan, ids: Tensor, *, cache: Path | None = None
+    model: PreTrainedModel, settled: CompressionPlan, ids: Tensor, *, cache: Path | str | None = None
 ) -> CompressionPace:
     """Times the work that the plan needs; the model does not change.
 

@@ -32,7 +32,7 @@ from krony.errors import KronyError
 from krony.init.base import Moments, SecondMoment
 from krony.models.loading import context_length
 from krony.models.modes import evaluating
-from krony.models.surgery import Group, enclosing_layer
+from krony.models.surgery import Group, check_measurable, enclosing_layer
 from krony.runtime import distributed
 from krony.runtime.progress import Progress, silent
 from krony.storage.tensor_files import read_header, save_beside
@@ -66,7 +66,7 @@ class Calibration:
         *,
         token_weighting: bool = True,
         sensitivity: bool = False,
-        cache: Path | None = None,
+        cache: Path | str | None = None,
         progress: Progress = silent,
     ) -> None:
         """Checks the text; the model runs only when the moments are read.
@@ -79,15 +79,17 @@ class Calibration:
             progress: called with the number of sequences read, the number of all, and what is being done.
 
         Raises:
-            KronyError: the model can't take these token ids.
+            KronyError: the model can't take these token ids, or a group is outside the transformer layers.
         """
+        for group in groups:
+            check_measurable(group)
         self.model, self.groups, self.ids = model, groups, check_ids(ids, model)
         self.token_weighting, self.sensitivity = token_weighting, sensitivity
         self.progress = progress
         self.computed: list[Moments] | None = None  # where the sums of all groups fit into MEMORY
-        self.folder = None if cache is None else cache / f"moments-{self._key()}"
+        self.folder = None if cache is None else Path(cache) / f"moments-{self._key()}"
         if cache is not None and distributed.is_first():
-            _clear_away(cache)
+            _clear_away(Path(cache))
         self.is_stored = all(self._is_stored(index) for index in range(len(groups)))
         self.source = "calibration is read" if self.folder is None else f"calibration is read and kept in {self.folder}"
         if self.is_stored:

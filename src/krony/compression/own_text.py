@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from krony.data.calibration_set import LENGTH, TOKENS
 from krony.errors import KronyError
+from krony.models.loading import context_length
 from krony.models.modes import evaluating
 from krony.runtime.progress import Progress, silent
 
@@ -36,7 +37,7 @@ def own_text(
         model: a causal LM of transformers; it does not change.
         tokenizer: the model's; its tokens, without the special ones, start the sequences.
         tokens: at most this many.
-        length: tokens per sequence.
+        length: tokens per sequence; at most those of the model's context are used.
         seed: of the first tokens and of the sampling.
         progress: called with the number of sequences written, the number of all, and what is being done.
 
@@ -48,6 +49,7 @@ def own_text(
         >>> krony.own_text(krony.demo_model(), krony.load_tokenizer("demo"), tokens=64, length=32).shape
         torch.Size([2, 32])
     """
+    length = min(length, context_length(model))
     if tokens < length:
         raise KronyError(f"calibration on {tokens} tokens: at least {length} are needed, which make one sequence")
     known = model.get_input_embeddings().weight.shape[0]

@@ -21,6 +21,7 @@ from krony.models.split_attention import fused_attention, splitting
 from krony.models.surgery import (
     Group,
     Site,
+    check_measurable,
     count_parameters,
     embedding_shape,
     find_groups,
@@ -124,6 +125,8 @@ def plan(model: PreTrainedModel, config: KronyConfig) -> CompressionPlan:
         names = [site.name for site in group.sites]
         is_mlp = group.is_mlp and len(names) > 1
         config.initialisation.check(names, [shapes[name] for name in names], is_mlp=is_mlp)
+        if config.needs_text_for:
+            check_measurable(group)
         if config.reconstruct:
             check_reconstructible(model, group)
     return CompressionPlan(
@@ -273,7 +276,13 @@ def portion(width: int, multiple_of: int | None) -> int:
 
 
 def size_of(model: PreTrainedModel, groups: list[Group], config: KronyConfig) -> int | None:
-    """``parameters_after``, or None for a scheme with less than one portion per layer for the allocation."""
+    """``parameters_after``; None for a scheme that doesn't fit every matrix, or has less than one portion per layer for
+    the allocation.
+    """
+    try:
+        uniform_shapes(groups, config)
+    except KronyError:  # left factors that divide one matrix and not another
+        return None
     if config.allocation == "global" and _kept_by_allocation(groups, config) is None:
         return None
     return parameters_after(model, groups, config)

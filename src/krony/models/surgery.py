@@ -236,11 +236,25 @@ def plain_config(model: PreTrainedModel) -> PretrainedConfig:
     return config
 
 
-def enclosing_layer(model: PreTrainedModel, group: Group) -> nn.Module:
-    """The transformer layer that contains the group; the base model if no layer does."""
+def enclosing_layer(model: nn.Module, group: Group) -> nn.Module:
+    """The transformer layer that contains the group. Raises KronyError if none does."""
+    return model.get_submodule(_layer_name(group))
+
+
+def check_measurable(group: Group) -> None:
+    """Raises KronyError for a group outside the transformer layers, such as the head: text is measured in these."""
+    _layer_name(group)
+
+
+def _layer_name(group: Group) -> str:
     parts = group.sites[0].name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return model.get_submodule(".".join(parts[: numbers[0] + 1])) if numbers else model.base_model
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if number is None:
+        raise KronyError(
+            f"{group.sites[0].name} is in no transformer layer, and calibration text is measured in these: leave the "
+            "text out, or this matrix"
+        )
+    return ".".join(parts[: number + 1])
 
 
 def embedding_of(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
