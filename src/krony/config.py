@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from krony.init.base import Initialisation
 
 ALLOCATIONS = ("uniform", "global")
+TUNE_TEXT = 0.5  # of the loss
 # Options that belong together, by how much time they take: minutes, and then a training on the calibration text.
 EFFORTS: dict[str, dict[str, Any]] = {
     "start": {"allocation": "global"},
@@ -115,7 +116,7 @@ class KronyConfig:
         "Then train all new layers together for N steps, one sequence per step, to predict as MODEL does.",
         metavar="N",
     )
-    tune_text: float = option(0.5, "With --tune: the share of the loss on the text itself, from 0 to 1.")
+    tune_text: float = option(TUNE_TEXT, "With --tune: the share of the loss on the text itself, from 0 to 1.")
     tune_all: bool = option(False, "With --tune: also train the other weights, but not the embeddings.")
     embedding: int | None = option(
         None, "Factorise the input embedding too, with a 1xN right factor (KnGPT2: 2).", metavar="N"
@@ -126,6 +127,8 @@ class KronyConfig:
         if keep is not None:
             if self.scheme:
                 raise KronyError(f"scheme {self.scheme!r} and keep={keep} both set the size: give one of them")
+            if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+                raise KronyError(f"keep is {keep!r}: it takes a share between 0 and 1, such as 0.5")
             object.__setattr__(self, "scheme", f"keep={keep:g}")
         object.__setattr__(self, "scheme", _parsed(self.scheme))
         _check_choice("allocation", self.allocation, ALLOCATIONS)
@@ -144,6 +147,8 @@ class KronyConfig:
                 raise KronyError(f"{name} is {getattr(self, name)}: it takes a number of steps, 0 for none")
         if not 0 <= self.tune_text <= 1:
             raise KronyError(f"tune_text is {self.tune_text}: it is a share, from 0 to 1")
+        if self.tune_text != TUNE_TEXT and not self.tune:
+            raise KronyError("tune_text says what tune trains towards, and tune is 0 steps: give it a number of steps")
         if self.tune_all and not self.tune:
             raise KronyError("tune_all says what tune trains, and tune is 0 steps: give it a number of steps")
         if self.tune and self.reinit:

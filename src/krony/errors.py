@@ -10,6 +10,6 @@ class KronyWarning(UserWarning):
 
 
 class PromiseError(KronyError):
-    """The work is done but the promise was not kept, such as a healed model that got worse. The command line exits
-    with 1.
+    """A promise is not kept, such as a healed model that got worse, or a size that no scheme keeps. The command line
+    exits with 1.
     """

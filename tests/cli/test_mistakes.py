@@ -37,6 +37,13 @@ VAN_LOAN = ("--init", "van-loan")
         (("--scheme", "keep=0.5", "--effort", "great"), "effort 'great' is unknown: it is one of start, tuned, best"),
         (("--scheme", "keep=0.5", "--tune-all"), "tune_all says what tune trains, and tune is 0 steps"),
         (("--scheme", "keep=0.5", "--tune-text", "2"), "tune_text is 2.0: it is a share, from 0 to 1"),
+        (
+            ("--scheme", "keep=0.5", "--tune-text", "0.2"),
+            "tune_text says what tune trains towards, and tune is 0 steps",
+        ),
+        (("--scheme", "keep=0.5", "--calibration-tokens", "700"), "--calibration-tokens works with --calibration"),
+        (("--scheme", "keep=0.5", "--no-token-weighting"), "--no-token-weighting works with --calibration"),
+        (("--params", "_"), "'_' is not a number of parameters"),
         (("--within", "5%"), "--within needs text similar to what the model will see in use"),
         (("--within", "five", "--calibration", "python-docs"), "--within five: it takes a share above 0, such as 5%"),
         (("--within", "5%", "--calibration", "python-docs"), "sizes are compared with init neurons"),

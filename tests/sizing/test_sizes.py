@@ -86,6 +86,17 @@ def test_an_initialisation_without_costs_is_refused(init):
         Sizes(gpt2(), KronyConfig(init=init), rows(1), rows(2))
 
 
+def test_a_scheme_per_layer_is_refused():
+    with pytest.raises(KronyError, match="sizes are compared with one scheme for all layers"):
+        Sizes(gpt2(), KronyConfig({"transformer.h.0.mlp": "dense", "*.mlp": "keep=0.5"}), rows(1), rows(2))
+
+
+@pytest.mark.parametrize(("calibration", "val"), [("some/set@test", None), ("python-docs", "some/set@test")])
+def test_no_size_is_chosen_on_a_split_to_measure_on(calibration, val, tokenizer):
+    with pytest.raises(KronyError, match="some/set@test is a test set"):
+        split(calibration, val, tokenizer)
+
+
 def test_a_tenth_of_the_documents_is_held_back_whatever_their_order():
     documents = [f"text number {n}, of a few words" for n in range(50)]
     kept, held = hold_back(documents, "x.jsonl")

@@ -111,7 +111,10 @@ def check(
 ) -> KronyConfig:
     """The configuration that the options make. Raises KronyError for options that don't fit together."""
     defaults = {} if promise.within is None else GLOBAL_ALLOCATION
-    config = given.over(**defaults | ({} if effort is None else options_of(effort)))
+    asked = {} if effort is None else options_of(effort)
+    if "tune" in given.named and not given.values["tune"]:
+        asked = {name: value for name, value in asked.items() if name != "tune_all"}  # which says what tune trains
+    config = given.over(**defaults | asked)
     _check_size(config, params, promise)
     if "rescale" in given.named:
         _check_rescale(config)
@@ -156,6 +159,12 @@ def _check_rescale(config: KronyConfig) -> None:
 
 
 def _check_text(config: KronyConfig, text: TextOptions) -> None:
-    """Raises KronyError where text is needed and none is named."""
+    """Raises KronyError where text is needed and none is named, and for options of text where none is read."""
     if config.needs_text_for:
         text.needed_by(config.needs_text_for if config.initialisation.needs_text else f"--{config.needs_text_for}")
+    if text.calibration is not None:
+        return
+    tokens = text.calibration_tokens != TextOptions().calibration_tokens
+    for name, given in (("--calibration-tokens", tokens), ("--no-token-weighting", not config.token_weighting)):
+        if given:
+            raise KronyError(f"{name} works with --calibration, and no text is named: name one, or leave it out")

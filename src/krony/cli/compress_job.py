@@ -20,7 +20,7 @@ from krony.compression.model_card import model_card
 from krony.compression.own_text import own_text
 from krony.compression.plan import plan
 from krony.compression.report import CompressionReport
-from krony.config import EFFORTS, KronyConfig
+from krony.config import EFFORTS, TUNE_TEXT, KronyConfig
 from krony.data.calibration_set import LENGTH, OWN_TEXT, calibration_set
 from krony.data.hub import read_as
 from krony.models.export import padding_sentence
@@ -138,7 +138,7 @@ class Job:
         if not config.tune:
             return said
         others = {name: options.get("tune", 0) for name, options in EFFORTS.items() if name != effort}
-        plain = replace(config, tune=0, tune_all=False, tune_text=0.0)
+        plain = replace(config, tune=0, tune_all=False, tune_text=TUNE_TEXT)
         times = [
             f"{name} {duration(pace.seconds(replace(config, tune=steps) if steps else plain, ids))}"
             for name, steps in others.items()

@@ -25,7 +25,9 @@ Validation = Annotated[
 Keep = Annotated[str, typer.Option(metavar="X,X,…", help="Shares of hidden neurons to keep.")]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE.svg", help="A picture: perplexity against parameters.")]
 SHARES = ",".join(map(str, KEEPS))
-How = Annotated[dict[str, Any], Changes(KronyConfig, leave_out=("scheme", "reinit", "scalar_init", "embedding"))]
+How = Annotated[
+    dict[str, Any], Changes(KronyConfig, leave_out=("scheme", "reinit", "rescale", "scalar_init", "embedding"))
+]
 
 
 @expand

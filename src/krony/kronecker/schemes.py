@@ -249,7 +249,7 @@ def parse_parameters(text: str) -> int:
         >>> parse_parameters("1.2B"), parse_parameters("82_000_000")
         (1200000000, 82000000)
     """
-    match = re.fullmatch(r"([\d_]+(?:\.\d+)?)([kMBG]?)", text)
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)([kMBG]?)", text)
     if match is None:
         raise KronyError(f"{text!r} is not a number of parameters: write 82M, 1.2B or 82000000")
     return round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}[match[2]])

@@ -32,7 +32,7 @@ def frontier(
     keeps: Sequence[float] = KEEPS,
     config: KronyConfig = GLOBAL,
     tokens: int = TOKENS,
-    cache: Path | None = None,
+    cache: Path | str | None = None,
     progress: Progress = silent,
 ) -> Frontier:
     """Compresses copies of ``model`` to several sizes and measures each on text that was held back.
@@ -87,10 +87,10 @@ def _name(model: PreTrainedModel) -> str:
 
 
 @contextmanager
-def kept_in(cache: Path | None) -> Iterator[Path]:
+def kept_in(cache: Path | str | None) -> Iterator[Path]:
     """The folder for second moments: ``cache``, or one that is removed at the end."""
     if cache is not None:
-        yield cache
+        yield Path(cache)
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)

@@ -20,6 +20,7 @@ from krony.errors import KronyError
 from krony.evaluation.interval import Interval, ratio_interval, sequence_losses
 from krony.init.base import Ranking
 from krony.init.registry import INITIALISATIONS
+from krony.kronecker.layer_schemes import LayerSchemes
 from krony.kronecker.schemes import KEEP_GROUP
 from krony.models.surgery import count_parameters
 from krony.runtime.progress import Progress, silent
@@ -52,16 +53,21 @@ class Sizes:
         progress: called with the number of finished parts, the number of all parts, and what is being done.
 
     Raises:
-        KronyError: the initialisation's costs are no losses, or no layer matches.
+        KronyError: the initialisation's costs are no losses, the scheme is one per layer, or no layer matches.
     """
 
     def __init__(
         self, model: PreTrainedModel, config: KronyConfig, ids: Tensor, held: Tensor, *,
-        cache: Path | None = None, progress: Progress = silent,
+        cache: Path | str | None = None, progress: Progress = silent,
     ) -> None:  # fmt: skip
         if not config.initialisation.predicts_loss:
             names = ", ".join(name for name, init in INITIALISATIONS.items() if init.predicts_loss)
             raise KronyError(f"sizes are compared with init {names}, and the init is {config.init}")
+        if isinstance(config.scheme, LayerSchemes):
+            raise KronyError(
+                "sizes are compared with one scheme for all layers, and the config has one per layer: leave it out "
+                "(modules and layers choose what is replaced)"
+            )
         self.groups = chosen_groups(model, config)
         self.model, self.config, self.ids, self.held = model, config, ids, held
         self.cache, self.progress = cache, progress

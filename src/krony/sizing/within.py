@@ -86,7 +86,7 @@ def compress_within(
     val: str | None = None,
     config: KronyConfig = GLOBAL,
     tokens: int = TOKENS,
-    cache: Path | None = None,
+    cache: Path | str | None = None,
     progress: Progress = silent,
 ) -> Kept:
     """Compresses ``model`` in place to the smallest size that loses at most so much on text that was held back.
