@@ -373,6 +373,9 @@ def test_an_effort_sets_options_and_what_is_given_wins(krony, gpt2_folder, tmp_p
     done = krony(*arguments[:2], tmp_path / "wide", *arguments[3:], "--multiple-of", 48, "--json", "-")
     assert done.code == 0, done.err  # an option that needs what the effort sets
     assert done.json["made_with"]["multiple_of"] == 48 and done.json["made_with"]["allocation"] == "global"
+    done = krony(*arguments[:2], tmp_path / "untuned", *arguments[3:], "--tune", 0, "--json", "-")
+    assert done.code == 0, done.err
+    assert done.json["made_with"]["allocation"] == "global" and not {"tune", "tune_all"} & done.json["made_with"].keys()
 
 
 @pytest.mark.parametrize(
