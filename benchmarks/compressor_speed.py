@@ -4,12 +4,14 @@
 
 A compression of ``keep=0.5 --init neurons --allocation global`` is measured on one layer of a Llama with random
 weights, in float32, for each width: the forward pass over 16,384 tokens, the second moments that are summed meanwhile,
-the sensitivity, the costs of the allocation, and the factors with their errors. Steps of ``--tune`` and ``krony heal``
+the sensitivity, the ranking of the neurons, whose costs the allocation compares, and the factors of those that stay,
+with their errors. Steps of ``--tune`` and ``krony heal``
 are measured on a Llama of SmolLM2-135M's shape with a teacher of that shape, in rows of 512 tokens.
 
 Beside the seconds is the arithmetic that they do, as a share of the rate at which this machine multiplies large square
 matrices of the same dtype: what is far below 100 % is not bounded by products. The results are in
-``benchmarks/results/compressor-speed.json``, the tables in ``docs/compressor-speed.md``.
+``benchmarks/results/compressor-speed.json``, each part as soon as it is measured, so that an interrupted run continues;
+the tables are in ``docs/compressor-speed.md``.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import DOCS, RESULTS, arguments, draw_or_measure
+from common import DOCS, RESULTS, Runs, arguments, draw_or_measure
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -47,19 +49,20 @@ from krony.healing.training import train_on_rows
 from krony.models.modes import evaluating
 from krony.models.precision import product_dtype
 from krony.pages import Table
-from krony.runtime.hardware import machine
 from krony.runtime.progress import silent
 from krony.runtime.timing import timed
-from krony.storage.files import write_json, write_text
+from krony.storage.files import write_text
 
 SHAPES = {576: 1536, 960: 2560, 2048: 8192, 4096: 11_008}  # SmolLM2-135M and 360M, Llama 3.2 1B, Llama 2 7B
 LENGTH, DEFAULT_TOKENS = 512, 131_072
-PARTS = ("forward pass", "second moments", "finishing them", "sensitivity", "costs", "factors")
+PARTS = ("forward pass", "second moments", "finishing them", "sensitivity", "ranking", "factors")
 GROW = PARTS[:2]  # with the text
 PRODUCTS = tuple(name for name in PARTS if name != "finishing them")  # what mostly multiplies matrices
 CONFIG = KronyConfig("keep=0.5", init="neurons", allocation="global")
 PRODUCT = 3072  # rows and columns of the matrices by which the machine's rate is measured
 TURNS, STEPS = 3, 8
+HEALING = "krony heal"
+TRAININGS = ("--tune", "--tune --tune-all", HEALING)
 CPU = torch.device("cpu")
 
 
@@ -110,6 +113,8 @@ def compression(width: int, hidden: int) -> dict[str, Any]:
                 model.base_model(input_ids=rows, use_cache=False)
 
     moments = read(ids, sensitivity=True)
+    half = hidden // 2  # neurons that stay
+    kept = ranking_of(model, group, moments, CONFIG, least=least).kept(hidden, half)
     passes = median(forward)
     reading, half_of_it = (median(partial(read, rows)) for rows in (ids, ids[: len(ids) // 2]))
     growing = 2 * (reading - half_of_it)
@@ -118,40 +123,39 @@ def compression(width: int, hidden: int) -> dict[str, Any]:
         "second moments": growing - passes,
         "finishing them": reading - growing,
         "sensitivity": median(lambda: read(ids, sensitivity=True)) - reading,
-        "costs": median(lambda: ranking_of(model, group, moments, CONFIG, least=least)),
-        "factors": median(lambda: replacements(model, group, settled.shapes, CONFIG, moments)),
+        "ranking": median(lambda: ranking_of(model, group, moments, CONFIG, least=least)),
+        "factors": median(lambda: replacements(model, group, settled.shapes, CONFIG, moments, kept=kept)),
     }
     once = counted(lambda: model.base_model(input_ids=ids[:1], use_cache=False)) * len(ids)
-    half = hidden // 2  # neurons that stay
-    refit = half**3 / 3 + 2 * half * hidden * width + 2 * half**2 * width
+    factorised = (hidden**3 + half**3) / 3  # of all neurons, to see whether a ridge is needed, and of those that stay
     flops = {
         "forward pass": once,
         "second moments": tokens * (hidden**2 + width**2),  # one triangle
         "sensitivity": once + tokens * width**2,  # gradients of activations only
-        "costs": dropping(hidden, hidden - least, width),
-        "factors": dropping(hidden, half, width) + refit,
+        "ranking": dropping(hidden, hidden - least, width),
+        "factors": factorised + 2 * half * hidden * width + 2 * half**2 * width,
     }
     return {"width": width, "hidden": hidden, "tokens": tokens, "seconds": seconds, "flops": flops}
 
 
-def training() -> list[dict[str, Any]]:
-    """Tokens per second and FLOP/s of steps of ``--tune``, alone and with all weights, and of ``krony heal``."""
+def training(name: str) -> dict[str, Any]:
+    """Tokens per second of steps of this training, and FLOPs per token."""
     teacher = llama(576, 1536, layers=30, words=49_152)
     student = copy.deepcopy(teacher)
     compress_as_planned(student, plan(student, KronyConfig("keep=0.5", init="random")), None)
     ids = torch.randint(49_152, (STEPS + 8, LENGTH), generator=torch.Generator().manual_seed(0))
-    rows = []
-    for name, everything in (("--tune", False), ("--tune --tune-all", True)):
 
-        def run(steps: int, progress: Callable[..., None] = silent, everything: bool = everything) -> None:
-            tune(copy.deepcopy(student), teacher, ids, steps=steps, everything=everything, progress=progress)
+    def run(steps: int, progress: Callable[..., None] = silent) -> None:
+        everything = "--tune-all" in name
+        tune(copy.deepcopy(student), teacher, ids, steps=steps, everything=everything, progress=progress)
 
-        step = statistics.median(between_steps(partial(run, STEPS)))
-        flops = counted(partial(run, 2)) - counted(partial(run, 1))
-        rows.append({"training": name, "tokens_per_s": LENGTH / step, "flops_per_token": flops / LENGTH})
-    pace, flops = pace_of_heal(student, teacher), training_flops(student, teacher, LENGTH)
-    rows.append({"training": "krony heal", "tokens_per_s": pace, "flops_per_token": flops})
-    return [row | {"dtype": str(product_dtype(teacher)).removeprefix("torch.")} for row in rows]
+    if name == HEALING:
+        pace, flops = pace_of_heal(student, teacher), training_flops(student, teacher, LENGTH)
+    else:
+        pace = LENGTH / statistics.median(between_steps(partial(run, STEPS)))
+        flops = (counted(partial(run, 2)) - counted(partial(run, 1))) / LENGTH
+    kind = str(product_dtype(teacher)).removeprefix("torch.")
+    return {"training": name, "tokens_per_s": pace, "flops_per_token": flops, "dtype": kind}
 
 
 def between_steps(run: Callable[[Callable[..., None]], object]) -> list[float]:
@@ -186,23 +190,24 @@ def pace_of_heal(student: PreTrainedModel, teacher: PreTrainedModel) -> float:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All figures, which are also written to the results."""
+    runs = Runs(options.out, seed=0)
     kinds = (torch.float32, torch.float64, torch.bfloat16)
-    rates = {str(dtype).removeprefix("torch."): rate(dtype) for dtype in kinds}
-    trained = training()
-    layers = []
+    if "rates" not in runs.results:
+        runs.results["rates"] = {str(dtype).removeprefix("torch."): rate(dtype) for dtype in kinds}
     for width in options.widths:
-        layers.append(compression(width, SHAPES[width]))
-        print(layers[-1], flush=True)
-    results = {"rates": rates, "layers": layers, "training": trained, "seed": 0, "machine": machine()}
-    write_json(options.out, results)
-    return results
+        if not runs.has({"width": width}):
+            runs.add(compression(width, SHAPES[width]))
+    for name in TRAININGS:
+        if not runs.has({"training": name}):
+            runs.add(training(name))
+    return runs.results
 
 
 def write_page(results: dict[str, Any]) -> None:
     """The tables of the page."""
-    rates, layers = results["rates"], results["layers"]
+    rates, runs = results["rates"], results["runs"]
     seconds, shares, steps = [], [], []
-    for row in layers:
+    for row in (run for run in runs if "width" in run):
         took = {name: max(0.0, each) for name, each in row["seconds"].items()}
         head = [f"{row['width']:,}", f"{row['hidden']:,}"]
         more = DEFAULT_TOKENS / row["tokens"]
@@ -211,10 +216,10 @@ def write_page(results: dict[str, Any]) -> None:
         cells = [f"{took[name]:,.2f}" for name in PARTS]
         total = sum(whole.values())
         seconds.append([*head, *cells, f"{total:,.1f}", f"{largest}, {whole[largest] / total:.0%}"])
-        kinds = dict.fromkeys(PARTS, "float32") | {"costs": "float64", "factors": "float64"}
+        kinds = dict.fromkeys(PARTS, "float32") | {"ranking": "float64", "factors": "float64"}
         used = [row["flops"][name] / took[name] / rates[kinds[name]] for name in PRODUCTS]
         shares.append([*head, *(f"{each:.0%}" for each in used)])
-    for row in results["training"]:
+    for row in (run for run in runs if "training" in run):
         achieved = row["tokens_per_s"] * row["flops_per_token"]
         share = f"{achieved / rates[row['dtype']]:.0%}"
         steps.append([row["training"], f"{row['tokens_per_s']:,.0f}", f"{achieved / 1e9:,.0f}", row["dtype"], share])
@@ -246,11 +251,10 @@ The arithmetic of each part as a share of the rate above, in float32 for the fir
 
 {shares}
 
-The forward pass and the second moments grow with the text, costs and factors with the cube of the hidden width. The
-factors are measured alone and choose the neurons again; in a compression they take them from the costs, so *a layer of
-a model* counts that twice. The text is read with products in float32, also where the machine is faster in bfloat16.
-What takes more than 10 seconds was timed once, everything else three times after a first. The columns from *second
-moments* to *sensitivity* are differences of such times.
+The forward pass and the second moments grow with the text, ranking and factors with the cube of the hidden width. The
+text is read with products in float32, also where the machine is faster in bfloat16. What takes more than 10 seconds was
+timed once, everything else three times after a first. The columns from *second moments* to *sensitivity* are
+differences of such times.
 
 ## Training
 
