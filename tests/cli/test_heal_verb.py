@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from krony.errors import KronyError
 from krony.models.surgery import kronecker_layers
 from krony.pages import shown
 from krony.storage.locks import working_in
@@ -117,23 +118,30 @@ def test_resumed_before_the_first_checkpoint(krony, compressed, tmp_path, option
     assert (tmp_path / "out/config.json").exists() and not (tmp_path / "out.work").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (KronyError("the loss is nan at step 3: lower the learning rate"), "the loss is nan at step 3"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "there is not enough memory"),
+    ],
+    ids=["a loss that is no number", "no memory"],
+)
 def test_a_control_that_cannot_be_trained_does_not_cost_the_model(
-    krony, compressed, gpt2_folder, tmp_path, monkeypatch, options
+    krony, compressed, gpt2_folder, tmp_path, monkeypatch, options, error, words
 ):
-    from krony.errors import KronyError
     from krony.healing import control
 
     def fail(*_, **__):
-        raise KronyError("the loss is nan at step 3: lower the learning rate")
+        raise error
 
     monkeypatch.setattr(control, "train_on_rows", fail)
     options += ("--control", gpt2_folder, "--json", tmp_path / "h.json")
     done = krony("heal", compressed, tmp_path / "out", *options)
     said = " ".join(done.err.split())
-    assert done.code == 1 and f"the control {gpt2_folder} could not be trained: the loss is nan at step 3" in said
+    assert done.code == 1 and f"the control {gpt2_folder} could not be trained: {words}" in said
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") and not (tmp_path / "out.work").exists()
     figures = json.loads((tmp_path / "h.json").read_text())
-    assert figures["improved"] and figures["control"]["error"].startswith("the loss is nan")
+    assert figures["improved"] and figures["control"]["error"].startswith(words)
 
 
 def test_resumed_while_the_control_had_no_checkpoint(krony, compressed, gpt2_folder, tmp_path, monkeypatch, options):

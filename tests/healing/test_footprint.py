@@ -84,7 +84,7 @@ def test_shards():
     rest, part = size - 3 * layer, size // 4
     on_gpus, on_cpus = (
         footprint(model, teacher, recipe, HealOptions(freeze=(), shard=True, device=device), processes=4, half=False)
-        for device, recipe in (("cuda", RECIPE), ("cpu", replace(RECIPE, length=1)))
+        for device, recipe in (("cuda", RECIPE), ("cpu", replace(RECIPE, length=2)))
     )
     near = {"rel": 0.02}  # 257 words are not divided by four
     assert on_gpus.optimizer == pytest.approx(2 * part, **near)

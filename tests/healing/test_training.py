@@ -1,7 +1,9 @@
 """Training runs: what trains, what stays, and that they can be stopped, resumed and shared without a trace."""
 
 import copy
+import json
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -91,6 +93,28 @@ def test_a_model_that_nothing_improves_is_left_as_it_was(small, tmp_path, dtype)
     kept = heal(small, train, noise(), work=tmp_path / "b", recipe=reckless, freeze="none", keep_anyway=True)
     assert not kept.improved and kept.loss_after == kept.loss_trained == report.loss_trained
     assert not any(torch.equal(p, before[name]) for name, p in small.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"epochs": 1.5, "patience": None}], ids=["stopped early", "one epoch and a half"]
+)
+def test_a_complete_run_takes_no_step_when_it_is_resumed_wherever_its_folder_is(small, tmp_path, changes):
+    (train, _), recipe = text(60).split(4), replace(TINY, **changes)
+    first, second = copy.deepcopy(small), copy.deepcopy(small)
+    options = {"recipe": recipe, "keep_anyway": True}
+    report = heal(first, train, noise(), work=tmp_path / "work", **options)
+    moved = (tmp_path / "work").rename(tmp_path / "moved")
+    again = heal(second, train, noise(), work=moved, resume=True, **options)
+    assert again.tokens == report.tokens and again.loss_after == report.loss_after
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    last = max(moved.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    state = json.loads((last / "trainer_state.json").read_text())
+    assert again.seconds > state["stateful_callbacks"]["Clock"]["attributes"]["before"] > 0
+    best = moved / f"checkpoint-{state['best_global_step']}"
+    assert best != last
+    shutil.rmtree(best)
+    with pytest.raises(KronyError, match=rf"{best.name} is missing, the best checkpoint of this run"):
+        heal(copy.deepcopy(small), train, noise(), work=moved, resume=True, **options)
 
 
 def test_one_row_is_enough_to_validate_on(small, tmp_path):

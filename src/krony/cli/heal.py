@@ -226,6 +226,7 @@ class _Job:
         from krony.healing.sharding import as_it_runs
         from krony.healing.validation import validation_loss
         from krony.models.source import ModelSource
+        from krony.runtime.hardware import is_out_of_memory
 
         tokens = [f"{len(rows) * rows.length:,}" for rows in (train, validation)]
         self.to.say(f"{tokens[0]} tokens of {read_as(self.data)} to train on, {tokens[1]} to validate on")
@@ -238,14 +239,16 @@ class _Job:
             names = {"model": self.model, "teacher": self.teacher, "recipe": self.recipe, "freeze": self.options.freeze}
             figures = names | report.to_json()
             if self.control is not None:
-                dense = self.load(ModelSource.find(self.control))
                 try:
+                    dense = self.load(ModelSource.find(self.control))
                     compared = train_control(
                         dense, train, validation, work=self.work / "control", recipe=recipes[0], **common
                     ).to_json()
                     figures["perplexity_original"] = compared["perplexity_before"]
-                except KronyError as error:  # a loss that is not finite; the model itself is trained all the same
-                    compared = {"error": str(error)}
+                except (KronyError, MemoryError, RuntimeError) as error:  # the model is trained all the same
+                    if not (isinstance(error, KronyError) or is_out_of_memory(error)):
+                        raise
+                    compared = {"error": "there is not enough memory" if is_out_of_memory(error) else str(error)}
                 figures["control"] = {"model": self.control} | compared
             elif models.teacher is not None:
                 teacher = as_it_runs(models.teacher, self.options)

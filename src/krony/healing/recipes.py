@@ -72,6 +72,8 @@ class Recipe:
         for name in ("sequences", "batch", "length", "evaluations", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise KronyError(f"{name} is {getattr(self, name)}: it takes a number from 1")
+        if self.length == 1:
+            raise KronyError("length is 1: of a row of one token nothing is predicted, so it takes a number from 2")
         for name in ("learning_rate", "factor_rate", "scalar_rate", "inherited_rate", "epochs", "temperature"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

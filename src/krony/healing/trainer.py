@@ -11,8 +11,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, default_data_collator
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+)
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from krony.errors import KronyError
 from krony.healing.checkpoints import find_last
@@ -76,6 +83,25 @@ class HealingTrainer(Trainer):
             self.optimizer = adamw(model or self.model, self.recipe)
         return self.optimizer
 
+    def get_batch_samples(self, *arguments: Any) -> Any:
+        """None where the run is complete: one that is resumed from its last state takes no step."""
+        if self.is_complete:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*arguments)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all steps are made, or training stopped early."""
+        stops = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStoppingCallback)]
+        out_of_patience = any(each.early_stopping_patience_counter >= each.early_stopping_patience for each in stops)
+        return out_of_patience or self.state.global_step >= self.state.max_steps
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, with what it took before it was resumed."""
+        return next(each.seconds for each in self.callback_handler.callbacks if isinstance(each, Clock))
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> Any:
         """The cross-entropy with the text, or in training the distance from the teacher."""
         if self.logged is None and model.training:  # a resumed run begins at another step than 0
@@ -138,6 +164,34 @@ class ShowProgress(TrainerCallback):
         if logs and "loss" in logs:
             used = f" ({logs['mfu']:.0%} of the peak)" if "mfu" in logs else ""
             self.loss = f"loss {logs['loss']:.3f}, {logs['flops_per_s'] / 1e12:.3g} TFLOP/s{used}, "
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Counts the seconds of a run; checkpoints keep them."""
+
+    def __init__(self) -> None:
+        self.start, self.before = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Those of this process, and before it was resumed."""
+        return self.before + time.perf_counter() - self.start
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"before": self.seconds}}
+
+
+class FindBest(TrainerCallback):
+    """Lets a resumed run find its best checkpoint, also where the work folder was moved."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.best_global_step:
+            return
+        best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if not best.is_dir():
+            raise KronyError(f"{best} is missing, the best checkpoint of this run: remove {best.parent} to train again")
+        state.best_model_checkpoint = str(best)
 
 
 class StopAtBadLoss(TrainerCallback):

@@ -6,7 +6,6 @@ The paper trains on OpenWebText for 3 epochs (section 4.1); with a good start an
 from __future__ import annotations
 
 import math
-import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +45,7 @@ from krony.healing.scalars import trajectories
 from krony.healing.sharded_trainer import ShardedTrainer
 from krony.healing.sharding import check_sharding, is_sharding
 from krony.healing.trainable import full_precision, trainable
-from krony.healing.trainer import HealingTrainer, SaveAtSignal, ShowProgress, StopAtBadLoss
+from krony.healing.trainer import Clock, FindBest, HealingTrainer, SaveAtSignal, ShowProgress, StopAtBadLoss
 from krony.models.fast_training import fast_training
 from krony.models.loading import context_length
 from krony.models.precision import product_dtype
@@ -88,7 +87,6 @@ def train_on_rows(
         krony.healing.checkpoints.LostProcessError: another process of the run has ended.
         krony.runtime.signals.Interrupt: a signal asked for the end.
     """
-    start = time.perf_counter()
     distributed.init(training_device(options.device), shards=True)
     check_run(model, train, validation, recipe=recipe, teacher=teacher, options=options)
     train = complete_steps(train, recipe)
@@ -113,7 +111,7 @@ def train_on_rows(
         except KronyError:  # a loss that is not finite
             restore_start(model, work)
             raise
-        report = _report(trainer.state, recipe.sequences * train.length, loss, time.perf_counter() - start)
+        report = _report(trainer.state, recipe.sequences * train.length, loss, trainer.seconds)
         if not (report.improved or options.keep_anyway):
             restore_start(model, work)
             report = replace(report, loss_after=report.loss_before)
@@ -180,7 +178,8 @@ def _run(trainer: HealingTrainer, last: str | None, work: Path, progress: Progre
     if trainer.recipe.patience is not None:
         trainer.add_callback(EarlyStoppingCallback(trainer.recipe.patience))
     with loggers(work) as logs, deferred() as stop:
-        for callback in (ShowProgress(progress, tokens_per_step), StopAtBadLoss(), SaveAtSignal(stop), *logs):
+        own = (Clock(), FindBest(), ShowProgress(progress, tokens_per_step), StopAtBadLoss(), SaveAtSignal(stop))
+        for callback in (*own, *logs):
             trainer.add_callback(callback)
         trainer.unevaluated = last if last is not None and lacks_evaluation(Path(last)) else None
         trainer.train(resume_from_checkpoint=last)
