@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from krony.models.loading import load_model
+
 FAST = ("--rounds", 1, "--length", 8, "--context", 4, "--new-tokens", 1, "--no-train")
 
 
@@ -24,6 +26,20 @@ def test_bench_beside_one_another(krony, gpt2_folder, compressed, tmp_path):
     assert "prefill of 1 x 8 tokens" in done.err and "<svg" in (tmp_path / "p.svg").read_text()
     page = (tmp_path / "r.html").read_text()
     assert "48x48" in page and page.count("<svg") == 3
+
+
+def test_models_of_two_dtypes(krony, gpt2_folder, compressed, tmp_path):
+    """Each as it is saved, which is said; --dtype sets one, and sizes are then of files of that dtype."""
+    load_model(gpt2_folder, dtype="bfloat16").save_pretrained(tmp_path / "half")
+    done = krony("bench", gpt2_folder, tmp_path / "half", *FAST, "--json", "-")
+    assert done.code == 0, done.err
+    assert done.json["dtype"] == "float32 and bfloat16"
+    assert f"the dtypes differ ({gpt2_folder.name} float32, half bfloat16)" in done.json["verdicts"][-1]
+    done = krony("bench", gpt2_folder, tmp_path / "half", *FAST, "--dtype", "bfloat16", "--json", "-")
+    assert done.code == 0, done.err
+    assert done.json["dtype"] == "bfloat16" and "dtypes differ" not in done.err
+    first, second = done.json["models"]
+    assert first["bytes"] == second["bytes"] == (tmp_path / "half/model.safetensors").stat().st_size
 
 
 def test_random_and_a_forced_path(krony, gpt2_folder, tmp_path):

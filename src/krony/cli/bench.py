@@ -15,6 +15,7 @@ from krony.errors import KronyError
 from krony.evaluation.settings import DraftOptions, SpeedSettings, numbers
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from krony.evaluation.drafting import Drafting
@@ -92,10 +93,15 @@ def run(
         torch.set_num_threads(threads)
     asked = _Asked(models=models, schemes=schemes or [], random=random, path=forced, seed=settings.seed)
     with to.progress() as progress:
+        prompts = _prompts(models[0], drafts, settings)  # what is wrong with them is found before all is measured
         subjects = _subjects(asked, device, dtype, progress)
         rows = bench(subjects, settings, progress=progress)
-        drafted = _drafts(models[0], subjects[0].model, drafts, settings, dtype, progress)
-    kind, sentences = f"{subjects[0].model.dtype}".removeprefix("torch."), verdicts(rows)
+        drafted = _drafts(subjects[0].model, prompts, drafts, settings, dtype, progress)
+    kinds = [f"{subject.model.dtype}".removeprefix("torch.") for subject in subjects]
+    kind, sentences = " and ".join(dict.fromkeys(kinds)), verdicts(rows)
+    if len(set(kinds)) > 1:
+        named = ", ".join(f"{subject.name} {each}" for subject, each in zip(subjects, kinds, strict=True))
+        sentences.append(f"the dtypes differ ({named}), and so do sizes and speeds for that alone: --dtype sets one")
     sentences += [f"drafts: {each.sentence(str(drafts.draft))}" for each in drafted]
     figures = to_json(rows, settings, dtype=kind, device=device, path=path, verdicts=sentences)
     figures["drafts"] = [each.to_json() for each in drafted]
@@ -142,7 +148,8 @@ def _subjects(asked: _Asked, device: str, dtype: str, progress: Progress) -> lis
         if index == 0 and asked.random:
             made.append((random_model(name, dtype=dtype, device=device, seed=asked.seed), None))
         else:
-            folder = Path(name) if Path(name).is_dir() else None
+            as_saved = dtype == "auto" and Path(name).is_dir()  # else its files have another size
+            folder = Path(name) if as_saved else None
             made.append((load_model(name, dtype=dtype, device=device), folder))
     first, _ = made[0]
     for scheme in asked.schemes:
@@ -160,25 +167,38 @@ def _subjects(asked: _Asked, device: str, dtype: str, progress: Progress) -> lis
     return subjects
 
 
-def _drafts(
-    name: str, model: PreTrainedModel, options: DraftOptions, settings: SpeedSettings, dtype: str, progress: Progress
-) -> list[Drafting]:
-    """The figures of ``--draft``; none without it. Raises KronyError for a draft of another tokenizer."""
+def _prompts(name: str, options: DraftOptions, settings: SpeedSettings) -> Tensor | None:
+    """Token ids ``(prompts, length)`` of ``--draft-text``; None without ``--draft``.
+
+    Raises KronyError for too little text, and for a draft that is no model or has another tokenizer.
+    """
     if options.draft is None:
-        return []
+        return None
     from krony.data.calibration_set import documents_in, pack
-    from krony.evaluation.drafting import PROMPTS, measure_drafts
+    from krony.evaluation.drafting import PROMPTS
     from krony.models.source import ModelSource
 
     source, tokenizer = ModelSource.find(options.draft), ModelSource.find(name).tokenizer
     if source.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise KronyError(f"{options.draft} has another tokenizer than {name}: a draft writes the same tokens")
-    draft = source.load(dtype=dtype, device=str(model.device))
     size = PROMPTS * settings.context
     documents = documents_in(options.draft_text, size, "held-out")
-    prompts = pack(
+    return pack(
         documents, tokenizer, tokens=size, length=settings.context, least=PROMPTS, what=f"text {options.draft_text}"
     )
+
+
+def _drafts(
+    model: PreTrainedModel, prompts: Tensor | None, options: DraftOptions, settings: SpeedSettings, dtype: str,
+    progress: Progress,
+) -> list[Drafting]:  # fmt: skip
+    """The figures of ``--draft``; none without it. Raises KronyError."""
+    if prompts is None:
+        return []
+    from krony.evaluation.drafting import measure_drafts
+    from krony.models.loading import load_model
+
+    draft = load_model(str(options.draft), dtype=dtype, device=str(model.device))
     return measure_drafts(
         model, draft, prompts, lengths=options.lengths, new_tokens=settings.new_tokens, rounds=settings.rounds,
         progress=progress,
