@@ -33,6 +33,17 @@ def test_mistakes(refused, gpt2_folder, text_file, options, words):
     assert words in refused("eval", gpt2_folder, "--data", text_file, *options)
 
 
+def test_what_is_wrong_with_one_text_is_found_before_another_is_measured(refused, gpt2_folder, text_file, tmp_path):
+    """Before the model is loaded: this folder has none."""
+    missing = tmp_path / "missing.txt"
+    assert f"{missing} can't be read" in refused("eval", tmp_path, "--data", text_file, "--data", missing)
+
+
+def test_options_of_text_where_only_tasks_are_measured(refused, gpt2_folder):
+    assert "--max-tokens works with --data" in refused("eval", gpt2_folder, "--tasks", "piqa", "--max-tokens", 9)
+    assert "--protocol works with --data" in refused("eval", gpt2_folder, "--tasks", "piqa", "--protocol", "token")
+
+
 def test_options_reach_the_measurement(krony, gpt2_folder, text_file, tmp_path):
     options = ("--protocol", "token", "--window", 16, "--stride", 8, "--max-tokens", 40)
     done = krony("eval", gpt2_folder, "--data", text_file, *options, "--json", tmp_path / "r.json")

@@ -9,7 +9,7 @@ from transformers import GemmaConfig
 
 from krony import KronyConfig, KronyError, compress
 from krony.models import source
-from krony.models.loading import load_shapes
+from krony.models.loading import load_model, load_shapes, load_tokenizer
 from krony.models.source import ModelSource
 from krony.storage import hub as storage
 from small_models import at_random, llama
@@ -48,6 +48,24 @@ def test_a_name_that_the_hub_does_not_know(monkeypatch):
     hub(monkeypatch, RepositoryNotFoundError("404", response=answer))
     with pytest.raises(KronyError, match="no-such/model: there is no such folder, and no such model on the hub"):
         ModelSource.find("no-such/model")
+
+
+def test_what_the_hub_knows_and_does_not_give_is_not_called_a_missing_network(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+
+    hub(monkeypatch, None)
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: object())
+    monkeypatch.setattr(source.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(
+        KronyError, match=r"some/model: the hub knows it, and .*: You are trying to access a gated repo"
+    ):
+        ModelSource.find("some/model")
+
+
+def test_paths_are_names_too(gpt2_folder):
+    assert load_model(gpt2_folder).num_parameters() == load_shapes(gpt2_folder).num_parameters()
+    assert load_tokenizer(gpt2_folder).get_vocab() == load_tokenizer(str(gpt2_folder)).get_vocab()
 
 
 def test_a_folder_is_resolved_once(gpt2_folder, monkeypatch):

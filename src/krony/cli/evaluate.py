@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,17 +65,24 @@ def run(
     to = Output(json_to)
     check(tasks, limit, count, device)
     names = _names(tasks)
+    if names and not data:
+        _check_needs_no_text(options)
+    from krony.data.sets import check_named
     from krony.storage.files import check_file, write_text
 
     if report is not None:
         check_file(report, ".html")
-    from krony.evaluation.harness import run_tasks
+    from krony.evaluation.harness import check_tasks, run_tasks
     from krony.evaluation.perplexity import evaluate
     from krony.models.source import ModelSource
     from krony.models.surgery import count_parameters, count_untied
     from krony.runtime import distributed
 
     quiet_libraries()
+    for name in data or []:
+        check_named(name)
+    if names:
+        check_tasks(names)
     source = ModelSource.find(model)
     loaded = source.load(dtype=dtype, device=distributed.init(device))
     tokenizer = source.tokenizer
@@ -100,6 +108,14 @@ def run(
     for _, table in tables:
         to.table(table.columns, table.rows)
     to.json(figures)
+
+
+def _check_needs_no_text(options: EvaluationOptions) -> None:
+    """Raises KronyError for options of texts where tasks alone are measured."""
+    for field in fields(options):
+        if getattr(options, field.name) != field.default:
+            name = field.name.replace("_", "-")
+            raise KronyError(f"--{name} works with --data, and only tasks are measured: leave it out, or name text")
 
 
 def check(tasks: str | None, limit: int | None, count: str, device: str) -> None:

@@ -23,7 +23,7 @@ HUB_CHARACTERS = 8  # per token, of a set on the hub: enough for a tenth that is
 
 
 def calibration_set(
-    data: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int = TOKENS, length: int = LENGTH, seed: int = 0
+    data: str | Path, tokenizer: PreTrainedTokenizerBase, *, tokens: int = TOKENS, length: int = LENGTH, seed: int = 0
 ) -> Tensor:
     """Token ids ``(sequences, length)`` of documents in random order, joined by the end-of-text token.
 
@@ -38,6 +38,7 @@ def calibration_set(
     Raises:
         KronyError: the file can't be read, ``data`` is a test set, or the text is shorter than one sequence.
     """
+    data = str(data)
     if data in TEST_SETS:
         raise KronyError(f"{data} is a test set: calibrate on other text, such as a train file or python-docs")
     refuse_test_split(data)

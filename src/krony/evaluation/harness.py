@@ -51,17 +51,11 @@ def run_tasks(
     Raises:
         KronyError: the harness is not installed, it knows no such task, or it can't get the task's data.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise KronyError(
-            "tasks are run by the lm-evaluation-harness: pip install lm-eval, or krony with its extra of that name"
-        ) from None
+    manager = check_tasks(tasks)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     with _quiet():
-        manager = TaskManager()
-        _check_tasks(tasks, manager.all_tasks)
         options = {"task_manager": manager, "limit": limit, "log_samples": False, "bootstrap_iters": 1000}
         try:
             language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
@@ -72,13 +66,23 @@ def run_tasks(
     return _results(found["results"])
 
 
-def _check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
+def check_tasks(tasks: Sequence[str]) -> Any:
+    """The harness's ``TaskManager``. Raises KronyError if it is not installed, or knows no such task."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise KronyError(
+            "tasks are run by the lm-evaluation-harness: pip install lm-eval, or krony with its extra of that name"
+        ) from None
+    with _quiet():
+        manager = TaskManager()
     for task in tasks:
         if task.endswith((".yaml", ".yml")):
             if not Path(task).is_file():
                 raise KronyError(f"{task}: there is no such task file")
-        elif task not in known:
+        elif task not in manager.all_tasks:
             raise KronyError(f"the lm-evaluation-harness knows no task {task!r}: name one of its own or a .yaml file")
+    return manager
 
 
 @contextlib.contextmanager

@@ -66,7 +66,7 @@ class Result:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: str,
+    data: str | Path,
     *,
     data_dir: Path | str | None = None,
     protocol: str = "paper",
@@ -101,7 +101,7 @@ def evaluate(
         >>> krony.evaluate(model, tokenizer, "python-docs", max_tokens=256).tokens
         255
     """
-    folder = None if data_dir is None else Path(data_dir)
+    data, folder = str(data), None if data_dir is None else Path(data_dir)
     options = EvaluationOptions(data_dir=folder, protocol=protocol, window=window, stride=stride, max_tokens=max_tokens)
     window, stride = _window_and_stride(model, options)
     rows = load_texts(data, folder, tokens=max_tokens)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from krony.models.source import ModelSource
 
 
-def load_model(name: str, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
+def load_model(name: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> PreTrainedModel:
     """Loads a causal LM in eval mode, dense or compressed, from safetensors only.
 
     Args:
@@ -24,10 +26,10 @@ def load_model(name: str, *, dtype: str | torch.dtype = "auto", device: str = "c
         >>> sum(parameter.numel() for parameter in model.parameters())
         5918720
     """
-    return ModelSource.find(name).load(dtype=dtype, device=device)
+    return ModelSource.find(str(name)).load(dtype=dtype, device=device)
 
 
-def load_shapes(name: str, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+def load_shapes(name: str | Path, *, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """Makes a model of these shapes without values, on the meta device: no weight is read, and it can't run.
 
     For a script that heals with shards (``krony.heal(…, shard=True)``): only its first process needs the values.
@@ -43,17 +45,17 @@ def load_shapes(name: str, *, dtype: str | torch.dtype = "auto") -> PreTrainedMo
         >>> sum(parameter.numel() for parameter in load_shapes("demo").parameters())
         5918720
     """
-    return ModelSource.find(name).shapes(dtype)
+    return ModelSource.find(str(name)).shapes(dtype)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model: a folder, a hub name, or ``demo``. Raises KronyError if there is none.
 
     Examples:
         >>> len(load_tokenizer("demo"))
         4096
     """
-    return ModelSource.find(name).tokenizer
+    return ModelSource.find(str(name)).tokenizer
 
 
 def demo_model() -> PreTrainedModel:

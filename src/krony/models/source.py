@@ -260,6 +260,8 @@ class LoadingErrors:
         if isinstance(error, SafetensorError):
             return f"its weights are damaged, fetch or write them again ({first_line(error)})"
         if isinstance(error, OSError) and not Path(self.name).is_dir():
+            if ask(self.name, "model") == "known":  # gated, without safetensors, no space in the cache
+                return f"the hub knows it, and it can't be loaded from there: {first_line(error)}"
             return "there is no such folder, it is not in the hub's cache, and the hub can't be reached (no network)"
         if isinstance(error, RuntimeError) and "mismatched" in str(error):
             return "its weights have other shapes than its config.json says"
