@@ -26,6 +26,7 @@ def krony(monkeypatch, capsys):
     def run(*arguments) -> Done:
         monkeypatch.setattr(sys, "argv", ["krony", *map(str, arguments)])
         code = 0
+        capsys.readouterr()  # what the test itself has printed, such as progress of saving a model
         try:
             main()
         except SystemExit as exit:

@@ -129,6 +129,13 @@ def test_an_embedding_is_factorised_before_the_others_train(ids, monkeypatch):
     assert not model.config.tie_word_embeddings
 
 
+def test_a_head_that_was_tied_to_a_factorised_embedding_does_not_train(ids):
+    model = gpt2()
+    head = model.lm_head.weight.detach().clone()
+    compress(model, KronyConfig("keep=0.5", tune=4, tune_all=True, embedding=2), calibration=ids)
+    assert torch.equal(model.lm_head.weight, head)
+
+
 def test_an_interruption_leaves_the_embedding_and_the_head_tied_to_it(ids):
     model = gpt2()
     before = copy.deepcopy(model.state_dict())

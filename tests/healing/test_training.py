@@ -100,11 +100,13 @@ def test_a_model_that_nothing_improves_is_left_as_it_was(small, tmp_path, dtype)
 )
 def test_a_complete_run_takes_no_step_when_it_is_resumed_wherever_its_folder_is(small, tmp_path, changes):
     (train, _), recipe = text(60).split(4), replace(TINY, **changes)
-    first, second = copy.deepcopy(small), copy.deepcopy(small)
+    first, second, third = (copy.deepcopy(small) for _ in range(3))
     options = {"recipe": recipe, "keep_anyway": True}
     report = heal(first, train, noise(), work=tmp_path / "work", **options)
     moved = (tmp_path / "work").rename(tmp_path / "moved")
+    written = {file: file.stat().st_mtime_ns for file in moved.glob("checkpoint-*/*")}
     again = heal(second, train, noise(), work=moved, resume=True, **options)
+    assert written == {file: file.stat().st_mtime_ns for file in moved.glob("checkpoint-*/*")}
     assert again.tokens == report.tokens and again.loss_after == report.loss_after
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     last = max(moved.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
@@ -114,7 +116,21 @@ def test_a_complete_run_takes_no_step_when_it_is_resumed_wherever_its_folder_is(
     assert best != last
     shutil.rmtree(best)
     with pytest.raises(KronyError, match=rf"{best.name} is missing, the best checkpoint of this run"):
-        heal(copy.deepcopy(small), train, noise(), work=moved, resume=True, **options)
+        heal(third, train, noise(), work=moved, resume=True, **options)
+
+
+def test_a_checkpoint_of_an_earlier_version_knows_no_seconds(small, tmp_path):
+    model, (train, validation) = copy.deepcopy(small), text().split(4)
+    heal(model, train, validation, work=tmp_path)
+    last = max(tmp_path.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    shutil.rmtree(last)  # so that there are steps left, and a checkpoint to write
+    for file in tmp_path.glob("checkpoint-*/trainer_state.json"):
+        state = json.loads(file.read_text())
+        del state["stateful_callbacks"]["Clock"]
+        state["best_global_step"], state["best_model_checkpoint"] = state["global_step"], str(file.parent)
+        file.write_text(json.dumps(state))
+    report = heal(small, train, validation, work=tmp_path, resume=True)
+    assert report.tokens == 14 * 4 * 32 and last.is_dir() and report.seconds > 0
 
 
 def test_one_row_is_enough_to_validate_on(small, tmp_path):

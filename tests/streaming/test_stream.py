@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
@@ -24,6 +24,7 @@ from krony import KronyConfig, KronyError, compress
 from krony.cli.app import main
 from krony.models.loading import load_model
 from krony.models.source import ModelSource
+from krony.storage import tensor_files
 from krony.storage.locks import working_in
 from krony.storage.shards import Shards, TensorFile
 from krony.storage.tensor_files import Checkpoint, read_header
@@ -181,6 +182,26 @@ def test_a_run_that_lacks_memory_or_space_keeps_what_is_done(error, tmp_path, mo
     ]
     run(stream, out, say=said.append)
     assert digest(out) == digest(memory) and said[1].startswith("resuming after model.layers.")
+
+
+def test_a_full_disk_while_text_is_measured_keeps_what_is_done(tmp_path, monkeypatch):
+    llama().save_pretrained(tmp_path / "source")
+    config, out = KronyConfig("keep=0.5", allocation="global"), tmp_path / "out"
+    usual, calls = tensor_files.save_file, iter(range(4))
+
+    def save(*args, **options):
+        if next(calls, None) is None:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        return usual(*args, **options)
+
+    stream = prepare(ModelSource.find(str(tmp_path / "source")), config, reads=True)
+    with monkeypatch.context() as short, pytest.raises(KronyError, match="can't be stored there"):
+        short.setattr(tensor_files, "save_file", save)
+        run(stream, out, calibration=text())
+    assert (tmp_path / "out.work").is_dir()
+    said = []
+    run(stream, out, calibration=text(), say=said.append)
+    assert said and said[0].startswith("resuming after") and out.is_dir()
 
 
 def test_interrupted_before_anything_is_done_nothing_is_left(tmp_path):

@@ -80,7 +80,7 @@ def _options(
 def main() -> None:
     """The entry point. Every error that a user can mend is one sentence on stderr.
 
-    Exit codes: 0 done, 1 done but a promise was not kept, 2 bad input or a refusal of the system, 128 + n stopped by
+    Exit codes: 0 done, 1 a promise is not kept, 2 bad input or a refusal of the system, 128 + n stopped by
     signal n.
     """
     try:

@@ -170,7 +170,7 @@ def _subjects(asked: _Asked, device: str, dtype: str, progress: Progress) -> lis
 def _prompts(name: str, options: DraftOptions, settings: SpeedSettings) -> Tensor | None:
     """Token ids ``(prompts, length)`` of ``--draft-text``; None without ``--draft``.
 
-    Raises KronyError for too little text, and for a draft that is no model or has another tokenizer.
+    Raises KronyError for too little text, and for a draft that is not found or has another tokenizer.
     """
     if options.draft is None:
         return None

@@ -73,6 +73,7 @@ def run(
     from krony.data.calibration_set import OWN_TEXT
     from krony.kronecker.schemes import parse_parameters
     from krony.models.source import ModelSource
+    from krony.models.surgery import check_measurable
     from krony.sizing.within import parse_within
     from krony.streaming.plan import choose
 
@@ -87,6 +88,8 @@ def run(
         config = within(skeleton, config, parse_parameters(params))
     settled = plan(skeleton, config)
     reads = text.calibration is not None or config.needs_text_for is not None
+    for group in settled.groups if reads else ():
+        check_measurable(group)
     way = choose(source, config, wanted=stream, dtype=dtype, device=device, reads=reads)
     if text.calibration == OWN_TEXT and way is not None:
         raise KronyError(

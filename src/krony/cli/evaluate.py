@@ -63,16 +63,14 @@ def run(
     Under torchrun the processes share the work; the figures are those of one process.
     """
     to = Output(json_to)
-    check(tasks, limit, count, device)
+    check(data, options, tasks, limit, count, device)
     names = _names(tasks)
-    if names and not data:
-        _check_needs_no_text(options)
     from krony.data.sets import check_named
     from krony.storage.files import check_file, write_text
 
     if report is not None:
         check_file(report, ".html")
-    from krony.evaluation.harness import check_tasks, run_tasks
+    from krony.evaluation.harness import run_tasks
     from krony.evaluation.perplexity import evaluate
     from krony.models.source import ModelSource
     from krony.models.surgery import count_parameters, count_untied
@@ -81,8 +79,6 @@ def run(
     quiet_libraries()
     for name in data or []:
         check_named(name)
-    if names:
-        check_tasks(names)
     source = ModelSource.find(model)
     loaded = source.load(dtype=dtype, device=distributed.init(device))
     tokenizer = source.tokenizer
@@ -110,16 +106,10 @@ def run(
     to.json(figures)
 
 
-def _check_needs_no_text(options: EvaluationOptions) -> None:
-    """Raises KronyError for options of texts where tasks alone are measured."""
-    for field in fields(options):
-        if getattr(options, field.name) != field.default:
-            name = field.name.replace("_", "-")
-            raise KronyError(f"--{name} works with --data, and only tasks are measured: leave it out, or name text")
-
-
-def check(tasks: str | None, limit: int | None, count: str, device: str) -> None:
-    """Raises KronyError for options that don't fit together."""
+def check(
+    data: list[str] | None, options: EvaluationOptions, tasks: str | None, limit: int | None, count: str, device: str
+) -> None:
+    """Raises KronyError for options that don't fit together, and for tasks that can't be run."""
     if count not in ("tied", "untied"):
         raise KronyError(f"--count {count}: it is tied or untied")
     if limit is not None and tasks is None:
@@ -128,6 +118,15 @@ def check(tasks: str | None, limit: int | None, count: str, device: str) -> None
         raise KronyError("--device auto spreads a model over devices, and here each process has its own: use cuda")
     if tasks is not None and not _names(tasks):
         raise KronyError("--tasks names no task: it takes names such as lambada_openai,piqa")
+    if tasks is None:
+        return
+    for field in () if data else fields(options):
+        if getattr(options, field.name) != field.default:
+            name = field.name.replace("_", "-")
+            raise KronyError(f"--{name} works with --data, and only tasks are measured: leave it out, or name text")
+    from krony.evaluation.harness import check_tasks
+
+    check_tasks(_names(tasks))
 
 
 def _names(tasks: str | None) -> list[str]:

@@ -100,6 +100,9 @@ def _trained(model: PreTrainedModel, everything: bool) -> list[nn.Parameter]:
     if not everything:
         return [p for layer in layers for p in (layer.weight, layer.scalars, layer.bias) if p is not None]
     fixed = {id(layer.right) for layer in layers} | {id(p) for p in model.get_input_embeddings().parameters()}
+    head = model.get_output_embeddings()
+    if head is not None and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        fixed.add(id(head.weight))  # also beside a factorised embedding
     return [p for p in model.parameters() if id(p) not in fixed and p.is_floating_point()]
 
 

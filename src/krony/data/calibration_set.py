@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
-from krony.data.hub import first_texts, refuse_test_split
+from krony.data.hub import first_texts
 from krony.data.python_docs import PYTHON_DOCS
-from krony.data.sets import LONGEST_TOKEN, TEST_SETS, join_documents, read_file
+from krony.data.sets import LONGEST_TOKEN, join_documents, read_file, refuse_test_set
 from krony.data.text_files import names_file
 from krony.errors import KronyError
 
@@ -39,9 +39,7 @@ def calibration_set(
         KronyError: the file can't be read, ``data`` is a test set, or the text is shorter than one sequence.
     """
     data = str(data)
-    if data in TEST_SETS:
-        raise KronyError(f"{data} is a test set: calibrate on other text, such as a train file or python-docs")
-    refuse_test_split(data)
+    refuse_test_set(data, "calibrate on")
     return pack(documents_in(data, tokens), tokenizer, tokens=tokens, length=length, seed=seed)
 
 

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from krony.data import python_docs
 from krony.data.hub import hub_set
 from krony.data.python_docs import PYTHON_DOCS
-from krony.data.rows import BIN, refuse_test_set
-from krony.data.sets import check_named, read_file
+from krony.data.rows import BIN
+from krony.data.sets import check_named, read_file, refuse_test_set
 from krony.errors import KronyError
 from krony.runtime.progress import Progress, silent
 from krony.runtime.signals import Pending, deferred

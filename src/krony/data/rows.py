@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
-from krony.data.hub import HubSet, refuse_test_split, stream_texts
+from krony.data.hub import HubSet, stream_texts
 from krony.data.python_docs import PYTHON_DOCS
-from krony.data.sets import TEST_SETS, join_documents, read_file
+from krony.data.sets import join_documents, read_file, refuse_test_set
 from krony.data.text_files import names_file
 from krony.errors import KronyError
 from krony.storage.paths import check_regular
@@ -90,20 +90,6 @@ def _tokens(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | Non
     if names_file(data):
         return join_documents(read_file(path), tokenizer).numpy()
     return _stream(data, tokenizer, max_tokens)
-
-
-def refuse_test_set(data: str) -> None:
-    """Raises KronyError if ``data`` names a set that is for evaluation only.
-
-    Examples:
-        >>> refuse_test_set("lambada")
-        Traceback (most recent call last):
-        krony.errors.KronyError: lambada is a test set: train on other text, such as a train file or python-docs
-    """
-    if data in TEST_SETS:
-        raise KronyError(f"{data} is a test set: train on other text, such as a train file or python-docs")
-    if not names_file(data):
-        refuse_test_split(data)
 
 
 def read_bin(path: Path) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
-from krony.data.hub import HubSet, first_texts, load_split
+from krony.data.hub import HubSet, first_texts, load_split, refuse_test_split
 from krony.data.python_docs import PYTHON_DOCS
 from krony.data.text_files import names_file, read_documents, read_text
 from krony.errors import KronyError
@@ -45,6 +45,20 @@ def names() -> list[str]:
         ['wikitext-2', 'wikitext-103', 'lambada', 'python-docs']
     """
     return [*TEST_SETS, PYTHON_DOCS]
+
+
+def refuse_test_set(data: str, use: str = "train on") -> None:
+    """Raises KronyError if ``data`` names a set that is for evaluation only; ``use`` says what is done with others.
+
+    Examples:
+        >>> refuse_test_set("lambada")
+        Traceback (most recent call last):
+        krony.errors.KronyError: lambada is a test set: train on other text, such as a train file or python-docs
+    """
+    if data in TEST_SETS:
+        raise KronyError(f"{data} is a test set: {use} other text, such as a train file or python-docs")
+    if not names_file(data):
+        refuse_test_split(data)
 
 
 def check_named(data: str) -> None:

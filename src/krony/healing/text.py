@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from krony.data import python_docs
 from krony.data.calibration_set import digest
 from krony.data.python_docs import PYTHON_DOCS
-from krony.data.rows import BIN, Rows, load_rows, refuse_test_set, rows_of
-from krony.data.sets import join_documents, read_file
+from krony.data.rows import BIN, Rows, load_rows, rows_of
+from krony.data.sets import join_documents, read_file, refuse_test_set
 from krony.data.text_files import names_file
 from krony.errors import KronyError, KronyWarning
 from krony.runtime import distributed

@@ -86,7 +86,9 @@ class HealingTrainer(Trainer):
     def get_batch_samples(self, *arguments: Any) -> Any:
         """None where the run is complete: one that is resumed from its last state takes no step."""
         if self.is_complete:
-            self.control.should_training_stop = True
+            control = self.control  # as the last checkpoint left it, which is not to be written again
+            control.should_training_stop = True
+            control.should_log = control.should_evaluate = control.should_save = False
             return [], None
         return super().get_batch_samples(*arguments)
 
@@ -177,6 +179,10 @@ class Clock(TrainerCallback, ExportableState):
         """Those of this process, and before it was resumed."""
         return self.before + time.perf_counter() - self.start
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # checkpoints of earlier versions lack it, and Trainer takes for granted that it is there
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {"args": {}, "attributes": {"before": self.seconds}}
@@ -190,7 +196,7 @@ class FindBest(TrainerCallback):
             return
         best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         if not best.is_dir():
-            raise KronyError(f"{best} is missing, the best checkpoint of this run: remove {best.parent} to train again")
+            raise KronyError(f"{best} is missing, the best checkpoint of this run: train again, into another folder")
         state.best_model_checkpoint = str(best)
 
 

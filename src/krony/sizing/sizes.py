@@ -89,7 +89,8 @@ class Sizes:
         found = []
         for scheme, keep in schemes.items():
             params = size_of(self.model, self.groups, replace(self.config, scheme=scheme))
-            # None: less than a portion per layer; and the factors of very few neurons can outweigh what they save
+            # None: it doesn't fit, or less than a portion per layer; and the factors of very few neurons can outweigh
+            # what they save
             if params is not None and params < whole:
                 found.append(Size(scheme=scheme, keep=keep, params=params))
         if not found:

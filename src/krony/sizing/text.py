@@ -8,9 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from krony.data.calibration_set import LENGTH, TOKENS, digest, documents_in, pack
-from krony.data.hub import refuse_test_split
 from krony.data.python_docs import PYTHON_DOCS
-from krony.data.sets import TEST_SETS
+from krony.data.sets import refuse_test_set
 from krony.errors import KronyError
 
 SHARE = 10  # a tenth of the text is held back
@@ -78,7 +77,5 @@ def hold_back(documents: Sequence[str], name: str) -> tuple[list[str], list[str]
 
 
 def _documents(name: str, tokens: int, part: str) -> list[str]:
-    if name in TEST_SETS:
-        raise KronyError(f"{name} is a test set: a size is chosen on other text, such as a train file or python-docs")
-    refuse_test_split(name)
+    refuse_test_set(name, "a size is chosen on")
     return documents_in(name, tokens, part)

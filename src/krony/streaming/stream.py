@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -64,7 +65,7 @@ def run(
         shard_size: about how many bytes of tensors each file holds.
         finish: called with the folder and the report; writes tokenizer and card before the folder becomes OUT.
         progress: called with the unit, the number of units, and the unit's name.
-        say: called with a sentence if an interrupted run resumes.
+        say: called with a sentence if an interrupted run resumes, or stops for want of memory or disk space.
 
     Raises:
         KronyError: bad input, which leaves nothing on disk; or files that can't be written.
@@ -97,7 +98,7 @@ def run(
 
 def _is_mistake(error: BaseException) -> bool:
     """Whether the input is wrong, so that the same call would fail again; a full disk is no mistake."""
-    return isinstance(error, KronyError) and not isinstance(error.__context__, OSError)
+    return isinstance(error, KronyError) and not isinstance(error.__context__, (OSError, SafetensorError))
 
 
 class _Work:
