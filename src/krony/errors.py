@@ -5,6 +5,10 @@ class KronyError(ValueError):
     """Bad input: the sentence says what is wrong, where, and what would be right. The command line exits with 2."""
 
 
+class WriteError(KronyError):
+    """A file can't be written, such as on a full disk: the same work can succeed where there is room."""
+
+
 class KronyWarning(UserWarning):
     """Something that works, but not as well as it could: the sentence says what would help."""
 

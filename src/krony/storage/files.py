@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from krony.errors import KronyError
+from krony.errors import KronyError, WriteError
 from krony.storage.locks import WORK, working_in
 from krony.storage.paths import cannot_write, check_text, printable
 
@@ -148,7 +148,7 @@ def fresh_folder(out: Path) -> Iterator[Path]:
             put_in_place(beside, out)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or f"{error} (is the disk full?)"  # not the system's own sentence
-            raise KronyError(f"{printable(out)} can't be written: {reason}") from error
+            raise WriteError(f"{printable(out)} can't be written: {reason}") from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 

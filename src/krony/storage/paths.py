@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from krony.errors import KronyError
+from krony.errors import KronyError, WriteError
 
 
 def check_regular(path: Path) -> None:
@@ -45,6 +45,6 @@ def printable(text: str | Path) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def cannot_write(path: Path, error: OSError) -> KronyError:
+def cannot_write(path: Path, error: OSError) -> WriteError:
     """The sentence for what the operating system refused."""
-    return KronyError(f"{printable(path)} can't be written: {error.strerror or error}")
+    return WriteError(f"{printable(path)} can't be written: {error.strerror or error}")

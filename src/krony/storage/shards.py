@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from krony.errors import KronyError
+from krony.errors import WriteError
 from krony.storage.files import write_json
 from krony.storage.paths import cannot_write
 from krony.storage.tensor_files import DTYPE_NAMES, INDEX
@@ -80,7 +80,7 @@ class TensorFile:
         self.size = len(self._head) + position
 
     def create(self) -> None:
-        """Makes the file with its header and its full size. Raises KronyError, for example on a full disk."""
+        """Makes the file with its header and its full size. Raises WriteError, for example on a full disk."""
         try:
             with self.path.open("wb") as stream:
                 stream.write(self._head)
@@ -90,14 +90,14 @@ class TensorFile:
                 else:
                     stream.truncate(self.size)
         except OSError as error:
-            raise KronyError(f"{self.path} can't be written: {error.strerror} ({self.size:,} bytes)") from None
+            raise WriteError(f"{self.path} can't be written: {error.strerror} ({self.size:,} bytes)") from None
 
     def exists(self) -> bool:
         """Whether the file exists with its full size."""
         return self.path.is_file() and self.path.stat().st_size == self.size
 
     def put(self, name: str, values: Tensor, at: int = 0) -> None:
-        """Writes consecutive elements of a tensor, the first at index ``at`` of the flat tensor. Raises KronyError."""
+        """Writes consecutive elements of a tensor, the first at index ``at`` of the flat tensor. Raises WriteError."""
         data = values.detach().cpu().contiguous().flatten().view(torch.uint8)
         try:
             with self.path.open("r+b", buffering=0) as stream:
@@ -109,7 +109,7 @@ class TensorFile:
             raise cannot_write(self.path, error) from None
 
     def sync(self) -> None:
-        """Waits until the disk has the file. Raises KronyError."""
+        """Waits until the disk has the file. Raises WriteError."""
         try:
             with self.path.open("r+b") as stream:
                 os.fsync(stream.fileno())
@@ -136,7 +136,7 @@ class Shards:
         self.file_of = {name: file for file in self.files for name in file.offsets}
 
     def create(self) -> None:
-        """Makes all files, and the index where there are several. Raises KronyError."""
+        """Makes all files, and the index where there are several. Raises WriteError."""
         for file in self.files:
             file.create()
         if len(self.files) > 1:
@@ -151,10 +151,10 @@ class Shards:
         return index and all(file.exists() for file in self.files)
 
     def put(self, name: str, values: Tensor, at: int = 0) -> None:
-        """Writes consecutive elements of a tensor, the first at index ``at`` of the flat tensor. Raises KronyError."""
+        """Writes consecutive elements of a tensor, the first at index ``at`` of the flat tensor. Raises WriteError."""
         self.file_of[name].put(name, values, at)
 
     def sync(self) -> None:
-        """Waits until the disk has all files. Raises KronyError."""
+        """Waits until the disk has all files. Raises WriteError."""
         for file in self.files:
             file.sync()

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from krony.errors import KronyError
+from krony.errors import KronyError, WriteError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
@@ -258,7 +258,7 @@ def _no_weights(folder: Path) -> str:
 def save_beside(tensors: dict[str, Tensor], file: Path, what: str) -> None:
     """Writes a safetensors file beside its place, then renames it; several processes may write the same file.
 
-    Raises KronyError, which says that ``what`` can't be stored.
+    Raises WriteError, which says that ``what`` can't be stored.
     """
     beside = file.with_suffix(f".{os.getpid()}.partial")
     try:
@@ -268,7 +268,7 @@ def save_beside(tensors: dict[str, Tensor], file: Path, what: str) -> None:
             os.fsync(stream.fileno())
         beside.replace(file)
     except (OSError, SafetensorError) as error:
-        raise KronyError(f"{file.parent}: {what} can't be stored there: {error}") from None
+        raise WriteError(f"{file.parent}: {what} can't be stored there: {error}") from None
     finally:
         with suppress(OSError):  # if there is no folder, there is no file
             beside.unlink()

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -31,7 +30,7 @@ from krony.compression.reconstruction import Examples, reconstruct_group
 from krony.compression.replacement import replacements
 from krony.compression.report import CompressionReport, LayerReport
 from krony.config import KronyConfig
-from krony.errors import KronyError
+from krony.errors import KronyError, WriteError
 from krony.init.base import Moments
 from krony.kronecker.linear import KroneckerLinear
 from krony.models import quantizer
@@ -68,7 +67,8 @@ def run(
         say: called with a sentence if an interrupted run resumes, or stops for want of memory or disk space.
 
     Raises:
-        KronyError: bad input, which leaves nothing on disk; or files that can't be written.
+        KronyError: bad input, which leaves nothing on disk.
+        WriteError: files can't be written.
         KeyboardInterrupt: interrupted.
 
     Where it stops for anything but bad input, such as a full disk or too little memory, it leaves ``OUT.work`` as a
@@ -87,18 +87,14 @@ def run(
         journal.publish(work.folder)
         return report
     except BaseException as error:
-        if _is_mistake(error) or not journal.done:
+        mistake = isinstance(error, KronyError) and not isinstance(error, WriteError)  # the same call would fail again
+        if mistake or not journal.done:
             journal.remove()
             raise
         journal.close()
         if not isinstance(error, KeyboardInterrupt):  # whoever interrupts a run is told by the command line
             say(f"{journal.folder} holds what is done: the same call resumes from there")
         raise
-
-
-def _is_mistake(error: BaseException) -> bool:
-    """Whether the input is wrong, so that the same call would fail again; a full disk is no mistake."""
-    return isinstance(error, KronyError) and not isinstance(error.__context__, (OSError, SafetensorError))
 
 
 class _Work:
