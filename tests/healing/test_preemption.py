@@ -11,7 +11,7 @@ import torch
 
 from healing_runs import TINY, heal, text
 from krony import KronyConfig, compress
-from krony.healing import trainer
+from krony.healing import callbacks, trainer
 from krony.healing.checkpoints import find_last
 from krony.models import precision
 from krony.runtime.signals import Interrupt
@@ -81,7 +81,7 @@ def test_sigterm_in_a_validation(step, tmp_path, monkeypatch, unstopped):
     now = [0]
     monkeypatch.setattr(trainer, "validation_loss", told)
     monkeypatch.setattr(
-        trainer.StopAtBadLoss, "on_step_end", lambda _, a, state, c, **__: now.__setitem__(0, state.global_step)
+        callbacks.StopAtBadLoss, "on_step_end", lambda _, a, state, c, **__: now.__setitem__(0, state.global_step)
     )
     with pytest.raises(Interrupt):
         run(tmp_path)
@@ -151,14 +151,14 @@ def command(gpt2_folder, tmp_path):
 def dying(command: list[str], work: Path) -> None:
     """``krony heal``; the second process is killed as soon as there is a checkpoint."""
     if os.environ["RANK"] == "1":
-        inner = trainer.ShowProgress.on_step_end
+        inner = callbacks.ShowProgress.on_step_end
 
         def on_step_end(self, args, state, control, **options) -> None:
             inner(self, args, state, control, **options)
             if find_last(work):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        trainer.ShowProgress.on_step_end = on_step_end
+        callbacks.ShowProgress.on_step_end = on_step_end
     krony(*command)
 
 

@@ -1,12 +1,9 @@
-"""transformers' Trainer with krony's optimiser, loss and validation, and what it does between two steps."""
+"""transformers' Trainer with krony's optimiser, loss and validation."""
 
 from __future__ import annotations
 
-import math
-import signal
 import time
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +12,11 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
     default_data_collator,
 )
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput
 
-from krony.errors import KronyError
-from krony.healing.checkpoints import find_last
+from krony.healing.callbacks import Clock, end_all
 from krony.healing.distillation import distil
 from krony.healing.flops import peak, training_flops
 from krony.healing.recipes import Recipe
@@ -31,8 +25,7 @@ from krony.healing.trainable import adamw
 from krony.healing.validation import validation_loss
 from krony.models.comparison import Comparison, plain_heads
 from krony.runtime import distributed
-from krony.runtime.progress import Progress
-from krony.runtime.signals import Interrupt, Pending
+from krony.runtime.signals import Pending
 
 
 class HealingTrainer(Trainer):
@@ -84,7 +77,7 @@ class HealingTrainer(Trainer):
         return self.optimizer
 
     def get_batch_samples(self, *arguments: Any) -> Any:
-        """None where the run is complete: one that is resumed from its last state takes no step."""
+        """No batch where the run is complete: one that is resumed from its last state takes no step."""
         if self.is_complete:
             control = self.control  # as the last checkpoint left it, which is not to be written again
             control.should_training_stop = True
@@ -145,95 +138,3 @@ class HealingTrainer(Trainer):
                 self.state.best_model_checkpoint = self.unevaluated
             self.unevaluated = None
         return metrics
-
-
-class ShowProgress(TrainerCallback):
-    """Tells ``progress`` the step, the loss and the tokens per second."""
-
-    def __init__(self, progress: Progress, tokens_per_step: int) -> None:
-        self.progress, self.tokens_per_step = progress, tokens_per_step
-        self.start, self.first_step, self.loss = time.perf_counter(), 0, ""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.start, self.first_step = time.perf_counter(), state.global_step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        tokens = (state.global_step - self.first_step) * self.tokens_per_step
-        pace = tokens / (time.perf_counter() - self.start)
-        self.progress(state.global_step, state.max_steps, f"{self.loss}{pace:,.0f} tokens/s")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            used = f" ({logs['mfu']:.0%} of the peak)" if "mfu" in logs else ""
-            self.loss = f"loss {logs['loss']:.3f}, {logs['flops_per_s'] / 1e12:.3g} TFLOP/s{used}, "
-
-
-class Clock(TrainerCallback, ExportableState):
-    """Counts the seconds of a run; checkpoints keep them."""
-
-    def __init__(self) -> None:
-        self.start, self.before = time.perf_counter(), 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Those of this process, and before it was resumed."""
-        return self.before + time.perf_counter() - self.start
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # checkpoints of earlier versions lack it, and Trainer takes for granted that it is there
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"before": self.seconds}}
-
-
-class FindBest(TrainerCallback):
-    """Lets a resumed run find its best checkpoint, also where the work folder was moved."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not state.best_global_step:
-            return
-        best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-        if not best.is_dir():
-            raise KronyError(f"{best} is missing, the best checkpoint of this run: train again, into another folder")
-        state.best_model_checkpoint = str(best)
-
-
-class StopAtBadLoss(TrainerCallback):
-    """Raises KronyError when a loss is not a finite number."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        for key, name in (("loss", "loss"), ("eval_loss", "validation loss")):
-            value = (logs or {}).get(key)
-            if value is None or math.isfinite(value):
-                continue
-            if state.global_step == 0:
-                raise KronyError(f"the {name} is {value} before any training: this model is damaged")
-            last = find_last(Path(args.output_dir))
-            then = "there is no checkpoint yet"
-            if last is not None:
-                then = f"{last}, the last checkpoint, is a model to start from"
-            raise KronyError(f"the {name} is {value} at step {state.global_step}: lower the learning rate; {then}")
-
-
-class SaveAtSignal(TrainerCallback):
-    """Saves a checkpoint after the step in which a signal came to any process, and ends the run in all of them."""
-
-    def __init__(self, stop: Pending) -> None:
-        self.stop, self.stopping = stop, False
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not distributed.all_agree(not self.stop):
-            self.stopping = control.should_save = control.should_log = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.stopping:
-            end_all(self.stop)
-
-
-def end_all(stop: Pending) -> NoReturn:
-    """Raises Interrupt in all processes, after the first one has written."""
-    distributed.all_agree(True)  # no process ends while the first one writes
-    stop.check()
-    raise Interrupt(signal.SIGTERM)  # the signal came to another process

@@ -26,6 +26,7 @@ from transformers import (
 
 from krony.data.rows import Rows
 from krony.errors import KronyError
+from krony.healing.callbacks import Clock, FindBest, SaveAtSignal, ShowProgress, StopAtBadLoss
 from krony.healing.checkpoints import (
     FINGERPRINTS,
     explain_lost_processes,
@@ -45,7 +46,7 @@ from krony.healing.scalars import trajectories
 from krony.healing.sharded_trainer import ShardedTrainer
 from krony.healing.sharding import check_sharding, is_sharding
 from krony.healing.trainable import full_precision, trainable
-from krony.healing.trainer import Clock, FindBest, HealingTrainer, SaveAtSignal, ShowProgress, StopAtBadLoss
+from krony.healing.trainer import HealingTrainer
 from krony.models.fast_training import fast_training
 from krony.models.loading import context_length
 from krony.models.precision import product_dtype
