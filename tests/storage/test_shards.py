@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from krony import KronyError
 from krony.storage.shards import Shards, TensorFile, total
-from krony.storage.tensor_files import INDEX
+from krony.storage.tensor_files import INDEX, read_header
 from small_models import gpt2
 
 
@@ -57,3 +58,33 @@ def test_what_cannot_be_written_is_a_sentence(tmp_path):
     for write in (file.create, file.sync, lambda: file.put("a", torch.zeros(2))):
         with pytest.raises(KronyError, match=r"model.safetensors can't be written: No such file"):
             write()
+
+
+def test_tensor_files_are_what_safetensors_reads(tmp_path):
+    values = {
+        "b": torch.arange(6, dtype=torch.int64).view(2, 3),
+        "a": torch.randn(5, 7).bfloat16(),
+        "c": torch.ones(()),
+    }
+    file = TensorFile(tmp_path / "x.safetensors", {n: (v.dtype, tuple(v.shape)) for n, v in values.items()})
+    file.create()
+    file.put("b", values["b"])
+    file.put("c", values["c"])
+    file.put("a", values["a"][:2], at=0)
+    file.put("a", values["a"][2:], at=14)
+    read = load_file(tmp_path / "x.safetensors")
+    assert set(read) == set(values) and all(torch.equal(read[n], v) for n, v in values.items())
+    with safe_open(tmp_path / "x.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    entries = {e.name: e for e in read_header(file.path)}
+    assert torch.equal(entries["a"].read(1, 3), values["a"][1:3]) and torch.equal(entries["c"].read(), values["c"])
+    assert torch.equal(torch.cat(list(entries["b"].pieces())), values["b"].flatten())
+
+
+def test_shards_hold_about_what_they_are_asked_to(tmp_path):
+    layout = {f"t{n}": (torch.float32, (100,)) for n in range(10)}
+    shards = Shards(tmp_path, layout, shard_size=1000)
+    shards.create()
+    assert shards.exist() and len(shards.files) == 5
+    shards.files[0].path.unlink()
+    assert not shards.exist()
