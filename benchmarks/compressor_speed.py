@@ -5,8 +5,8 @@
 A compression of ``keep=0.5 --init neurons --allocation global`` is measured on one layer of a Llama with random
 weights, in float32, for each width: the forward pass over 16,384 tokens, the second moments that are summed meanwhile,
 the sensitivity, the ranking of the neurons, whose costs the allocation compares, and the factors of those that stay,
-with their errors. Steps of ``--tune`` and ``krony heal``
-are measured on a Llama of SmolLM2-135M's shape with a teacher of that shape, in rows of 512 tokens.
+with their errors. Steps of ``--tune`` and ``krony heal`` are measured on a Llama of SmolLM2-135M's shape with a teacher
+of that shape, in rows of 512 tokens.
 
 Beside the seconds is the arithmetic that they do, as a share of the rate at which this machine multiplies large square
 matrices of the same dtype: what is far below 100 % is not bounded by products. The results are in
@@ -113,8 +113,7 @@ def compression(width: int, hidden: int) -> dict[str, Any]:
                 model.base_model(input_ids=rows, use_cache=False)
 
     moments = read(ids, sensitivity=True)
-    half = hidden // 2  # neurons that stay
-    kept = ranking_of(model, group, moments, CONFIG, least=least).kept(hidden, half)
+    half, rankings = hidden // 2, []  # neurons that stay, and their ranking in each turn
     passes = median(forward)
     reading, half_of_it = (median(partial(read, rows)) for rows in (ids, ids[: len(ids) // 2]))
     growing = 2 * (reading - half_of_it)
@@ -123,9 +122,10 @@ def compression(width: int, hidden: int) -> dict[str, Any]:
         "second moments": growing - passes,
         "finishing them": reading - growing,
         "sensitivity": median(lambda: read(ids, sensitivity=True)) - reading,
-        "ranking": median(lambda: ranking_of(model, group, moments, CONFIG, least=least)),
-        "factors": median(lambda: replacements(model, group, settled.shapes, CONFIG, moments, kept=kept)),
+        "ranking": median(lambda: rankings.append(ranking_of(model, group, moments, CONFIG, least=least))),
     }
+    kept = rankings[-1].kept(hidden, half)
+    seconds["factors"] = median(lambda: replacements(model, group, settled.shapes, CONFIG, moments, kept=kept))
     once = counted(lambda: model.base_model(input_ids=ids[:1], use_cache=False)) * len(ids)
     factorised = (hidden**3 + half**3) / 3  # of all neurons, to see whether a ridge is needed, and of those that stay
     flops = {

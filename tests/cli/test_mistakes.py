@@ -74,6 +74,17 @@ def test_an_unknown_init_and_rescale_of_another(refused, gpt2_folder, tmp_path):
     assert "mlp.c_fc: init permuted needs complete MLPs" in refused(*single)
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--stream",)], ids=str)
+@pytest.mark.parametrize("init", ["van-loan", "als"])
+def test_text_for_a_head_is_refused_whichever_way_it_would_be_compressed(refused, tokenizer, tmp_path, init, more):
+    llama(tie_word_embeddings=False, vocab_size=256).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    options = ("--scheme", "keep=0.5", "--modules", "lm_head", "--init", init, "--calibration", "python-docs", *more)
+    said = refused("compress", tmp_path / "source", tmp_path / "out", *options)
+    assert "lm_head is in no transformer layer, and calibration text is measured in these" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_calibration(refused, gpt2_folder, tmp_path):
     arguments = ("compress", gpt2_folder, tmp_path / "out", "--scheme", "keep=0.5")
     assert "init neurons needs text similar to what the model will see in use" in refused(*arguments)

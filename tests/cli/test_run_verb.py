@@ -164,6 +164,7 @@ def test_a_folder_of_others_is_left_alone(refused, recipe, tmp_path):
         ({"heal": {"data": "text.jsonl", "temperature": 2.0}}, "line 6: heal: --temperature works with a teacher"),
         ({"heal": {"max-tokens": 9}}, "line 6: heal needs data"),
         ({"eval": {"count": "twice"}}, "line 10: eval: --count twice"),
+        ({"eval": {"tasks": "piqa", "max-tokens": 9}}, "line 10: eval: --max-tokens works with --data"),
         ({"export": {"to": "paper"}}, "line 13: export: export to 'paper' is unknown"),
         ({"export": [{"to": "dense"}, {"to": "dense"}]}, "line 14: two exports to dense"),
         ({"compress": {"scheme": "keep=0.5", "calibration": "none.txt"}}, "line 3: compress: none.txt can't be read"),

@@ -21,7 +21,6 @@ from krony.models.split_attention import fused_attention, splitting
 from krony.models.surgery import (
     Group,
     Site,
-    check_measurable,
     count_parameters,
     embedding_shape,
     find_groups,
@@ -125,8 +124,6 @@ def plan(model: PreTrainedModel, config: KronyConfig) -> CompressionPlan:
         names = [site.name for site in group.sites]
         is_mlp = group.is_mlp and len(names) > 1
         config.initialisation.check(names, [shapes[name] for name in names], is_mlp=is_mlp)
-        if config.needs_text_for:
-            check_measurable(group)
         if config.reconstruct:
             check_reconstructible(model, group)
     return CompressionPlan(
