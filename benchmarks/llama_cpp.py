@@ -1,12 +1,44 @@
-"""llama.cpp with one model, asked through its own web interface: for benchmarks/engines.py and tests/engines."""
+"""llama.cpp with one model, asked through its own web interface: for benchmarks/engines.py and tests/engines.
+
+It runs in a process of its own, which is killed at the end: where a server of xllamacpp 2026.10 is deleted right after
+its start, the deletion can wait for ever, with Python's lock.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import urllib.request
+import weakref
 from pathlib import Path
 from typing import Any
+
+LIMIT = 300  # seconds that an answer may take
+
+
+def serve(file: str, port: str, threads: str, context: str) -> None:
+    """What the process does: says a line when it is ready, and ends with its input."""
+    import xllamacpp
+
+    options = xllamacpp.CommonParams()
+    options.model.path, options.port, options.n_ctx = file, int(port), int(context)
+    options.n_parallel, options.n_gpu_layers, options.verbosity, options.warmup = 1, 0, -1, False
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = int(threads)
+    options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(options)
+    print("ready", flush=True)
+    sys.stdin.read()
+    os._exit(0 if server else 1)  # without deleting the server
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kills it, and waits until it is gone."""
+    with process:
+        process.kill()
 
 
 class LlamaCpp:
@@ -19,23 +51,21 @@ class LlamaCpp:
     """
 
     def __init__(self, file: Path, threads: int, context: int) -> None:
-        import xllamacpp
-
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        options = xllamacpp.CommonParams()
-        options.model.path, options.port, options.n_ctx = str(file), port, context
-        options.n_parallel, options.n_gpu_layers, options.verbosity, options.warmup = 1, 0, -1, False
-        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
-        options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.server, self.address = xllamacpp.Server(options), f"http://127.0.0.1:{port}"
+        command = [sys.executable, __file__, str(file), str(port), str(threads), str(context)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.address = f"http://127.0.0.1:{port}"
+        weakref.finalize(self, end, process)
+        if process.stdout is None or process.stdout.readline() != "ready\n":
+            raise RuntimeError(f"llama.cpp doesn't load {file}")
 
     def ask(self, path: str, **question: Any) -> dict[str, Any]:
         """What the server answers."""
         body, kind = json.dumps(question).encode(), {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(f"{self.address}/{path}", body, kind)) as answer:
+        request = urllib.request.Request(f"{self.address}/{path}", body, kind)
+        with urllib.request.urlopen(request, timeout=LIMIT) as answer:
             return json.loads(answer.read())
 
     def greedy(self, ids: list[int], count: int) -> dict[str, Any]:
@@ -46,3 +76,7 @@ class LlamaCpp:
     def tokens(self, text: str) -> list[int]:
         """The token ids of a text, with those that its tokenizer adds."""
         return self.ask("tokenize", content=text, add_special=True)["tokens"]
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])

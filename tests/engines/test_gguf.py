@@ -50,6 +50,12 @@ def test_every_type_gives_the_same_tokens(name, of_type, words, llama_cpp, tmp_p
     check(model, words, llama_cpp(tmp_path / "m.gguf"), tolerance=1e-2 if name in GELU else 2e-4)
 
 
+def test_a_file_that_llama_cpp_does_not_load_is_an_error(llama_cpp, tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RuntimeError, match="doesn't load"):
+        llama_cpp(tmp_path / "m.gguf")
+
+
 def test_a_llama_keeps_a_width_per_layer(of_type, words, llama_cpp, tmp_path):
     model, ids = of_type("llama"), torch.randint(0, 4096, (24, 64), generator=torch.Generator().manual_seed(1))
     krony.compress(model, KronyConfig("keep=0.5", allocation="global"), calibration=ids)
