@@ -7,9 +7,12 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import constants
 
+from krony.cli.app import main
 from small_models import gpt2
 
 TOKEN = "hf_" + "s" * 34
@@ -79,14 +82,21 @@ def hub():
 
 
 @pytest.fixture
-def push(hub, tmp_path):
-    """``krony push`` in a process of its own, which reads the hub's address when it starts."""
+def push(hub, monkeypatch, capsys, tmp_path):
+    """``krony push`` in this process; what the hub's client reads when it is imported is set by hand."""
+    for name in [name for name in os.environ if name.startswith("HF_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf/token"))
 
-    def push(*arguments, **environment):
-        known = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-        known |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")} | environment
-        command = [sys.executable, "-m", "krony", "push", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=known)
+    def push(*arguments, token=TOKEN, endpoint=hub.url, offline=False):
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(sys, "argv", ["krony", "push", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        return SimpleNamespace(code=end.value.code, **capsys.readouterr()._asdict())
 
     return push
 
@@ -104,8 +114,12 @@ def folder(tmp_path):
     return tmp_path / "half"
 
 
-def test_a_folder_is_uploaded_with_its_card(push, hub, folder):
-    done = push(folder, "you/half", "--private")
+def test_a_folder_is_uploaded_with_its_card(hub, folder, tmp_path):
+    """By the installed command."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    known |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-m", "krony", "push", str(folder), "you/half", "--private"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=known)
     assert done.returncode == 0 and f"{folder} -> {hub.url}/you/half" in done.stdout, done.stderr
     assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir()}
     paths = [path for path, _, _ in hub.asked]
@@ -126,29 +140,29 @@ def test_a_folder_is_uploaded_with_its_card(push, hub, folder):
 def test_a_refusal_is_one_sentence_without_the_token(push, hub, folder, path, code, words):
     hub.refuse[path] = (code, "not yours")
     done = push(folder, "you/half")
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert TOKEN not in done.stdout + done.stderr and hub.files == {}
+    assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err
+    assert TOKEN not in done.out + done.err and hub.files == {}
 
 
 @pytest.mark.parametrize("content", [b"---\nlicense: [\n---\n", b"---\nlicense: \xff\n---\n", b"---\n- a\n---\n"])
 def test_a_card_that_can_not_be_read(push, hub, folder, content):
     (folder / "README.md").write_bytes(content)
     done = push(folder, "you/half")
-    assert done.returncode == 2 and "README.md: its metadata can't be read: " in done.stderr, done.stderr
-    assert done.stderr.count("\n") == 1 and not hub.asked
+    assert done.code == 2 and "README.md: its metadata can't be read: " in done.err, done.err
+    assert done.err.count("\n") == 1 and not hub.asked
 
 
 def test_what_is_known_before_the_hub_is_asked(push, hub, folder, tmp_path):
     (tmp_path / "bare").mkdir()
-    for arguments, environment, words in (
+    for arguments, options, words in (
         ((tmp_path / "bare", "you/half"), {}, "README.md is missing: it is the card that the hub shows"),
         ((tmp_path / "none", "you/half"), {}, "none is no folder"),
-        ((folder, "you/half"), {"HF_TOKEN": ""}, "log in with hf auth login, or set HF_TOKEN"),
-        ((folder, "you/half"), {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, and push needs the hub"),
+        ((folder, "you/half"), {"token": ""}, "log in with hf auth login, or set HF_TOKEN"),
+        ((folder, "you/half"), {"offline": True}, "HF_HUB_OFFLINE is set, and push needs the hub"),
     ):
-        done = push(*arguments, **environment)
-        assert done.returncode == 2 and words in done.stderr and not hub.asked, done
+        done = push(*arguments, **options)
+        assert done.code == 2 and words in done.err and not hub.asked, done
     done = push(folder, "a/b/c")
-    assert done.returncode == 2 and "'a/b/c' can't be the name of a repository" in done.stderr
-    done = push(folder, "you/half", HF_ENDPOINT="http://127.0.0.1:9")
-    assert done.returncode == 2 and "the hub can't be reached (ConnectError" in done.stderr
+    assert done.code == 2 and "'a/b/c' can't be the name of a repository" in done.err
+    done = push(folder, "you/half", endpoint="http://127.0.0.1:9")
+    assert done.code == 2 and "the hub can't be reached (ConnectError" in done.err
