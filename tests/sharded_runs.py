@@ -98,6 +98,7 @@ def run_to_no_avail(folder: Path) -> None:
 
     The first run stops early. In every process.
     """
+    distributed.init(DEVICE, shards=True)
     case = Case("llama", 1, torch.float32, taught=False)
     model, before = built(case), built(case).state_dict()
     train, validation = text(104).split(4)[0], noise()
@@ -116,15 +117,11 @@ def run_to_no_avail(folder: Path) -> None:
         raise AssertionError("a loss that is no number went unnoticed")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(type(p.data) is torch.Tensor and p.requires_grad for p in model.parameters())
-    if distributed.is_first():
-        torch.save(None, folder / "to-no-avail.pt")
 
 
 def main() -> None:
     """Runs, or resumes, every case whose name is an argument, in the folder that is the first argument."""
     folder, names = Path(sys.argv[1]), sys.argv[2:]
-    if "to-no-avail" in names:
-        run_to_no_avail(folder)
     for case in (*QUICK, *SLOW):
         for suffix, resume in (("", False), ("-resumed", True)):
             if case.name + suffix not in names:

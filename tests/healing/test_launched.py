@@ -84,7 +84,9 @@ def stopped_at_ten(tmp_path, name, to=None, **options) -> tuple[int, str]:
     return code, said
 
 
-@pytest.mark.parametrize(("to", "shard"), [(None, False), pytest.param(0, False, marks=pytest.mark.slow), (1, True)])
+@pytest.mark.parametrize(
+    ("to", "shard"), [(1, True), *(pytest.param(to, False, marks=pytest.mark.slow) for to in (0, None))]
+)
 def test_a_signal_stops_all_processes_after_the_same_step(tmp_path, to, shard):
     """To the launcher, which hands it on, or to one process: a scheduler may send either. Each process exits with 143;
     torchrun itself exits with 1 whatever its processes do.
@@ -94,7 +96,8 @@ def test_a_signal_stops_all_processes_after_the_same_step(tmp_path, to, shard):
     assert find_last(tmp_path / "stopped.work").name == "checkpoint-10"
 
 
-@pytest.mark.parametrize(("dies", "shard"), [pytest.param(0, False, marks=pytest.mark.slow), (1, True)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("dies", "shard"), [(0, False), (1, True)])
 def test_a_process_that_dies_ends_the_others(tmp_path, dies, shard):
     """Killed without a chance to say anything, as by the kernel when memory runs out."""
     code, said = signalled_at_ten(tmp_path, "SIGKILL", dies, processes=2, shard=shard)
