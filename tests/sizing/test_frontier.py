@@ -45,7 +45,7 @@ def test_the_verbs(thin, tmp_path):
 
 @pytest.mark.parametrize("verb", [("frontier", "--keep", "0.5"), ("compress", "OUT", "--within", "10%")])
 def test_several_processes_share_the_work_and_one_writes(verb, thin, tmp_path):
-    out, text = tmp_path / "out", ["--calibration", "python-docs", "--calibration-tokens", 4096]
+    out, text = tmp_path / "out", ["--calibration", "python-docs", "--calibration-tokens", 1536]
     figures, printed = [], []
     for count in (1, 2):
         file = tmp_path / f"{count}.json"
