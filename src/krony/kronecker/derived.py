@@ -180,7 +180,7 @@ def is_sharded(module: nn.Module) -> bool:
 
     It frees that memory afterwards, and what is gathered next may have the same address and version.
     """
-    return bool(getattr(module, "_is_fsdp_managed_module", False))
+    return bool(module.__dict__.get("_is_fsdp_managed_module"))
 
 
 def is_capturing() -> bool:
@@ -218,17 +218,17 @@ def _keys_of(cache: Any) -> tuple[StorageWeakRef, int | None] | None:
 
 def _states(layers: tuple[nn.Module, ...]) -> States | None:
     """Tells one state of the parameters from another as far as tensors can; None for tensors that can't at all."""
+    states: list[Any] = []
+    device = "cpu"
     try:
-        states: list[Any] = [
-            (parameter.data_ptr(), parameter._version, parameter.dtype)
-            for layer in layers
-            for parameter in layer._parameters.values()
-            if parameter is not None
-        ]
+        for layer in layers:
+            for parameter in layer._parameters.values():
+                if parameter is not None:
+                    states.append((parameter.data_ptr(), parameter._version, parameter.dtype))
+                    device = parameter.device.type
     except RuntimeError:  # inference tensors have no version, functional ones no address
         return None
     if not states:  # the parameters are elsewhere, as in FSDP's first version
         return None
-    device = next((parameter.device.type for parameter in layers[-1].parameters(recurse=False)), "cpu")
     states.append(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
     return tuple(states)

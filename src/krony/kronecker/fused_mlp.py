@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from krony.kronecker.derived import derived, is_capturing
+from krony.kronecker.derived import derived, is_capturing, is_reusing
 from krony.kronecker.linear import KroneckerLinear, batched
 
 LOOP = 8  # at most this many neurons of a group are computed one after the other
@@ -32,7 +32,8 @@ def fused_forward(x: Tensor, ups: list[KroneckerLinear], act: nn.Module, down: K
     The hidden features have the same groups on both sides: ``(m1, m2)`` of every up layer is ``(n1, n2)`` of ``down``.
     """
     s, tokens = down.shape, x.numel() // ups[0].shape.columns
-    paths, path = [up.path_for(tokens, x.device) for up in ups], down.path_for(tokens, x.device)
+    call = tokens, x.device, is_reusing()
+    paths, path = [up.path_for(*call) for up in ups], down.path_for(*call)
     columns = s.m2 == 1 and all(up.shape.n2 == 1 for up in ups)
     dense = path == "dense" or "dense" in paths
     pattern = None
@@ -80,7 +81,7 @@ def _activate(act: nn.Module, hidden: list[Tensor]) -> Tensor:
     if type(act).__name__ not in TANH_GELU:
         a = act(hidden[0])
     elif overwrite:
-        a = torch.ops.aten.gelu.out(hidden[0], approximate="tanh", out=hidden[0])
+        a = F.gelu(hidden[0], approximate="tanh", out=hidden[0])  # type: ignore[call-arg]  # not in its stub
     else:
         a = F.gelu(hidden[0], approximate="tanh")  # transformers' own makes eight passes over memory
     if len(hidden) == 1:
@@ -95,6 +96,7 @@ class _Combination:
     A group has r neurons, of which a are computed.
 
     Attributes:
+        lefts: the left factors of each up layer, one below the other, ``(k * width, in)``.
         b: one matrix ``(a, k)`` for each up layer; None for the identity.
         biases: ``(a, width)`` for each up layer, or None.
         c: ``(k, a)``; None for the identity.
@@ -103,6 +105,7 @@ class _Combination:
         neurons: a.
     """
 
+    lefts: list[Tensor]
     b: list[Tensor | None]
     biases: list[Tensor | None]
     c: Tensor | None
@@ -119,18 +122,18 @@ def _columns_and_rows(
     ``pattern`` is None if it was not read yet.
     """
     parts = derived((*ups, down), "combination", lambda: _combination(ups, act, down, pattern or _pattern(ups, down)))
+    k, width = down.shape.factors, down.shape.n1
+    rows = x.reshape(-1, x.shape[-1])
     us: list[Tensor] = []
     biases: list[Tensor | None] = []
-    for up, b, bias in zip(ups, parts.b, parts.biases, strict=True):
-        rows = x.reshape(-1, 1, up.shape.n1)
+    for left, b, bias in zip(parts.lefts, parts.b, parts.biases, strict=True):
         if b is None and bias is not None:  # the matrix product adds the bias
-            us.append(up.left_products(rows, bias.flatten()))
+            us.append(F.linear(rows, left, bias.flatten()).view(-1, k, width))
             biases.append(None)
         else:
-            u = up.left_products(rows)  # (t, k, width)
+            u = F.linear(rows, left).view(-1, k, width)
             us.append(u)
             biases.append(bias if bias is None or bias.dtype == u.dtype else bias.to(u.dtype))  # autocast leaves sums
-    k, width = down.shape.factors, down.shape.n1
     if parts.diagonal:
         z = _activate(act, [_scaled(*each) for each in zip(us, parts.b, biases, strict=True)])  # (t, k, width)
         z = z if parts.c is None else z * parts.c
@@ -178,12 +181,13 @@ def _combination(
     ups: list[KroneckerLinear], act: nn.Module, down: KroneckerLinear, pattern: _Pattern | None
 ) -> _Combination:
     """The combination without everything that zeros in the right factors make needless, where these are known."""
+    lefts = [up.weight.flatten(0, 1) for up in ups]
     b = [up.coefficients()[:, :, 0].T for up in ups]  # (r, k)
     c = down.coefficients()[:, 0]  # (k, r)
     biases = [grouped_bias(up) for up in ups]
     bias: Tensor | None = down.bias
     if pattern is None:
-        return _Combination(b=list(b), biases=biases, c=c, diagonal=False, bias=bias, neurons=c.shape[1])
+        return _Combination(lefts=lefts, b=list(b), biases=biases, c=c, diagonal=False, bias=bias, neurons=c.shape[1])
     if pattern.constant:
         bias = _with_constants(pattern.constant, biases, c, act, down)
     neurons = len(pattern.computed)
@@ -192,9 +196,11 @@ def _combination(
         b, c = [each[index] for each in b], c[:, index]
         biases = [None if each is None else each[index] for each in biases]
     if not pattern.diagonal:
-        return _Combination(b=list(b), biases=biases, c=c, diagonal=False, bias=bias, neurons=neurons)
+        return _Combination(lefts=lefts, b=list(b), biases=biases, c=c, diagonal=False, bias=bias, neurons=neurons)
     columns = [None if one else m.diagonal()[:, None] for m, one in zip((*b, c), pattern.ones, strict=True)]
-    return _Combination(b=columns[:-1], biases=biases, c=columns[-1], diagonal=True, bias=bias, neurons=neurons)
+    return _Combination(
+        lefts=lefts, b=columns[:-1], biases=biases, c=columns[-1], diagonal=True, bias=bias, neurons=neurons
+    )
 
 
 def _with_constants(

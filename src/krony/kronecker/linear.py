@@ -97,7 +97,7 @@ class KroneckerLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in) -> (..., out)``."""
         s = self.shape
-        path = self.path_for(x.numel() // s.columns, x.device)
+        path = self.path_for(x.numel() // s.columns, x.device, is_reusing())
         if path == "dense":
             return F.linear(x, self.derived("dense", self.dense_weight), self.bias)
         plain = x.reshape(-1, s.n1, s.n2)
@@ -110,11 +110,11 @@ class KroneckerLinear(nn.Module):
         y = y.reshape(*x.shape[:-1], s.rows)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # autocast leaves sums alone
 
-    def path_for(self, tokens: int, device: torch.device) -> ForwardPath:
-        """The path that a call with this many tokens takes."""
+    def path_for(self, tokens: int, device: torch.device, reusing: bool) -> ForwardPath:
+        """The path that a call with this many tokens takes; ``reusing``: as ``is_reusing`` says."""
         if self.path is not None:
             return self.path
-        start = self._dense_from[device.type == "cpu", is_reusing()]
+        start = self._dense_from[device.type == "cpu", reusing]
         if start is None:  # asked first, so that torch.compile doesn't specialise on the number of tokens
             return self._structured
         return "dense" if tokens >= start else self._structured
@@ -140,7 +140,9 @@ class KroneckerLinear(nn.Module):
     def sum_left_products(self, z: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiplies each group by its left factor and sums over factors: ``(t, m2*k, n1) -> (t, m2, m1)``."""
         s, k = self.shape, self.shape.factors
-        if k > CHAIN or (k > 1 and torch.is_autocast_enabled(z.device.type)):
+        if k == 1:
+            y = F.linear(z.reshape(-1, s.n1), self.weight.view(s.m1, s.n1), bias)
+        elif k > CHAIN or torch.is_autocast_enabled(z.device.type):
             stacked = self.derived("stacked", lambda: self.weight.transpose(0, 1).reshape(s.m1, k * s.n1))
             y = F.linear(z.reshape(-1, k * s.n1), stacked, bias)  # (t*m2, m1)
         else:
