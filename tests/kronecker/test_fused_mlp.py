@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from krony.kronecker import fused_mlp
 from krony.kronecker.algebra import KronShape
 from krony.kronecker.fused_mlp import fused_forward
 from krony.kronecker.linear import KroneckerLinear
@@ -72,6 +73,21 @@ def test_every_path(shape, gated, act):
 def test_any_shape(sides, factors, gated, bias, scalars, seed):
     shape = KronShape(*sides, min(factors, KronShape(*sides).max_factors))
     ups, down = layers_of(shape, gated=gated, bias=bias, scalars=scalars, seed=seed)
+    check(ups, ACT2FN["gelu_new"], down)
+
+
+@pytest.mark.parametrize("small", [0, 2**16], ids=["many features", "few features"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("zeros", [0, 3])
+@pytest.mark.parametrize("factors", [(1, 2), (2, 1), (3, 2)], ids=str)
+def test_sides_with_different_numbers_of_factors(factors, zeros, gated, small, monkeypatch):
+    """As a scheme per matrix asks for; also where only one neuron of a group is computed."""
+    monkeypatch.setattr(fused_mlp, "SMALL", small)
+    (ups, _), (_, down) = (layers_of(KronShape(8, 6, 4, 1, k), gated=gated) for k in factors)
+    with torch.no_grad():
+        down.right[:, :, :zeros] = 0
+    for layer in (*ups, down):
+        layer.right.requires_grad_(not zeros)
     check(ups, ACT2FN["gelu_new"], down)
 
 

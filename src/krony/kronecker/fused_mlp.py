@@ -122,22 +122,22 @@ def _columns_and_rows(
     ``pattern`` is None if it was not read yet.
     """
     parts = derived((*ups, down), "combination", lambda: _combination(ups, act, down, pattern or _pattern(ups, down)))
-    k, width = down.shape.factors, down.shape.n1
-    rows = x.reshape(-1, x.shape[-1])
+    rows, width = x.reshape(-1, x.shape[-1]), down.shape.n1
     us: list[Tensor] = []
     biases: list[Tensor | None] = []
     for left, b, bias in zip(parts.lefts, parts.b, parts.biases, strict=True):
+        groups = -1, len(left) // width, width  # (t, k, width)
         if b is None and bias is not None:  # the matrix product adds the bias
-            us.append(F.linear(rows, left, bias.flatten()).view(-1, k, width))
+            us.append(F.linear(rows, left, bias.flatten()).view(groups))
             biases.append(None)
         else:
-            u = F.linear(rows, left).view(-1, k, width)
+            u = F.linear(rows, left).view(groups)
             us.append(u)
             biases.append(bias if bias is None or bias.dtype == u.dtype else bias.to(u.dtype))  # autocast leaves sums
     if parts.diagonal:
         z = _activate(act, [_scaled(*each) for each in zip(us, parts.b, biases, strict=True)])  # (t, k, width)
         z = z if parts.c is None else z * parts.c
-    elif k == 1 and parts.neurons <= LOOP and (torch.compiler.is_compiling() or _is_large(x, parts, width)):
+    elif _loops(parts, len(rows), width):
         z = _one_by_one(us, parts, biases, act)
     else:
         triples = zip(us, parts.b, biases, strict=True)
@@ -146,8 +146,11 @@ def _columns_and_rows(
     return down.sum_left_products(z, parts.bias)
 
 
-def _is_large(x: Tensor, parts: _Combination, width: int) -> bool:
-    return x.numel() // x.shape[-1] * parts.neurons * width > SMALL
+def _loops(parts: _Combination, tokens: int, width: int) -> bool:
+    """Whether the neurons of a group are computed one after the other: few neurons, of one factor on both sides."""
+    if parts.neurons > LOOP or len(parts.c) > 1 or any(len(left) > width for left in parts.lefts):  # type: ignore[arg-type]
+        return False
+    return torch.compiler.is_compiling() or tokens * parts.neurons * width > SMALL
 
 
 def _scaled(u: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -259,7 +262,7 @@ def _read_pattern(layers: tuple[KroneckerLinear, ...], grad: bool) -> _Pattern |
         return None
     k = len(c)
     chosen = [*(each[computed] for each in b), c[:, computed].T]  # (a, k)
-    diagonal = len(computed) == k and all((m[~np.eye(k, dtype=bool)] == 0).all() for m in chosen)
+    diagonal = all(m.shape == (k, k) and (m[~np.eye(k, dtype=bool)] == 0).all() for m in chosen)
     ones = [
         bool(diagonal and not (grad and layer.scalars is not None and layer.scalars.requires_grad))
         and bool((m.diagonal() * scale == 1).all())

@@ -119,10 +119,10 @@ class KroneckerLinear(nn.Module):
             return self._structured
         return "dense" if tokens >= start else self._structured
 
-    def left_products(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiplies each group by each left factor and adds ``bias: (k*m1,)``: ``(t, n2, n1) -> (t, n2*k, m1)``."""
+    def left_products(self, x: Tensor) -> Tensor:
+        """Multiplies each group by each left factor: ``(t, n2, n1) -> (t, n2*k, m1)``."""
         s, k = self.shape, self.shape.factors
-        u = F.linear(x.reshape(-1, s.n1), self.weight.view(k * s.m1, s.n1), bias)  # (t*n2, k*m1)
+        u = F.linear(x.reshape(-1, s.n1), self.weight.view(k * s.m1, s.n1))  # (t*n2, k*m1)
         return u.view(-1, s.n2 * k, s.m1)
 
     def combine_outputs(self, u: Tensor, *, plain: bool = False) -> Tensor:
