@@ -1,7 +1,7 @@
 """llama.cpp with one model, asked through its own web interface: for benchmarks/engines.py and tests/engines.
 
-It runs in a process of its own, which is killed at the end: where a server of xllamacpp 2026.10 is deleted right after
-its start, the deletion can wait for ever, with Python's lock.
+It runs in a process of its own, which is killed at the end: the deletion of a server of xllamacpp 2026.10 can wait for
+ever, with Python's lock (once in about a thousand servers that answered one question).
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = ["README.md", *(f"docs/{name}.md" for name in ("quickstart", "sizes", "options", "healing", "streaming",
                                                         "large-models", "deployment", "recipes", "paper"))]  # fmt: skip
+KEPT: list[dict] = []  # what the guides' Python made: a server of llama.cpp can hang where it is deleted
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^(krony .*?)(?:\s+#.*)?$", re.MULTILINE)
 # In place of the pages' numbers, for time.
@@ -115,7 +116,8 @@ def test_every_command_and_all_python_runs(name, workplace, monkeypatch, capsys)
     for code in fenced(name, "python"):
         if "torchao" in code and find_spec("torchao") is None:
             continue  # which only benchmarks install
-        exec(compile(code.replace("300_000", "8_192"), name, "exec"), {})
+        KEPT.append({})
+        exec(compile(code.replace("300_000", "8_192"), name, "exec"), KEPT[-1])
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
