@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from krony import KronyError
 from krony.healing.sharded_trainer import ShardedTrainer
 from krony.models import precision
-from processes import together
+from processes import started
 from sharded_runs import QUICK, SLOW, run, run_to_no_avail
 
 PROGRAM = Path(__file__).parents[1] / "sharded_runs.py"
@@ -88,7 +88,8 @@ def test_a_checkpoint_without_the_state_of_the_optimiser(tmp_path):
 
 def test_training_to_no_avail(tmp_path):
     """Early stopping, no gain, and a loss that is no number: ``run_to_no_avail`` checks in each process."""
-    together(2, tmp_path / "processes", run_to_no_avail, tmp_path)
+    ends = [process.ended() for process in started(2, tmp_path / "processes", run_to_no_avail, tmp_path)]
+    assert all(code == 0 and "Warning" not in said for code, said in ends), ends
 
 
 @pytest.mark.slow
