@@ -19,7 +19,7 @@ test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 test-slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -o faulthandler_timeout=3600
 
 lint: $(READY)
 	$(BIN)/ruff check
