@@ -1,7 +1,7 @@
 """llama.cpp with one model, asked through its own web interface: for benchmarks/engines.py and tests/engines.
 
 It runs in a process of its own, which is killed at the end: the deletion of a server of xllamacpp 2026.10 can wait for
-ever, with Python's lock (once in about a thousand servers that answered one question).
+ever, with Python's lock.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def serve(file: str, port: str, threads: str, context: str) -> None:
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = int(threads)
     options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = xllamacpp.Server(options)
+    _server = xllamacpp.Server(options)  # is never deleted
     print("ready", flush=True)
     sys.stdin.read()
-    os._exit(0 if server else 1)  # without deleting the server
+    os._exit(0)
 
 
 def end(process: subprocess.Popen[str]) -> None:

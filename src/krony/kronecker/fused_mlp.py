@@ -81,7 +81,7 @@ def _activate(act: nn.Module, hidden: list[Tensor]) -> Tensor:
     if type(act).__name__ not in TANH_GELU:
         a = act(hidden[0])
     elif overwrite:
-        a = F.gelu(hidden[0], approximate="tanh", out=hidden[0])  # type: ignore[call-arg]  # not in its stub
+        a = F.gelu(hidden[0], approximate="tanh", out=hidden[0])  # type: ignore[call-arg]  # mypy knows no out
     else:
         a = F.gelu(hidden[0], approximate="tanh")  # transformers' own makes eight passes over memory
     if len(hidden) == 1:
