@@ -1,5 +1,6 @@
 """A run that ends before it is done, whatever ends it, leaves what the same call resumes from, or nothing."""
 
+import json
 import os
 import random
 import resource
@@ -113,6 +114,17 @@ def test_other_settings_do_not_go_on_from_there(tmp_path):
         run(
             prepare(ModelSource.find(str(tmp_path / "source")), KronyConfig("keep=0.5", init="prune")), tmp_path / "out"
         )
+
+
+def test_the_same_weights_with_another_config_do_not_go_on_from_there(tmp_path):
+    source, config, ids = tmp_path / "source", KronyConfig("keep=0.5"), text()
+    llama().save_pretrained(source)
+    with pytest.raises(KeyboardInterrupt):
+        run(prepare(ModelSource.find(str(source)), config), tmp_path / "out", calibration=ids, progress=Stop(2))
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"hidden_act": "relu"}))
+    with pytest.raises(KronyError, match=r"out.work is from a run with config"):
+        run(prepare(ModelSource.find(str(source)), config), tmp_path / "out", calibration=ids)
 
 
 def test_two_processes_do_not_work_at_one_out(tmp_path):

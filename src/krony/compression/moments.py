@@ -30,11 +30,13 @@ from transformers import PreTrainedModel
 from krony._version import __version__
 from krony.errors import KronyError
 from krony.init.base import Moments, SecondMoment
+from krony.models.digests import model_digest
 from krony.models.loading import context_length
 from krony.models.modes import evaluating
 from krony.models.surgery import Group, check_measurable, enclosing_layer
 from krony.runtime import distributed
 from krony.runtime.progress import Progress, silent
+from krony.storage.files import check_cache
 from krony.storage.tensor_files import read_header, save_beside
 
 BATCH_TOKENS = 4096  # tokens per forward pass
@@ -50,12 +52,11 @@ class Calibration:
     """The moments of every group of a model, computed on demand, group after group.
 
     Iterating yields one ``Moments`` per group, in order. The model runs once for as many groups as fit into ``MEMORY``,
-    and again for the next ones. With ``cache`` a folder there stores them, one file per group, under a key of weights,
-    tokens and settings, and later calls read them. Under torch.distributed each rank runs its share of the sequences,
-    and the sums are added up.
+    and again for the next ones. With ``cache`` a folder there stores them, one file per group, for this model (its
+    config too), tokens and settings, and later calls read them. Under torch.distributed each rank runs its share of
+    the sequences, and the sums are added up.
 
-    Iterating raises KronyError for activations that are not finite, and for a cache that is damaged or can't be
-    written.
+    Iterating raises KronyError for activations that are not finite, and for a cache that is damaged or full.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class Calibration:
             progress: called with the number of sequences read, the number of all, and what is being done.
 
         Raises:
-            KronyError: the model can't take these token ids, or a group is outside the transformer layers.
+            KronyError: the model can't take these token ids, a group is outside the transformer layers, or nothing can
+                be written to the cache.
         """
         for group in groups:
             check_measurable(group)
@@ -91,6 +93,8 @@ class Calibration:
         if cache is not None and distributed.is_first():
             _clear_away(Path(cache))
         self.is_stored = all(self._is_stored(index) for index in range(len(groups)))
+        if self.folder is not None and not self.is_stored and distributed.is_first():
+            check_cache(self.folder, "the calibration")  # before the text is read, which takes minutes
         self.source = "calibration is read" if self.folder is None else f"calibration is read and kept in {self.folder}"
         if self.is_stored:
             self.source = f"calibration is taken from {self.folder}, where it was kept"
@@ -174,10 +178,7 @@ class Calibration:
 
     def _key(self) -> str:
         """A hash of everything that the moments depend on."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, parameter in self.model.named_parameters():
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest = hashlib.blake2b(model_digest(self.model).encode(), digest_size=16)
         digest.update(self.ids.contiguous().numpy().data)
         settings = __version__, tuple(self.ids.shape), self.token_weighting, self.sensitivity and SENSITIVITY_TOKENS
         digest.update(repr((settings, [s.name for g in self.groups for s in g.sites])).encode())

@@ -1,4 +1,4 @@
-"""Digests of the contents of models and texts, which a name or a number of tokens doesn't tell apart."""
+"""Digests of the contents of texts, which a name or a number of tokens doesn't tell apart, and of a run."""
 
 from __future__ import annotations
 
@@ -7,20 +7,6 @@ import json
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
-
-OF_THE_FILE = ("_name_or_path", "transformers_version")  # in a config: where it comes from, not what the model computes
-
-
-def model_digest(model: PreTrainedModel) -> str:
-    """The digest of a model's config and of all its parameters and buffers, whatever it is called."""
-    config = {key: value for key, value in model.config.to_dict().items() if key not in OF_THE_FILE}
-    hashed = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
-    for name, tensor in model.state_dict().items():
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
 
 
 def token_digest(tokens: np.ndarray) -> str:

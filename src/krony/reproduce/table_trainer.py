@@ -27,11 +27,12 @@ from krony.evaluation.perplexity import WINDOW, measure_perplexity
 from krony.healing.checkpoints import find_last, step_of
 from krony.healing.options import HealOptions
 from krony.healing.training import train_on_rows
+from krony.models.digests import model_digest
 from krony.models.loading import context_length, load_tokenizer
 from krony.models.modes import evaluating
 from krony.models.surgery import count_parameters, count_untied
 from krony.reproduce.budgets import BUDGETS
-from krony.reproduce.digests import model_digest, token_digest
+from krony.reproduce.digests import token_digest
 from krony.reproduce.estimate import Work, measure_pace
 from krony.reproduce.figures import SETS
 from krony.reproduce.options import TableOptions

@@ -30,6 +30,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "krony"
 
 
+def check_cache(folder: Path, what: str) -> None:
+    """Makes a folder of the cache. Raises WriteError, which says that ``what`` can't be kept, unless it takes files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise WriteError(
+            f"{printable(folder)}: {what} can't be stored there: {error.strerror}: name another folder (KRONY_CACHE), "
+            "or keep nothing (--no-cache, in Python cache=None)"
+        ) from None
+
+
 def check_writable(out: Path) -> None:
     """Raises KronyError unless a folder can take the place of ``out``, which must be absent or empty.
 

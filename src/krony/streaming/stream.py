@@ -34,6 +34,7 @@ from krony.errors import KronyError, WriteError
 from krony.init.base import Moments
 from krony.kronecker.linear import KroneckerLinear
 from krony.models import quantizer
+from krony.models.digests import config_digest
 from krony.models.surgery import Group, count_parameters
 from krony.runtime.hardware import trim_memory
 from krony.runtime.progress import Progress, silent
@@ -282,12 +283,13 @@ def _describe(stream: Stream, folder: Path) -> None:
 
 
 def _key(stream: Stream, ids: Tensor | None, shard_size: int) -> dict[str, Any]:
-    """Identifies a job, so that only the same job resumes: files (by size and time), options, text and version."""
+    """Identifies a job, so that only the same resumes: config, files (by size and time), options, text and version."""
     files = sorted({entry.file for entry in stream.entries.values()})
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     text = None if ids is None else hashlib.blake2b(ids.numpy().tobytes(), digest_size=16).hexdigest()
     return {
         "source": str(stream.folder.resolve()),
+        "config": config_digest(stream.source.config),
         "files": hashlib.blake2b(repr(stamps).encode(), digest_size=16).hexdigest(),
         **asdict(stream.config),
         "scheme": stream.config.non_default_options()["scheme"],  # without the lines of its file
