@@ -113,6 +113,28 @@ def test_a_run_that_was_stopped_continues(krony, recipe, tmp_path, monkeypatch):
     assert (tmp_path / "out/healed/model.safetensors").is_file()
 
 
+def test_a_run_that_was_stopped_in_its_first_step_continues(krony, recipe, tmp_path, monkeypatch):
+    from krony.cli.compress_job import Job
+
+    def stopping(job, *_):
+        raise Stopped(15, "nothing is written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "one_size", stopping)
+        stopped = krony("run", recipe(heal=None, eval=None, export=None))
+    assert stopped.code == 143 and "compress is not finished: krony run r.yaml continues there" in stopped.err
+    again = krony("run", recipe(heal=None, eval=None, export=None))
+    assert again.code == 0, again.err
+    assert (tmp_path / "out/compressed/model.safetensors").is_file()
+
+
+def test_a_model_that_no_record_explains_is_not_taken_and_not_deleted(krony, refused, recipe, tmp_path):
+    assert krony("run", recipe(heal=None, eval=None, export=None)).code == 0
+    (tmp_path / "out/figures.json").write_text(json.dumps({"steps": {}}))
+    assert "compressed is there, and figures.json does not say how it was made" in refused("run", "r.yaml")
+    assert (tmp_path / "out/compressed/model.safetensors").is_file()
+
+
 def test_a_promise_that_is_not_kept_ends_the_run(krony, recipe, tmp_path):
     """It trains on one text and is validated on another, which shares no character with it."""
     noise = random.Random(0).choices("!@#$%^&*()_+=;?", k=4000)
@@ -276,7 +298,7 @@ def test_print_writes_what_runs_as_the_command(command, krony, tmp_path):
     file.write_text(krony("run", "--print", *command.split()).out)
     recipe = read_recipe(file)
     (section,) = recipe.sections
-    assert (section.verb, recipe.model) == (verb, model)
+    assert (section.verb, recipe.model, recipe.out.name) == (verb, model, f"{model}-run" if verb == "eval" else "out")
     assert section.arguments() == (rest if verb == "eval" else rest[1:])
 
 

@@ -148,16 +148,23 @@ class Run:
         """Runs what is missing and returns the figures of all steps. Raises what a verb raises, with its line."""
         done = self.done()
         self.recipe.out.mkdir(parents=True, exist_ok=True)
+        self._note(done)  # first of all: it says that the folder is this run's
         write_text(self.recipe.out / RECIPE, self.recipe.file.read_text(encoding="utf-8"))
         for number, step in enumerate(self.steps, start=1):
             where = f"{number}/{len(self.steps)} {step.name}"
             if step.name in done:
                 self.to.say(f"{where}: done before")
                 continue
+            if step.out is not None and step.out.exists():
+                raise KronyError(f"{step.out} is there, and {FIGURES} does not say how it was made: remove it first")
             self.to.say(f"{where}: {step.command}")
             done[step.name] = self._run(step)
-            write_json(self.recipe.out / FIGURES, {"model": self.recipe.model, "steps": done})
+            self._note(done)
         return done
+
+    def _note(self, done: Mapping[str, Any]) -> None:
+        """Writes down what is done."""
+        write_json(self.recipe.out / FIGURES, {"model": self.recipe.model, "steps": done})
 
     def _record(self, step: Step) -> dict[str, Any]:
         """What must be the same for the step's result to stay: the command, and what is in the files that it names."""

@@ -75,7 +75,8 @@ def _printed(commands: dict[str, Any], verb: str, words: list[str]) -> str:
             for name, value in context.params.items()
             if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
         }
-    model, out = str(named.pop("model")), str(named.pop("out", f"{Path(named.get('model', 'demo')).name}-run"))
+    model = str(named.pop("model"))
+    out = str(named.pop("out", f"{Path(model).name}-run"))
     if others := [name for name in named if name not in names]:
         raise KronyError(f"--{others[0].replace('_', '-')} is no part of a recipe: leave it out")
     options = {names[name]: list(value) if isinstance(value, (list, tuple)) else value for name, value in named.items()}
