@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from krony import KronyConfig, KronyError, compress
-from krony.compression import reconstruction
+from krony.compression import kept_layers, reconstruction
 from krony.compression.reconstruction import reconstruct
+from krony.errors import WriteError
 from krony.runtime.signals import Interrupt, interruptible
 from processes import Process
 from small_models import BUILDERS, gpt2
@@ -102,3 +103,44 @@ def test_a_damaged_file_is_named(ids, tmp_path, trained):
         compressed(ids, tmp_path)
     file.unlink()
     check_same(compressed(ids, tmp_path), compressed(ids, None))
+
+
+def test_layers_stay_until_the_model_is_written(ids, tmp_path, trained):
+    seen = []
+
+    def full(report) -> None:
+        seen.append(len(list(tmp_path.glob("moments-*/reconstructed-*/*.safetensors"))))
+        raise OSError(28, "No space left on device")
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            compress(gpt2(), CONFIG, calibration=ids, cache=tmp_path, finish=full)
+    assert seen == [3, 3] and trained["count"] == 3  # the second call trains nothing
+    check_same(compressed(ids, tmp_path), compressed(ids, None))
+    assert not list(tmp_path.glob("moments-*/reconstructed-*"))
+
+
+def test_another_run_that_is_complete_first_takes_nothing_away(ids, tmp_path, trained):
+    """Both have the same model, text and options, and another OUT."""
+    interrupted(ids, tmp_path, trained)
+    first = []
+
+    def progress(done, total, what) -> None:
+        if not first and done == 1 and what.endswith("c_fc"):  # what was kept has been found
+            first.append(compressed(ids, tmp_path))
+
+    model = gpt2()
+    report = compress(model, CONFIG, calibration=ids, cache=tmp_path, progress=progress)
+    check_same((model, [layer.to_json() for layer in report.layers]), first[0])
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_trained(ids, tmp_path, trained, monkeypatch):
+    compressed(ids, tmp_path)
+    monkeypatch.setattr(kept_layers, "check_cache", refuse)
+    with pytest.raises(WriteError, match="the layers"):
+        compressed(ids, tmp_path)
+    assert trained["count"] == 3
+
+
+def refuse(folder, what) -> None:
+    raise WriteError(what)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from krony.runtime.timing import duration
 from krony.sizing.within import compress_within
 from krony.storage.files import cache_folder, check_writable, fresh_folder
 from krony.storage.journal import work_folder
+from krony.storage.locks import working_in
 from krony.streaming.plan import Stream
 from krony.streaming.stream import run
 
@@ -82,7 +84,7 @@ class Job:
         check_writable(self.out)
         self.source.check_saves()
         self.device = distributed.init(self.device, patience=distributed.LAYER_PATIENCE)
-        with interruptible(self._how_to_resume):
+        with interruptible(self._how_to_resume), working_in(self.out, is_mine=distributed.is_first()):
             yield
 
     def _read_text(self) -> Tensor | None:
@@ -123,10 +125,12 @@ class Job:
         if self.effort is not None and ids is not None and distributed.count() == 1:
             self.to.say(self._time(model, ids, self.effort))
         with self.to.progress() as progress:
-            report = compress(model, self.config, calibration=ids, cache=self._cache(), progress=progress)
+            report = compress(
+                model, self.config, calibration=ids, cache=self._cache(), finish=partial(self._write, model),
+                progress=progress,
+            )  # fmt: skip
         if report.calibration is not None:
             self.to.say(report.calibration)
-        self._write(model, report)
         return report
 
     def _time(self, model: PreTrainedModel, ids: Tensor, effort: str) -> str:

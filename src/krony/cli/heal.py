@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -115,7 +114,7 @@ def run(
         job.preview(recipes, changes, (data, val, max_tokens), world_size or 1)
         return
     distributed.init(training_device(options.device), shards=True)
-    with interruptible(job.how_to_resume), working_in(out) if distributed.is_first() else nullcontext():
+    with interruptible(job.how_to_resume), working_in(out, is_mine=distributed.is_first()):
         job.resume_or_start()
         models = job.load_models()
         length = _length(recipes[0], models.model, changes)

@@ -53,6 +53,10 @@ from krony.runtime import distributed
 from krony.runtime.progress import Progress, silent
 
 
+def nothing_more(report: CompressionReport) -> None:
+    """What follows a compression where its caller names nothing."""
+
+
 def compress(
     model: PreTrainedModel,
     config: KronyConfig,
@@ -60,6 +64,7 @@ def compress(
     calibration: Tensor | Iterable[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     cache: Path | str | None = None,
+    finish: Callable[[CompressionReport], None] = nothing_more,
     progress: Progress = silent,
 ) -> CompressionReport:
     """Replaces the matrices that ``config`` chooses by sums of Kronecker products, in place.
@@ -72,7 +77,9 @@ def compress(
         config: what to replace and how.
         calibration: token ids ``(sequences, length)`` (``krony.calibration_set`` makes them), or texts.
         tokenizer: needed where ``calibration`` is texts.
-        cache: folder that stores the second moments of the calibration text, for later calls.
+        cache: folder that stores the second moments of the calibration text, for later calls, and the layers that
+            ``reconstruct`` has trained, for a call that resumes.
+        finish: called with the report when the model has changed, before those layers are deleted; may save the model.
         progress: called with the number of finished parts, the number of all parts, and what is being done.
 
     Returns:
@@ -92,7 +99,7 @@ def compress(
         raise KronyError(f"compress takes a KronyConfig, such as KronyConfig('keep=0.5'), not {config!r}")
     settled = plan(model, config)
     ids = _token_ids(calibration, tokenizer, model, config)
-    return compress_as_planned(model, settled, ids, cache=cache, progress=progress)
+    return compress_as_planned(model, settled, ids, cache=cache, finish=finish, progress=progress)
 
 
 def compress_as_planned(
@@ -102,6 +109,7 @@ def compress_as_planned(
     *,
     rankings: Sequence[Ranking] | None = None,
     cache: Path | str | None = None,
+    finish: Callable[[CompressionReport], None] = nothing_more,
     progress: Progress = silent,
 ) -> CompressionReport:
     """``compress`` by a plan for this model, on token ids ``(sequences, length)``, or without text.
@@ -112,7 +120,7 @@ def compress_as_planned(
     check_weights(model)
     sites = [site.name for group in settled.groups for site in group.sites]
     with splitting(model, wholes_of(model, sites) if settled.config.split_attention else []):
-        return _compress(model, settled, ids, rankings, cache, progress)
+        return _compress(model, settled, ids, rankings, cache, finish, progress)
 
 
 def _compress(
@@ -121,6 +129,7 @@ def _compress(
     ids: Tensor | None,
     rankings: Sequence[Ranking] | None,
     cache: Path | str | None,
+    finish: Callable[[CompressionReport], None],
     progress: Progress,
 ) -> CompressionReport:
     start, config = time.perf_counter(), settled.config
@@ -137,8 +146,8 @@ def _compress(
         embeddings: list[LayerReport] = []
         if settled.embedding is not None:
             name, shape = settled.embedding
-            modules[name], report = _factorise_embedding(model, name, shape)
-            embeddings.append(report)
+            modules[name], embedding = _factorise_embedding(model, name, shape)
+            embeddings.append(embedding)
         tied = is_tied(model)
         redrawn = _redrawn_weights(model, config.seed) if config.reinit == "all" else {}
         with _swapped(model, modules):
@@ -151,10 +160,9 @@ def _compress(
         _copy_redrawn(model, redrawn)
         if tied and embeddings:
             untie(model)
-    kept.clear()
     progress(len(settled.groups), len(settled.groups), "done")
     quantizer.attach_quantizer(model, made_with(config, ids))
-    return CompressionReport(
+    report = CompressionReport(
         scheme=str(config.scheme),
         init=config.init,
         params_before=settled.params_before,
@@ -165,6 +173,10 @@ def _compress(
         tuned=tuned,
         made_with=model.config.quantization_config.made_with,
     )
+    finish(report)
+    distributed.all_agree(True)  # the first process has finished too
+    kept.clear()
+    return report
 
 
 def made_with(config: KronyConfig, ids: Tensor | None) -> dict[str, object]:
@@ -258,17 +270,20 @@ def _initialise(
     made: dict[int, dict[str, Replacement]] = {}
     texts: Iterator[Examples] = iter(())
     trained = bool(ids is not None and config.reconstruct)
-    done = [trained and kept.has(index) for index in range(len(groups))]
+    own = [index for index in range(len(groups)) if distributed.does(index)]
+    # read at once: another run of the same compression deletes them when it is complete
+    found = {index: state for index in own if trained and (state := kept.read(index)) is not None}
     if ids is not None and trained:
-        left = [group for index, group in enumerate(groups) if distributed.does(index) and not done[index]]
+        left = [groups[index] for index in own if index not in found]
         texts = examples(original, left, ids, token_weighting=config.token_weighting, progress=progress)
     for index, (group, known) in enumerate(zip(groups, moments, strict=True)):
         progress(index, len(groups), group.sites[0].name)
         if not distributed.does(index):
             continue
         train: Callable[[dict[str, KroneckerLinear]], None] | None = None
-        if done[index]:
-            train = partial(kept.load, index)
+        is_kept = index in found
+        if is_kept:
+            train = partial(kept.fill, index, found.pop(index))
         elif trained:
             train = partial(reconstruct_group, original, group, next(texts), known, config)
         if not any(site.name in allocation.shapes for site in group.sites):
@@ -276,7 +291,7 @@ def _initialise(
             continue
         chosen = allocation.kept.get(group.sites[0].name)
         made[index] = replacements(original, group, allocation.shapes, config, known, kept=chosen, train=train)
-        if trained and not done[index]:
+        if trained and not is_kept:
             kept.save(index, {name: one.layer for name, one in made[index].items()})
         if distributed.count() > 1:  # layers travel by way of the CPU
             made[index] = {name: one.to("cpu") for name, one in made[index].items()}

@@ -22,7 +22,7 @@ from krony.config import KronyConfig
 from krony.errors import KronyError
 from krony.kronecker.algebra import KronShape
 from krony.kronecker.linear import KroneckerLinear
-from krony.runtime import distributed
+from krony.storage.files import check_cache
 from krony.storage.tensor_files import save_beside
 
 
@@ -30,28 +30,40 @@ class KeptLayers:
     """The trained layers of every group, one file each, in the folder of the moments of the same weights and text."""
 
     def __init__(self, moments: Path | None, config: KronyConfig, shapes: dict[str, KronShape]) -> None:
-        """``moments``: the folder that keeps the second moments; None keeps nothing."""
+        """``moments``: the folder that keeps the second moments; None keeps nothing.
+
+        Raises KronyError if layers will be trained, and nothing can be written there.
+        """
         settings = repr((sorted(config.non_default_options().items()), sorted(shapes.items())))
         name = hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
-        self.folder = None if moments is None else moments / f"reconstructed-{name}"
+        self.folder = None if moments is None or not config.reconstruct else moments / f"reconstructed-{name}"
+        if self.folder is not None:
+            check_cache(self.folder, "the layers")
 
-    def has(self, index: int) -> bool:
-        """Whether the layers of this group are kept, for all processes."""
-        return self.folder is not None and distributed.all_agree(self._file(index).is_file())
-
-    def load(self, index: int, layers: dict[str, KroneckerLinear]) -> None:
-        """Gives new layers their trained values. Raises KronyError for a damaged file."""
+    def read(self, index: int) -> dict[str, torch.Tensor] | None:
+        """The trained tensors of this group; None where none are kept. Raises KronyError for a damaged file."""
+        if self.folder is None:
+            return None
         try:
-            state = load_file(self._file(index))
+            return load_file(self._file(index))
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(index, error) from None
+
+    def fill(self, index: int, state: dict[str, torch.Tensor], layers: dict[str, KroneckerLinear]) -> None:
+        """Gives new layers the values that ``read`` returned. Raises KronyError if they don't fit."""
+        try:
             for name, layer in layers.items():
                 own = {
                     key.removeprefix(f"{name}|"): value for key, value in state.items() if key.startswith(f"{name}|")
                 }
                 layer.load_state_dict(own)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise KronyError(
-                f"{self._file(index)} is damaged: delete it, and krony trains these layers again ({error})"
-            ) from None
+        except RuntimeError as error:
+            raise self._damaged(index, error) from None
+
+    def _damaged(self, index: int, error: Exception) -> KronyError:
+        return KronyError(f"{self._file(index)} is damaged: delete it, and krony trains these layers again ({error})")
 
     def save(self, index: int, layers: dict[str, KroneckerLinear]) -> None:
         """Keeps trained layers. Raises KronyError where they can't be written."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def _fitted_recipe(recipe: str | Recipe, model: PreTrainedModel, data: object = 
 def _work_folder(work: Path | str | None) -> Iterator[Path]:
     """The folder for checkpoints, locked; a temporary one, which all processes share, if none is named."""
     if work is not None:
-        with working_in(Path(work)) if distributed.is_first() else nullcontext():
+        with working_in(Path(work), is_mine=distributed.is_first()):
             yield Path(work)
         return
     with tempfile.TemporaryDirectory(prefix="krony-heal-") as own:

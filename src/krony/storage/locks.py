@@ -36,8 +36,10 @@ _held: set[tuple[int, int, Path]] = set()  # process, thread and lock file
 
 
 @contextmanager
-def working_in(folder: Path) -> Iterator[None]:
+def working_in(folder: Path, *, is_mine: bool = True) -> Iterator[None]:
     """Holds the lock of ``OUT`` while the block runs. ``OUT`` and ``OUT.work`` share one lock; ``folder`` is either.
+
+    ``is_mine`` is False where another process of the same run holds it for all: then nothing is locked.
 
     The folder need not exist. Inside the block the same thread may take the lock again, so a verb can hold it from
     before its work until ``fresh_folder`` has put OUT in its place.
@@ -53,6 +55,9 @@ def working_in(folder: Path) -> Iterator[None]:
         ['.out.holder', '.out.lock']
         []
     """
+    if not is_mine:
+        yield
+        return
     shared = folder.with_name(folder.name.removesuffix(WORK) or folder.name) if folder.name else folder
     with locked(shared):
         yield
