@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from krony.errors import KronyError
 from krony.kronecker.layer_schemes import LayerSchemes, is_file
 from krony.options import option
+from krony.runtime.seeds import check_seed
 
 if TYPE_CHECKING:
     from krony.init.base import Initialisation
@@ -142,6 +143,7 @@ class KronyConfig:
         self._check_scalars()
         self._check_epsilon()
         self._check_widths()
+        check_seed(self.seed)
         for name in ("reconstruct", "tune"):
             if getattr(self, name) < 0:
                 raise KronyError(f"{name} is {getattr(self, name)}: it takes a number of steps, 0 for none")

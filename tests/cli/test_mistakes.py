@@ -36,6 +36,8 @@ VAN_LOAN = ("--init", "van-loan")
         (("--scheme", "keep=0.5", "--val", "x.jsonl"), "--val works with --within"),
         (("--scheme", "keep=0.5", "--effort", "great"), "effort 'great' is unknown: it is one of start, tuned, best"),
         (("--scheme", "keep=0.5", "--tune-all"), "tune_all says what tune trains, and tune is 0 steps"),
+        (("--scheme", "keep=0.5", "--seed", "-1"), "seed is -1: it takes a number from 0"),
+        (("--scheme", "keep=0.5", "--seed", str(2**40)), "to 4294967295"),
         (("--scheme", "keep=0.5", "--tune-text", "2"), "tune_text is 2.0: it is a share, from 0 to 1"),
         (
             ("--scheme", "keep=0.5", "--tune-text", "0.2"),

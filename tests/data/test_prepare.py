@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from krony import KronyError
+from krony import KronyError, calibration_set
 from krony.data import prepare as preparation
 from krony.data.prepare import prepare
 from krony.storage.files import fresh_folder
@@ -82,7 +82,7 @@ def test_after_a_kill_it_resumes_where_it_was(file, documents, tokenizer, tmp_pa
     assert not (out / "train.bin").exists() and not (out / "val.bin").exists()
     known = json.loads((out / "prepare.json").read_text())["parts"]["train"]
     assert known["documents"] < 300
-    with pytest.raises(KronyError, match=r"the beginning of other work \(val_share 0.0005, and now it is 0.1\)"):
+    with pytest.raises(KronyError, match=r"the beginning of other work \(.*, val_share 0.0005, and now it is 0.1\)"):
         prepare(str(file), tokenizer, out, val_share=0.1)
     with (out / "train.bin.partial").open("ab") as partial:
         partial.write(b"half a batch that no note speaks of")
@@ -91,6 +91,19 @@ def test_after_a_kill_it_resumes_where_it_was(file, documents, tokenizer, tmp_pa
     assert min(done for done, total, _ in seen) > known["documents"]
     for name, content in expected(documents, tokenizer).items():
         assert (out / f"{name}.bin").read_bytes() == content
+
+
+def test_a_text_that_has_changed_is_not_mixed_with_what_was_read_of_it(file, tokenizer, tmp_path, monkeypatch):
+    def stopped(done, total, what):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(preparation, "KEPT_EVERY", 1)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(file), tokenizer, out, progress=stopped)
+    file.write_text(file.read_text().replace("a", "b"))  # as many documents
+    with pytest.raises(KronyError, match=r"the beginning of other work \(.*, which has changed since\)"):
+        prepare(str(file), tokenizer, out)
 
 
 def test_what_was_removed_is_written_again(file, documents, tokenizer, tmp_path, monkeypatch):
@@ -147,6 +160,14 @@ def test_a_set_on_the_hub(documents, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Dataset.from_dict({"words": ["a"]}))
     with pytest.raises(KronyError, match="some/set has no column text: it has words"):
         prepare("some/set", tokenizer, tmp_path / "other")
+    for missing in (None, ["a", "b"]):
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda *_, no=missing, **__: Dataset.from_dict({"text": [no] * 9})
+        )
+        with pytest.raises(KronyError, match=r"some/set: an entry of its column text is (NoneType|list), not a string"):
+            prepare("some/set", tokenizer, tmp_path / "other")
+        with pytest.raises(KronyError, match="not a string"):
+            calibration_set("some/set", tokenizer)
 
 
 def test_one_document_is_not_split(tokenizer, tmp_path):

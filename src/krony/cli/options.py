@@ -10,6 +10,7 @@ import typer
 
 from krony.errors import KronyError
 from krony.options import option
+from krony.runtime.seeds import SEEDS
 
 Model = Annotated[
     str,
@@ -21,7 +22,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it mu
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE|-", help="Write the figures as JSON; - is stdout.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto to spread the model.")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=SEEDS - 1)]
 DataDir = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Read named data sets from DIR (DIR/wikitext-2/…) instead of the hub."),

@@ -15,6 +15,7 @@ from krony.data.python_docs import PYTHON_DOCS
 from krony.data.sets import LONGEST_TOKEN, join_documents, read_file, refuse_test_set
 from krony.data.text_files import names_file
 from krony.errors import KronyError
+from krony.runtime.seeds import check_seed
 
 TOKENS, LENGTH = 49_152, 512
 OWN_TEXT = "self"  # names the text that the model writes itself (``krony.own_text``)
@@ -77,6 +78,7 @@ def pack(
     """
     if tokens < length:
         raise KronyError(f"calibration on {tokens} tokens: at least {length} are needed, which make one sequence")
+    check_seed(seed)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
     rows = tokens // length
     pieces: list[Tensor] = []

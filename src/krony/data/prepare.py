@@ -21,12 +21,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
-from krony.data.hub import hub_set
+from krony.data.hub import check_text, hub_set, read_as
 from krony.data.python_docs import PYTHON_DOCS
 from krony.data.rows import BIN
 from krony.data.sets import check_named, read_file, refuse_test_set
 from krony.errors import KronyError
 from krony.runtime.progress import Progress, silent
+from krony.runtime.seeds import check_seed
 from krony.runtime.signals import Pending, deferred
 from krony.storage.files import write_json
 from krony.storage.locks import locked, working_in
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 VAL_SHARE, SEED = 0.0005, 2357  # nanoGPT's
 BATCH = 256  # documents tokenised at once
 KEPT_EVERY = 1 << 20  # tokens after which progress is recorded
+PLAN = ("data", "contents", "documents", "tokenizer", "val_share", "seed")
 STATE = "prepare.json"  # in OUT while the work is unfinished: the plan, and what is on disk
 
 
@@ -93,15 +95,18 @@ def prepare(
 
     Raises:
         KronyError: there is no such data, the vocabulary is too large, a single document can't be split, ``out`` holds
-            other work or finished files, another process works there, the disk is full.
+            other work (also of a text that has changed since) or finished files, another process works there, the disk
+            is full.
     """
     _check(out, tokenizer, val_share)
+    check_seed(seed)
     with _alone_in(out):
         _refuse_finished(out)
-        documents = _documents(data)
+        documents, contents = _documents(data)
         splits = _split(data, documents, val_share, seed)
         plan = {
             "data": data,
+            "contents": contents,
             "documents": len(documents),
             "tokenizer": _fingerprint(tokenizer),
             "val_share": val_share,
@@ -148,7 +153,7 @@ def _write(
         file.truncate(part.tokens * BIN.itemsize)  # what came after the last record is made again
         noted = part.tokens
         for start in range(part.documents, len(split), BATCH):
-            texts = split[start : start + BATCH]["text"]
+            texts = [check_text(text, work.plan["data"]) for text in split[start : start + BATCH]["text"]]
             ids = _ids(texts, tokenizer)  # (n,)
             file.write(ids.tobytes())
             part.documents, part.tokens = start + len(texts), part.tokens + len(ids)
@@ -191,16 +196,19 @@ def check_data(data: str) -> None:
     check_named(data)
 
 
-def _documents(data: str) -> Dataset:
+def _documents(data: str) -> tuple[Dataset, str]:
+    """The documents, and what tells them from others of the same name: a digest, or the revision on the hub."""
     from datasets import Dataset  # heavy
 
     check_data(data)
     path = Path(data)
-    if data == PYTHON_DOCS:
-        return Dataset.from_dict({"text": python_docs.topics("calibration")})
-    if path.exists():
-        return Dataset.from_dict({"text": read_file(path)})
-    return hub_set(data)
+    if data != PYTHON_DOCS and not path.exists():
+        return hub_set(data), read_as(data)
+    texts = python_docs.topics("calibration") if data == PYTHON_DOCS else read_file(path)
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        digest.update(f"{len(text)} {text}".encode())
+    return Dataset.from_dict({"text": texts}), digest.hexdigest()
 
 
 def _split(data: str, documents: Dataset, val_share: float, seed: int) -> dict[str, Dataset]:
@@ -225,9 +233,10 @@ def _parts(out: Path, plan: dict[str, Any], names: list[str]) -> dict[str, Part]
     before, parts = _read_state(out)
     for key, value in plan.items():
         if before[key] != value:
+            change = "which has changed since" if key == "contents" else f"{key} {before[key]}, and now it is {value}"
             raise KronyError(
-                f"{out} holds the beginning of other work ({key} {before[key]}, and now it is {value}): "
-                "remove it, or name another folder"
+                f"{out} holds the beginning of other work ({before['data']}, {change}): remove it, or name another "
+                "folder"
             )
     for name, part in parts.items():
         file = next((f for f in (out / f"{name}.bin.partial", out / f"{name}.bin") if f.exists()), None)
@@ -241,7 +250,7 @@ def _read_state(out: Path) -> tuple[dict[str, Any], dict[str, Part]]:
     read = read_json(out / STATE)
     try:
         parts = {name: Part(int(part["documents"]), int(part["tokens"])) for name, part in read["parts"].items()}
-        return {key: read[key] for key in ("data", "documents", "tokenizer", "val_share", "seed")}, parts
+        return {key: read[key] for key in PLAN}, parts
     except (KeyError, TypeError, ValueError, AttributeError):
         raise KronyError(f"{out / STATE} is damaged: remove {out}, and start again") from None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from krony.errors import KronyError
 from krony.options import option
+from krony.runtime.seeds import check_seed
 
 PROTOCOLS = ("paper", "token")
 
@@ -91,6 +92,7 @@ class SpeedSettings:
         for name in ("batch", "length", "context", "new_tokens", "rounds"):
             if getattr(self, name) < 1:
                 raise KronyError(f"{name} is {getattr(self, name)}: it takes a number from 1")
+        check_seed(self.seed)
         if min((1, *self.batches, *self.lengths)) < 1:
             raise KronyError("batches and lengths of the sweep take numbers from 1")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from krony.errors import KronyError
 from krony.healing.recipes import MACHINE
 from krony.options import option
+from krony.runtime.seeds import check_seed
 
 FROZEN = ("right", "inherited", "scalars", "embeddings")
 DEVICES = ("cpu", "cuda")
@@ -33,7 +34,7 @@ class HealOptions:
         seed: seed of everything random.
 
     Raises:
-        KronyError: an unknown word in ``freeze``, or an unknown device.
+        KronyError: an unknown word in ``freeze``, an unknown device, or a seed out of range.
 
     Examples:
         >>> sorted(HealOptions(freeze={"right", "embeddings"}).frozen)
@@ -56,6 +57,7 @@ class HealOptions:
 
     def __post_init__(self) -> None:
         parse_freeze(self.freeze)
+        check_seed(self.seed)
         if self.device is not None and self.device not in DEVICES:
             raise KronyError(
                 f"device is {self.device!r}: healing takes {' or '.join(DEVICES)}, and torchrun gives each process its "

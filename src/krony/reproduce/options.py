@@ -9,6 +9,7 @@ from pathlib import Path
 from krony.errors import KronyError
 from krony.options import option
 from krony.runtime.progress import Progress, silent
+from krony.runtime.seeds import check_seed
 
 BUDGET_NAMES = ("quick", "full")
 
@@ -64,3 +65,5 @@ class TableOptions:
             raise KronyError(f"budget {self.budget!r} is unknown: it is {' or '.join(BUDGET_NAMES)}")
         if self.seeds < 1:
             raise KronyError(f"seeds is {self.seeds}: it takes a number from 1")
+        check_seed(self.seed)
+        check_seed(self.seed + self.seeds - 1)
