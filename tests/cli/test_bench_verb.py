@@ -1,6 +1,7 @@
 """``krony bench``, used as its help says and wrongly."""
 
 import json
+import shutil
 
 import pytest
 
@@ -111,3 +112,16 @@ def test_a_draft(krony, refused, gpt2_folder, compressed, tmp_path):
     assert "leave out --random or --draft" in refused("bench", gpt2_folder, "--random", "--draft", compressed)
     assert "has another tokenizer" in refused("bench", gpt2_folder, "--draft", "demo", *options)
     assert "no such folder" in refused("bench", gpt2_folder, "--draft", tmp_path / "none", *options)
+    shutil.copytree(gpt2_folder, tmp_path / "short")
+    config = json.loads((tmp_path / "short/config.json").read_text())
+    (tmp_path / "short/config.json").write_text(json.dumps(config | {"n_positions": 11}))
+    said = refused("bench", gpt2_folder, "--draft", tmp_path / "short", *options)
+    assert "the draft takes 11 tokens, and 12 are written" in said
+
+
+def test_a_folder_of_the_name_demo_is_not_the_model_of_that_name(krony, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    done = krony("bench", "demo", *FAST, "--json", "-")
+    assert done.code == 0, done.err
+    assert done.json["models"][0]["bytes"] == 4 * done.json["models"][0]["params"]

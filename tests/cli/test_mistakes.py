@@ -339,3 +339,8 @@ def test_a_full_disk_leaves_nothing_of_an_export(krony, refused, gpt2_folder, tm
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert "can't be written" in said and any(words in said for words in ("too large", "disk full"))
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_reference_in_a_folder_that_is_not_there_or_takes_no_file(refused, tmp_path):
+    assert "there is no folder" in refused("export", "demo", tmp_path / "none/out.pt", "--to", "reference")
+    assert "/proc/out.pt can't be written" in refused("export", "demo", "/proc/out.pt", "--to", "reference")

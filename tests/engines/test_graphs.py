@@ -1,11 +1,14 @@
 """ONNX and OpenVINO files in their engines: the logits and 64 greedy tokens of the model, and rows of two lengths."""
 
+import contextlib
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 import krony
 from krony import KronyConfig, KronyError
+from krony.cli.app import main
 from krony.engines.graphs import past, write_graph
 from krony.engines.plain import plain
 
@@ -66,6 +69,22 @@ def test_the_engine_continues_as_the_model_does(form, name, of_type, tmp_path, c
     given = {"input_ids": text[:2, :9], "attention_mask": mask, "position_ids": positions}
     logits = run(**given, past_key_values=past(made, batch=2)).logits
     torch.testing.assert_close(logits[:, 1:], made(**given, past_key_values=cache).logits[:, 1:], rtol=1e-4, atol=1e-3)
+
+
+def test_a_model_in_bfloat16_is_written_for_onnx_in_float32(of_type, tokenizer, tmp_path, monkeypatch, capsys):
+    from transformers.exporters import ExportedModel
+
+    model = of_type("llama", num_hidden_layers=1).bfloat16()
+    krony.compress(model, KronyConfig("keep=0.5", init="magnitude"))
+    model.save_pretrained(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    monkeypatch.setattr("sys.argv", ["krony", "export", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "onnx"])
+    with contextlib.suppress(SystemExit):
+        main()
+    assert "in float32: ONNX Runtime has few operations in bfloat16" in capsys.readouterr().out
+    made, ids = plain(krony.load_model(str(tmp_path / "in"), dtype="float32"))[0], torch.arange(9)[None]
+    _, logits = greedy(ExportedModel.from_pretrained(tmp_path / "out"), ids, past(made), count=1)
+    torch.testing.assert_close(logits, made(ids).logits, rtol=1e-4, atol=1e-3)
 
 
 def test_what_is_missing_or_fails_is_one_sentence(of_type, tmp_path, monkeypatch):

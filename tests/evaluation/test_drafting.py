@@ -60,6 +60,11 @@ def test_another_vocabulary():
         measure(gpt2().eval(), draft)
 
 
+def test_a_draft_of_a_shorter_context():
+    with pytest.raises(KronyError, match=r"the draft takes 16 tokens, and .* are written"):
+        measure(gpt2().eval(), gpt2(n_positions=16).eval())
+
+
 def test_the_table_and_the_verdict():
     found = Drafting(
         drafted=2,

@@ -34,6 +34,22 @@ def test_where_none_was_moved_none_is(init, ids):
         assert view.name == layer.name and view.error == pytest.approx(layer.error, rel=1e-5)
 
 
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("by", ["layers", "scheme"])
+def test_layers_that_were_compressed_by_two_methods(first, by, ids):
+    """The neurons of one layer were moved, those of the other were not, whichever came first."""
+    base, model, errors = gpt2(), gpt2(), {}
+    chosen = [{"init": "magnitude", "layers": "0"}, {"init": "van-loan", "layers": "1", "rescale": False}]
+    if by == "scheme":
+        chosen[0] = {"init": "magnitude", "scheme": {"transformer.h.0.mlp": "keep=0.5"}}
+    for options in (chosen[first], chosen[1 - first]):
+        report = compress(model, KronyConfig(**({"scheme": "keep=0.5"} | options)))
+        errors |= {layer.name: layer.error for layer in report.layers}
+    found = {view.name: view.error for view in inspect_model(model, base)}
+    for name, error in errors.items():
+        assert found[name] == pytest.approx(error, rel=1e-5), name
+
+
 def test_permuted_neurons_are_put_back_as_well_as_can_be():
     """Places are found by the whole MLP's distance, which is then no larger than compress's."""
     base, model = gpt2(), gpt2()

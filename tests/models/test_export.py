@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from krony import KronyConfig, KronyError, compress, export_model
 from krony.models.export import slim
@@ -99,6 +99,22 @@ def test_where_slim_is_not_exact_a_sentence_says_why_and_nothing_changes(ids, co
     with pytest.raises(KronyError, match=words):
         export_model(model, "slim")
     assert torch.equal(model(ids).logits, expected) and model.config.quantization_config
+
+
+def test_a_width_that_the_config_says_elsewhere(ids):
+    """The shared expert of this one has a width of its own in the config."""
+    config = Qwen2MoeConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=48, shared_expert_intermediate_size=32,
+        moe_intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_experts=4,
+        num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = Qwen2MoeForCausalLM(config).eval()
+    compress(model, KronyConfig("keep=0.5", init="magnitude"))
+    expected = model(ids).logits
+    with pytest.raises(KronyError, match=r"can't set the width of .*shared_expert.down_proj in the config: with inter"):
+        export_model(model, "slim")
+    assert torch.equal(model(ids).logits, expected)
+    torch.testing.assert_close(export_model(model).float()(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_it_keeps_the_dtype_that_the_model_has_now(ids, tmp_path):

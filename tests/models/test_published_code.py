@@ -145,6 +145,7 @@ def damaged(**changes):
     ("tensors", "words"),
     [
         (damaged(mlp__c_fc_bias=None, mlp__c_proj_bias=None), "lacks transformer.h.1.mlp.c_fc_bias and 1 more"),
+        (checkpoint() | {"transformer.wte.weight": torch.ones(3)}, r"wte.weight has shape \(3,\): it is a matrix"),
         (damaged(mlp__c_fc_1=None), "lacks transformer.h.1.mlp.c_fc_1"),
         (damaged(mlp__c_fc_1=torch.ones(2, 2, 3)), "h.1.mlp.c_fc: its factors make 48x288, and GPT-2's is 48x192"),
         (damaged(mlp__c_fc_1=torch.ones(1, 2, 2)), "h.1.mlp.c_fc: its factors are"),

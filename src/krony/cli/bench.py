@@ -96,7 +96,7 @@ def run(
         prompts = _prompts(models[0], drafts, settings)  # what is wrong with them is found before all is measured
         subjects = _subjects(asked, device, dtype, progress)
         rows = bench(subjects, settings, progress=progress)
-        drafted = _drafts(subjects[0].model, prompts, drafts, settings, dtype, progress)
+        drafted = _drafts(subjects[0].model, asked, prompts, drafts, settings, dtype, progress)
     kinds = [f"{subject.model.dtype}".removeprefix("torch.") for subject in subjects]
     kind, sentences = " and ".join(dict.fromkeys(kinds)), verdicts(rows)
     if len(set(kinds)) > 1:
@@ -139,7 +139,7 @@ def _subjects(asked: _Asked, device: str, dtype: str, progress: Progress) -> lis
     from krony.config import KronyConfig
     from krony.evaluation.speed import make_subject, random_model
     from krony.models.loading import load_model
-    from krony.models.surgery import kronecker_layers
+    from krony.models.source import ModelSource
 
     made: list[tuple[PreTrainedModel, Path | None]] = []
     total = len(asked.models) + len(asked.schemes)
@@ -148,8 +148,9 @@ def _subjects(asked: _Asked, device: str, dtype: str, progress: Progress) -> lis
         if index == 0 and asked.random:
             made.append((random_model(name, dtype=dtype, device=device, seed=asked.seed), None))
         else:
-            as_saved = dtype == "auto" and Path(name).is_dir()  # else its files have another size
-            folder = Path(name) if as_saved else None
+            source = ModelSource.find(name)
+            as_saved = source.dtype(dtype) == "auto"  # else its files have another size
+            folder = source.folder if as_saved else None
             made.append((load_model(name, dtype=dtype, device=device), folder))
     first, _ = made[0]
     for scheme in asked.schemes:
@@ -160,27 +161,37 @@ def _subjects(asked: _Asked, device: str, dtype: str, progress: Progress) -> lis
     labels = _labels(asked.models, asked.schemes)
     subjects = [make_subject(label, *each, device=device) for label, each in zip(labels, made, strict=True)]
     for subject in subjects:
-        for layer in kronecker_layers(subject.model).values():
-            layer.path = asked.path  # type: ignore[assignment]
+        _force(subject.model, asked.path)
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
     return subjects
 
 
+def _force(model: PreTrainedModel, path: str | None) -> None:
+    """Sets the forward path of a model's Kronecker layers; None chooses by shape and tokens."""
+    from krony.models.surgery import kronecker_layers
+
+    for layer in kronecker_layers(model).values():
+        layer.path = path  # type: ignore[assignment]
+
+
 def _prompts(name: str, options: DraftOptions, settings: SpeedSettings) -> Tensor | None:
     """Token ids ``(prompts, length)`` of ``--draft-text``; None without ``--draft``.
 
-    Raises KronyError for too little text, and for a draft that is not found or has another tokenizer.
+    Raises KronyError for too little text, and for a draft that is not found, has another tokenizer or vocabulary, or
+    takes fewer tokens.
     """
     if options.draft is None:
         return None
     from krony.data.calibration_set import documents_in, pack
-    from krony.evaluation.drafting import PROMPTS
+    from krony.evaluation.drafting import PROMPTS, check_draft
     from krony.models.source import ModelSource
 
-    source, tokenizer = ModelSource.find(options.draft), ModelSource.find(name).tokenizer
+    source, measured = ModelSource.find(options.draft), ModelSource.find(name)
+    tokenizer = measured.tokenizer
     if source.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise KronyError(f"{options.draft} has another tokenizer than {name}: a draft writes the same tokens")
+    check_draft(measured.skeleton, source.skeleton, settings.context + settings.new_tokens)
     size = PROMPTS * settings.context
     documents = documents_in(options.draft_text, size, "held-out")
     return pack(
@@ -189,8 +200,8 @@ def _prompts(name: str, options: DraftOptions, settings: SpeedSettings) -> Tenso
 
 
 def _drafts(
-    model: PreTrainedModel, prompts: Tensor | None, options: DraftOptions, settings: SpeedSettings, dtype: str,
-    progress: Progress,
+    model: PreTrainedModel, asked: _Asked, prompts: Tensor | None, options: DraftOptions, settings: SpeedSettings,
+    dtype: str, progress: Progress,
 ) -> list[Drafting]:  # fmt: skip
     """The figures of ``--draft``; none without it. Raises KronyError."""
     if prompts is None:
@@ -199,6 +210,7 @@ def _drafts(
     from krony.models.loading import load_model
 
     draft = load_model(str(options.draft), dtype=dtype, device=str(model.device))
+    _force(draft, asked.path)
     return measure_drafts(
         model, draft, prompts, lengths=options.lengths, new_tokens=settings.new_tokens, rounds=settings.rounds,
         progress=progress,

@@ -106,6 +106,8 @@ def _plain(words: Output, source: ModelSource, out: Path, to: str, multiple_of: 
 
 def _engine(words: Output, source: ModelSource, out: Path, to: str, kind: str) -> None:
     """Writes a folder that an engine reads."""
+    import torch
+
     from krony.engines.gguf import takes_widths, write_gguf
     from krony.engines.graphs import write_graph
     from krony.engines.plain import plain
@@ -118,6 +120,8 @@ def _engine(words: Output, source: ModelSource, out: Path, to: str, kind: str) -
     figures: dict[str, Any] = {"model": source.name, "out": str(out), "to": to}
     figures["params_before"] = count_parameters(loaded)
     made, how = plain(loaded, padded=padded)
+    if to == "onnx" and made.dtype == torch.bfloat16:
+        made, how = made.float(), f"{how}, in float32: ONNX Runtime has few operations in bfloat16"
     with fresh_folder(out) as folder:
         if to == "gguf":
             figures["type"] = kind
@@ -151,8 +155,10 @@ def _reference(words: Output, model: str, out: Path) -> None:
     from krony.models.loading import load_model
     from krony.models.published_code import to_reference, write_reference
     from krony.models.surgery import count_parameters
+    from krony.storage.files import check_file
 
     quiet_libraries()
+    check_file(out)
     loaded = load_model(model)
     write_reference(out, to_reference(loaded))
     params = count_parameters(loaded)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,12 @@ class Output:
         self.console.print(table, soft_wrap=False)
 
     def json(self, payload: Any) -> None:
-        """Writes the figures to the destination of ``--json``, if it is given."""
+        """Writes the figures to the destination of ``--json``, if it is given; those that are not finite as null."""
         from krony.storage.files import write_json
 
+        payload = _finite(payload)
         if self.json_to == "-":
-            print(json.dumps(payload, indent=2))
+            print(json.dumps(payload, indent=2, allow_nan=False))
         elif self.json_to is not None:
             write_json(Path(self.json_to), payload)
 
@@ -119,3 +121,12 @@ class Output:
             yield lambda done, total, what: bar.update(
                 task, completed=done, total=total, description=escape(escaped(what))
             )
+
+
+def _finite(payload: Any) -> Any:
+    """``payload`` with None for infinities and NaN, which JSON doesn't have."""
+    if isinstance(payload, Mapping):
+        return {key: _finite(value) for key, value in payload.items()}
+    if isinstance(payload, (list, tuple)):
+        return [_finite(value) for value in payload]
+    return None if isinstance(payload, float) and not math.isfinite(payload) else payload

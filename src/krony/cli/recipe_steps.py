@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import shlex
 import time
 from collections.abc import Mapping
@@ -226,15 +227,11 @@ def comparison(done: Mapping[str, Any]) -> Table | None:
     before = done.get("eval-original", {}).get("figures", {}).get("results", [])
     if not before:
         return None
-    rows = [
-        [
-            old["data"],
-            f"{old['perplexity']:,.2f}",
-            f"{new['perplexity']:,.2f}",
-            f"{new['perplexity'] / old['perplexity']:.3f}",
-        ]
-        for old, new in zip(before, after, strict=True)
-    ]
+    rows = []
+    for old, new in zip(before, after, strict=True):
+        # JSON has null for an infinite perplexity
+        first, last = (math.inf if one["perplexity"] is None else one["perplexity"] for one in (old, new))
+        rows.append([old["data"], f"{first:,.2f}", f"{last:,.2f}", f"{last / first:.3f}"])
     return Table(["perplexity", "original", "result", "ratio"], rows)
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from krony.errors import KronyError
 from krony.evaluation.spread import Comparison, compare
 from krony.evaluation.workloads import alternate
+from krony.models.loading import context_length
 from krony.models.modes import quiet
 from krony.pages import Table
 from krony.runtime.progress import Progress, silent
@@ -58,6 +59,15 @@ class Drafting:
         return asdict(self)
 
 
+def check_draft(model: PreTrainedModel, draft: PreTrainedModel, tokens: int) -> None:
+    """Raises KronyError unless the draft has the model's vocabulary, and takes so many tokens. Both may be on meta."""
+    sizes = [one.get_input_embeddings().weight.shape[0] for one in (model, draft)]
+    if sizes[0] != sizes[1]:
+        raise KronyError(f"the draft knows {sizes[1]:,} tokens and the model {sizes[0]:,}: they need one vocabulary")
+    if (longest := context_length(draft)) < tokens:
+        raise KronyError(f"the draft takes {longest:,} tokens, and {tokens:,} are written: it needs a longer context")
+
+
 def measure_drafts(
     model: PreTrainedModel,
     draft: PreTrainedModel,
@@ -80,11 +90,9 @@ def measure_drafts(
         rounds: turns; one more comes first as a warm-up.
 
     Raises:
-        KronyError: vocabularies that differ.
+        KronyError: vocabularies that differ, or a draft that takes fewer tokens.
     """
-    sizes = [one.get_input_embeddings().weight.shape[0] for one in (model, draft)]
-    if sizes[0] != sizes[1]:
-        raise KronyError(f"the draft knows {sizes[1]:,} tokens and the model {sizes[0]:,}: they need one vocabulary")
+    check_draft(model, draft, prompts.shape[1] + new_tokens)
 
     @torch.inference_mode()
     def write(length: int) -> Tensor:

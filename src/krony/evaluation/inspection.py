@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,10 +15,12 @@ from krony.errors import KronyError
 from krony.init.registry import INITIALISATIONS
 from krony.kronecker.assignment import assign
 from krony.kronecker.forward_path import choose_path
+from krony.kronecker.layer_schemes import DENSE, LayerSchemes
 from krony.kronecker.linear import KroneckerLinear
 from krony.models.fusion import FusedMLP
+from krony.models.quantizer import compressions
 from krony.models.split_attention import splitting, wholes_of
-from krony.models.surgery import find_groups, is_linear, kronecker_layers, original, take_out
+from krony.models.surgery import Group, find_groups, is_chosen, is_linear, kronecker_layers, original, take_out
 
 PREFILL = 512  # tokens that ``path`` is chosen for
 
@@ -142,14 +146,13 @@ def _orders(model: PreTrainedModel, base: PreTrainedModel) -> dict[str, NeuronOr
     No file holds it. It is the order in which all matrices of the MLP together, each relative to its norm, come nearest
     to the base's.
     """
-    made_with = getattr(getattr(model.config, "quantization_config", None), "made_with", {})
-    method = INITIALISATIONS.get(made_with.get("init", ""))
-    if method is None or not method.reorders_neurons:
-        return {}
+    records = compressions(model.config)
     found: dict[str, NeuronOrder] = {}
     layers, linear = kronecker_layers(model), {name for name, module in base.named_modules() if is_linear(module)}
     for group in find_groups(original(model)):
         if not all(site.name in layers and site.name in linear for site in group.sites):
+            continue
+        if not _is_reordered(group, records):
             continue
         gain: Any = 0.0  # (n of the base, n)
         for site in group.sites:
@@ -162,6 +165,23 @@ def _orders(model: PreTrainedModel, base: PreTrainedModel) -> dict[str, NeuronOr
             order = assign(gain)
             found |= {site.name: NeuronOrder(order, site.role == "down") for site in group.sites}
     return found
+
+
+def _is_reordered(group: Group, records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the compression that replaced this MLP reorders its neurons: the first one that chose it did."""
+    for record in records:
+        scheme, modules = record.get("scheme"), str(record.get("modules", "mlp"))
+        names = [site.name for site in group.sites]
+        if isinstance(scheme, list):  # pairs of a pattern and its scheme
+            schemes = LayerSchemes(dict(scheme))
+            chosen = all(schemes.scheme_for(name) != DENSE for name in names)
+        else:
+            matched = modules == "mlp" or all(re.search(modules, name) for name in names)
+            chosen = matched and is_chosen(group.layer, str(record.get("layers", "all")))
+        if chosen:
+            method = INITIALISATIONS.get(str(record.get("init")))
+            return method is not None and method.reorders_neurons
+    return False
 
 
 def _compare(name: str, weight: Tensor, base: PreTrainedModel, order: NeuronOrder | None) -> dict[str, float]:

@@ -23,6 +23,7 @@ from krony.data.rows import BIN, Rows, load_rows, rows_of
 from krony.data.sets import join_documents, read_file, refuse_test_set
 from krony.data.text_files import names_file
 from krony.errors import KronyError, KronyWarning
+from krony.models.quantizer import compressions
 from krony.runtime import distributed
 
 VALIDATION_ROWS = 16  # what is held out, and fewer are too few for a steady loss
@@ -130,13 +131,10 @@ def load_text(
 
 def calibration_documents(model: PreTrainedModel) -> frozenset[str]:
     """The digests of the documents that a model was calibrated on, as its config says; empty if it does not."""
-    config = getattr(model.config, "quantization_config", None)
     found: set[str] = set()
-    made_with = config.get("made_with") if isinstance(config, dict) else getattr(config, "made_with", None)
-    while isinstance(made_with, dict):  # of this compression, and of those before it
-        listed = made_with.get("calibration_documents")
+    for record in compressions(model.config):
+        listed = record.get("calibration_documents")
         found |= {entry for entry in listed if isinstance(entry, str)} if isinstance(listed, list) else set()
-        made_with = made_with.get("earlier")
     return frozenset(found)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from krony.errors import KronyError
-from krony.models.surgery import find_groups, kronecker_layers, original, plain_layer, put_in, take_out
+from krony.models.source import empty_model
+from krony.models.surgery import find_groups, kronecker_layers, original, plain_config, plain_layer, put_in, take_out
 
 FORMS = ("dense", "slim")
 WIDTHS = ("n_inner", "intermediate_size", "ffn_dim", "ffn_hidden_size")  # names of the hidden width in configs
@@ -77,7 +78,8 @@ def slim(model: PreTrainedModel, multiple_of: int = 1, *, padded: bool = True) -
             which transformers can run and save, but not load again; some engines can.
 
     Raises:
-        KronyError: the model isn't compressed, or no neuron can be removed from every layer exactly.
+        KronyError: the model isn't compressed, no neuron can be removed from every layer exactly, or the config can't
+            say the new width.
     """
     _check_compressed(model)
     if multiple_of < 1:
@@ -91,6 +93,8 @@ def slim(model: PreTrainedModel, multiple_of: int = 1, *, padded: bool = True) -
     if (width if padded else min(map(len, alive.values()))) >= full:
         raise _nothing_to_remove(widest, len(alive[widest]), full, compressed=widest in compressed)
     attribute = _width_attribute(model)
+    if padded:
+        _check_config_says(model, attribute, width)
     model = model.dequantize()
     padding = 0
     for name, group in downs.items():
@@ -149,6 +153,21 @@ def _width_attribute(model: PreTrainedModel) -> str:
         if hasattr(model.config, attribute):
             return attribute
     raise KronyError(f"{type(model).__name__} has no hidden width in its config, so export to slim can't set it")
+
+
+def _check_config_says(model: PreTrainedModel, attribute: str, width: int) -> None:
+    """Raises KronyError unless a model built from the config with this width has MLPs of this width.
+
+    Some read another attribute (a shared expert has its own), or a share of this one.
+    """
+    config = plain_config(model)
+    setattr(config, attribute, width)
+    for group in find_groups(empty_model(config)):
+        if group.sites[-1].in_features != width:
+            raise KronyError(
+                f"export to slim can't set the width of {group.sites[-1].name} in the config: with {attribute} {width} "
+                f"it is {group.sites[-1].in_features}; --to dense always works"
+            )
 
 
 def _narrow(model: PreTrainedModel, name: str, neurons: Tensor, width: int, *, columns: bool) -> nn.Module:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import re
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -160,6 +161,8 @@ def _config(tensors: dict[str, Tensor], like: PretrainedConfig, activation: str)
     for name in ("transformer.wte.weight", "transformer.wpe.weight"):
         if name not in tensors:
             raise KronyError(f"the checkpoint lacks {name}")
+        if tensors[name].ndim != 2:
+            raise KronyError(f"{name} has shape {tuple(tensors[name].shape)}: it is a matrix")
     vocabulary, width = tensors["transformer.wte.weight"].shape
     if width != like.n_embd:
         raise KronyError(f"the checkpoint is {width} wide, and the model that it is to be like {like.n_embd}")
@@ -255,11 +258,13 @@ def write_reference(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a ``.pt`` file completely or not at all. Raises KronyError if it can't be written."""
     beside = path.with_name(f".{path.name}.partial")
     try:
-        torch.save(tensors, beside)
+        with beside.open("wb") as file:  # opened here, because torch's own writer gives no reason
+            torch.save(tensors, file)
         beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+    except (OSError, RuntimeError) as error:
         raise KronyError(
             f"{path} can't be written: {getattr(error, 'strerror', None) or 'is the disk full?'}"
         ) from None
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)

@@ -173,6 +173,16 @@ def recorded_options(config: PretrainedConfig) -> dict[str, Any]:
     return getattr(known, "made_with", None) or {}
 
 
+def compressions(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The recorded options of every compression of a model, the first one first; empty for a plain model."""
+    found: list[dict[str, Any]] = []
+    record: Any = recorded_options(config)
+    while isinstance(record, dict) and record:
+        found.insert(0, record)
+        record = record.get("earlier")
+    return found
+
+
 def attach_quantizer(model: PreTrainedModel, made_with: dict[str, Any]) -> None:
     """Attaches the config and quantizer that ``save_pretrained`` needs to a compressed model, and fuses its MLPs.
 
