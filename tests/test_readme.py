@@ -143,7 +143,7 @@ def quality_lines() -> list[str]:
         "the original": measured["base"],
         "the original with 8-bit weights": measured["int8"],
         "krony": half["neurons"],
-        "krony, `--effort tuned`": half["neurons, global, all weights tuned"],
+        "krony, `--effort tuned --reconstruct 150`": half["neurons, global, reconstructed, all weights tuned"],
         "optipfair with calibration text, the best of the other pruning methods that were measured": half[BEST_OTHER],
         "Van Loan, the start that the paper uses": half["van-loan"],
     }

@@ -124,4 +124,4 @@ def test_a_folder_of_the_name_demo_is_not_the_model_of_that_name(krony, tmp_path
     (tmp_path / "demo").mkdir()
     done = krony("bench", "demo", *FAST, "--json", "-")
     assert done.code == 0, done.err
-    assert done.json["models"][0]["bytes"] == 4 * done.json["models"][0]["params"]
+    assert done.json["models"][0]["bytes"] == pytest.approx(4 * done.json["models"][0]["params"], rel=0.01)
