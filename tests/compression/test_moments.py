@@ -181,8 +181,10 @@ def test_one_that_is_stopped_while_it_is_kept_leaves_nothing(model, ids, tmp_pat
 def test_a_cache_that_cannot_be_written_is_refused_before_the_text_is_read(model, ids, tmp_path, monkeypatch, cache):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
+    monkeypatch.setattr(Calibration, "_run", None)
+    calibration = Calibration(model, find_groups(model), ids, cache=cache)
     with pytest.raises(KronyError, match=r"the calibration can't be stored there: .*KRONY_CACHE.*--no-cache"):
-        Calibration(model, find_groups(model), ids, cache=cache)
+        list(calibration)
 
 
 def test_a_damaged_cache_is_named(model, ids, tmp_path):

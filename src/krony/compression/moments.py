@@ -56,7 +56,8 @@ class Calibration:
     config too), tokens and settings, and later calls read them. Under torch.distributed each rank runs its share of
     the sequences, and the sums are added up.
 
-    Iterating raises KronyError for activations that are not finite, and for a cache that is damaged or full.
+    Iterating raises KronyError for activations that are not finite, and for a cache that is damaged or can't be
+    written.
     """
 
     def __init__(
@@ -80,8 +81,7 @@ class Calibration:
             progress: called with the number of sequences read, the number of all, and what is being done.
 
         Raises:
-            KronyError: the model can't take these token ids, a group is outside the transformer layers, or nothing can
-                be written to the cache.
+            KronyError: the model can't take these token ids, or a group is outside the transformer layers.
         """
         for group in groups:
             check_measurable(group)
@@ -93,8 +93,6 @@ class Calibration:
         if cache is not None and distributed.is_first():
             _clear_away(Path(cache))
         self.is_stored = all(self._is_stored(index) for index in range(len(groups)))
-        if self.folder is not None and not self.is_stored and distributed.is_first():
-            check_cache(self.folder, "the calibration")  # before the text is read, which takes minutes
         self.source = "calibration is read" if self.folder is None else f"calibration is read and kept in {self.folder}"
         if self.is_stored:
             self.source = f"calibration is taken from {self.folder}, where it was kept"
@@ -108,6 +106,8 @@ class Calibration:
             if all(map(self._is_stored, chunk)):
                 yield from map(self._load, chunk)
                 continue
+            if self.folder is not None and distributed.is_first():
+                check_cache(self.folder, "the calibration")  # before the text is read, which takes minutes
             computed = self._run([self.groups[index] for index in chunk])
             if self.folder is not None and distributed.is_first():
                 for index, moments in zip(chunk, computed, strict=True):
