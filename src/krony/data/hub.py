@@ -105,11 +105,11 @@ def stream_texts(data: str, split: str = "train") -> Iterator[str]:
     """The documents of a data set on the hub, in its order, as they are needed. Raises KronyError."""
     with _in_a_sentence(data):
         for row in hub_set(data, split=split, streaming=True):
-            yield check_text(row["text"], data)
+            yield as_document(row["text"], data)
 
 
-def check_text(text: Any, data: str) -> str:
-    """An entry of the column ``text``. Raises KronyError for one that is empty in the hub's sense, or a list."""
+def as_document(text: Any, data: str) -> str:
+    """An entry of the column ``text`` of ``data``. Raises KronyError for one that is no string: null, or a list."""
     if not isinstance(text, str):
         raise KronyError(
             f"{data}: an entry of its column text is {type(text).__name__}, not a string: name another set"

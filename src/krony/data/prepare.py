@@ -21,7 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from krony.data import python_docs
-from krony.data.hub import check_text, hub_set, read_as
+from krony.data.hub import as_document, hub_set, read_as
 from krony.data.python_docs import PYTHON_DOCS
 from krony.data.rows import BIN
 from krony.data.sets import check_named, read_file, refuse_test_set
@@ -153,7 +153,7 @@ def _write(
         file.truncate(part.tokens * BIN.itemsize)  # what came after the last record is made again
         noted = part.tokens
         for start in range(part.documents, len(split), BATCH):
-            texts = [check_text(text, work.plan["data"]) for text in split[start : start + BATCH]["text"]]
+            texts = [as_document(text, work.plan["data"]) for text in split[start : start + BATCH]["text"]]
             ids = _ids(texts, tokenizer)  # (n,)
             file.write(ids.tobytes())
             part.documents, part.tokens = start + len(texts), part.tokens + len(ids)
