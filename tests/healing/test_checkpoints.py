@@ -14,7 +14,10 @@ from transformers import AutoTokenizer
 from healing_runs import TINY, heal, text
 from krony import KronyConfig, KronyError, compress, load_model
 from krony.data.rows import Rows
-from krony.healing.checkpoints import explain_write_errors, find_last, last_checkpoint
+from krony.healing.checkpoints import FINGERPRINTS, START, explain_write_errors, find_last, last_checkpoint, save_start
+from krony.healing.options import HealOptions
+from krony.healing.training import settings_of
+from krony.storage import tensor_files
 from small_models import gpt2
 
 
@@ -108,6 +111,34 @@ def test_a_resumed_run_keeps_its_settings(tmp_path):
         with pytest.raises(KronyError, match="with another model"):
             heal(model, *rows(), work=tmp_path, resume=True, device="cpu")
     heal(small(), *rows(), work=tmp_path, resume=True, recipe=replace(TINY, batch=4), device="cpu")  # another machine
+
+
+def test_a_text_with_another_end_is_another_text():
+    tokens = np.zeros(1_100_000, dtype=np.uint16)
+    longer = tokens.copy()
+    longer[-1] = 1
+    model, held = gpt2(), text(4)
+    one, other = (
+        settings_of(model, Rows(ids, 32), held, recipe=TINY, teacher=None, options=HealOptions())
+        for ids in (tokens, longer)
+    )
+    assert one[FINGERPRINTS].pop("training text") != other[FINGERPRINTS].pop("training text")
+    assert one == other
+
+
+def test_the_start_is_complete_or_absent(tmp_path, monkeypatch):
+    model = small()
+    save_start(model, tmp_path)
+    before = (tmp_path / START).read_bytes()
+
+    def killed(_: dict, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tensor_files, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_start(gpt2(), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {START: before}
 
 
 def test_a_checkpoint_is_a_model(tmp_path, tokenizer):

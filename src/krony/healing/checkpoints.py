@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from krony.errors import KronyError
 from krony.runtime import distributed
 from krony.storage.files import write_json
-from krony.storage.tensor_files import read_json
+from krony.storage.tensor_files import read_json, save_beside
 
 FINGERPRINTS = "fingerprints"  # in the settings: checksums of the model and the text
 START = "start.safetensors"  # in the work folder: the parameters before training
@@ -87,7 +87,7 @@ def save_start(model: PreTrainedModel, work: Path) -> None:
     """Writes the trainable parameters of ``model``, in its dtype, so that a run can give them back."""
     if distributed.is_first():
         state = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-        save_file(state, work / START)
+        save_beside(state, work / START, "the parameters before training")
 
 
 def restore_start(model: PreTrainedModel, work: Path) -> None:
