@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from krony import KronyConfig, KronyError, compress
-from krony.compression.plan import parameters_after, portion, within
+from krony.compression.plan import check_global, parameters_after, portion, within
 from krony.models.source import empty_model
 from krony.models.surgery import count_parameters, find_groups
 from small_models import BUILDERS, gpt2
@@ -67,3 +67,13 @@ def test_portions():
     assert (portion(192, None), portion(3072, None), portion(1536, 64)) == (8, 128, 64)
     with pytest.raises(KronyError, match="multiple_of 7 does not divide the hidden width 192"):
         portion(192, 7)
+
+
+def test_a_width_that_does_not_divide():
+    model = gpt2(n_inner=193)
+    config = KronyConfig("keep=0.5", allocation="global")
+    words = (
+        "hidden width 193 divides into portions of 1 only, more than a layer can have factors: use allocation uniform"
+    )
+    with pytest.raises(KronyError, match=words):
+        check_global(find_groups(model), config)

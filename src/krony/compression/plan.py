@@ -235,6 +235,11 @@ def check_global(groups: list[Group], config: KronyConfig) -> None:
     first = groups[0].sites[0]
     unit = portion(first.out_features, config.multiple_of)
     if first.out_features // unit - 1 > unit * first.in_features:  # portions are factors of unit x in_features
+        if config.multiple_of is None:
+            raise KronyError(
+                f"the hidden width {first.out_features} divides into portions of {unit} only, more than a layer can "
+                "have factors: use allocation uniform"
+            )
         raise KronyError(
             f"multiple_of {unit} makes more portions of {first.out_features} neurons than a layer can have factors: "
             "use a larger one"
