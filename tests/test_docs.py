@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,6 +52,14 @@ def test_names_in_the_code_exist(page):
             for part in parts[count:]:
                 found = getattr(found, part)
             break
+
+
+def test_the_oldest_python_is_the_one_that_the_tests_know():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    oldest = settings["project"]["requires-python"].removeprefix(">=")
+    assert settings["tool"]["mypy"]["python_version"] == oldest
+    for page in ("README.md", "docs/quickstart.md"):
+        assert f"Python {oldest} or newer" in (ROOT / page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", BY_HAND, ids=lambda page: page.name)

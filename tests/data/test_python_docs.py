@@ -4,7 +4,7 @@ import pytest
 
 from krony.data import python_docs
 
-# Topics that Python 3.10 to 3.13 have, and the part each is in.
+# Topics that Python 3.11 to 3.13 have, and the part each is in.
 HELD_OUT = {"async", "bitwise", "break", "customization", "else", "function", "id-classes", "lambda", "nonlocal"}
 HELD_OUT |= {"pass", "try", "unary"}
 CALIBRATION = {"assert", "class", "comparisons", "for", "formatstrings", "global", "import", "numbers", "typesseq"}
