@@ -11,7 +11,7 @@ from krony import KronyConfig, KronyError
 from krony.cli.app import main
 from krony.models.loading import load_model
 from krony.models.source import ModelSource
-from krony.streaming.plan import prepare
+from krony.streaming.plan import choose, prepare
 from krony.streaming.stream import run
 from small_models import BUILDERS, gpt2, llama
 from streamed_runs import both_ways, digest, text
@@ -71,6 +71,37 @@ def test_half_precision_too(init, dtype, tmp_path):
     llama().to(dtype).save_pretrained(tmp_path / "source")
     memory, stream = both_ways(tmp_path / "source", KronyConfig("keep=0.75", init=init, layers="odd"), tmp_path)
     assert digest(memory) == digest(stream)
+
+
+def test_the_dtype_of_files_that_hold_two(tmp_path):
+    """The config says none. transformers takes that of the first name; the file begins with the wider dtype."""
+    llama().bfloat16().save_pretrained(tmp_path / "source")
+    file, config = tmp_path / "source/model.safetensors", tmp_path / "source/config.json"
+    save_file({n: v.float() if "norm" in n else v for n, v in load_file(file).items()}, file, {"format": "pt"})
+    said = json.loads(config.read_text())
+    del said["dtype"]
+    config.write_text(json.dumps(said))
+    memory, stream = both_ways(tmp_path / "source", KronyConfig("keep=0.5", init="van-loan"), tmp_path)
+    assert digest(memory) == digest(stream)
+
+
+@pytest.mark.parametrize("builder", [gpt2, llama])
+def test_a_head_that_is_tied_by_the_config_and_stored_apart(builder, tmp_path):
+    """transformers loads both; equal copies are one."""
+    folder = tmp_path / "source"
+    builder().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (table,) = (name for name in tensors if name.endswith(("wte.weight", "embed_tokens.weight")))
+    config = KronyConfig("keep=0.5", init="van-loan")
+    save_file(tensors | {"lm_head.weight": tensors[table].clone()}, folder / "model.safetensors", {"format": "pt"})
+    memory, stream = both_ways(folder, config, tmp_path)
+    assert digest(memory) == digest(stream)
+
+    save_file(tensors | {"lm_head.weight": tensors[table] + 1}, folder / "model.safetensors", {"format": "pt"})
+    source, options = ModelSource.find(str(folder)), {"dtype": "auto", "device": "cpu"}
+    assert choose(source, config, wanted=None, **options) is None  # in memory then
+    with pytest.raises(KronyError, match=r"are one by its config, and its files hold them with other values"):
+        choose(source, config, wanted=True, **options)
 
 
 def test_names_without_the_base_models_prefix_as_gpt2_has_them_on_the_hub(tmp_path):

@@ -28,7 +28,7 @@ from krony.runtime.hardware import check_device, memory
 from krony.storage.shards import TensorLayout, total
 from krony.storage.tensor_files import Checkpoint, Entry
 from krony.streaming.blockwise import stack_name
-from krony.streaming.tensors import file_names, find_entries, saved_tensors
+from krony.streaming.tensors import file_names, find_entries, saved_tensors, stored_apart
 
 REST = "embeddings, head and norms"
 # Weights as safetensors alone: repositories often hold them again in other formats.
@@ -119,7 +119,7 @@ class Stream:
         if not self.reads:
             return 0
         layers = len(self.layers)
-        state = self.source.get_input_embeddings().weight.shape[1] * self.source.dtype.itemsize  # of one token
+        state = self.source.config.get_text_config().hidden_size * self.source.dtype.itemsize  # of one token
         states = 2 * tokens * state  # the inputs and outputs of a layer
         kept = 0
         if self.measures_gradients:
@@ -239,6 +239,8 @@ def _obstacle(source: ModelSource, config: KronyConfig, device: str = "cpu") -> 
         return "it is compressed already"
     if file_names(source.skeleton) is None:
         return f"transformers rearranges the tensors of a {source.config.model_type} while it loads them"
+    if apart := stored_apart(source.skeleton, Checkpoint(source.files)):
+        return f"{apart[0]} and {apart[1]} are one by its config, and its files hold them with other values"
     return None
 
 
@@ -301,10 +303,13 @@ def _layout(target: PreTrainedModel) -> TensorLayout:
 
 
 def _dtype(wanted: str | torch.dtype, configured: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that loading would give: ``wanted``, the config's, or that of the first floating-point tensor."""
+    """The dtype that loading would give: ``wanted``, the config's, or that of the first file's first floating-point
+    tensor by name, as transformers reads it.
+    """
     dtype = parse_dtype(wanted)
     if isinstance(dtype, torch.dtype):
         return dtype
     if isinstance(configured, torch.dtype):
         return configured
-    return next((e.dtype for e in checkpoint.entries.values() if e.dtype.is_floating_point), torch.float32)
+    first = sorted((e for e in checkpoint.entries.values() if e.file == checkpoint.files[0]), key=lambda e: e.name)
+    return next((e.dtype for e in first if e.dtype.is_floating_point), torch.float32)

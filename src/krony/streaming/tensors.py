@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -36,19 +39,45 @@ def find_entries(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, En
 
     Raises KronyError for a tensor that no file holds, or whose shape differs.
     """
-    prefix, renamed = f"{model.base_model_prefix}.", file_names(model) or {}
+    find = _finder(model, checkpoint)
     same = {name: names for names in _names_of_parameters(model) for name in names}
     found = {}
     for name, value in model.state_dict().items():
-        tied = [name, *(other for other in same.get(name, []) if other != name)]
-        candidates = [n for other in tied for n in (other, renamed.get(other, other))]
-        stored = [n for other in candidates for n in (other, other.removeprefix(prefix)) if n in checkpoint.entries]
-        if not stored:
+        stored = next(filter(None, map(find, [name, *same.get(name, [])])), None)
+        if stored is None:
             raise KronyError(f"{checkpoint.folder}: the weights are incomplete: there is no {name}")
-        entry = checkpoint.entries[stored[0]]
-        check_entry(entry, value)
-        found[name] = entry
+        check_entry(stored, value)
+        found[name] = stored
     return found
+
+
+def stored_apart(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """Two tensors that are one by the config and differ in the files: transformers loads both. None without any."""
+    find = _finder(model, checkpoint)
+    for names in _names_of_parameters(model):
+        stored = list({entry.name: entry for entry in map(find, names) if entry is not None}.values())
+        for other in stored[1:]:
+            if not _are_equal(stored[0], other):
+                return stored[0].name, other.name
+    return None
+
+
+def _finder(model: PreTrainedModel, checkpoint: Checkpoint) -> Callable[[str], Entry | None]:
+    """The file entry of a tensor by its name in the model, whatever the file calls it; None if no file has it."""
+    prefix, renamed = f"{model.base_model_prefix}.", file_names(model) or {}
+
+    def find(name: str) -> Entry | None:
+        candidates = [n for other in (name, renamed.get(name, name)) for n in (other, other.removeprefix(prefix))]
+        return next((checkpoint.entries[n] for n in candidates if n in checkpoint.entries), None)
+
+    return find
+
+
+def _are_equal(one: Entry, other: Entry) -> bool:
+    """Whether two tensors have the same dtype, shape and values, a piece of each in memory at a time."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(torch.equal(*pieces) for pieces in zip(one.pieces(), other.pieces(), strict=True))
 
 
 def _names_of_parameters(model: PreTrainedModel) -> list[list[str]]:
