@@ -57,6 +57,22 @@ class Stopped(Exception):  # noqa: N818
     pass
 
 
+def test_what_is_frozen_for_the_caller_is_kept_between_recipes(whole, tmp_path, monkeypatch):
+    """Stopped after the first recipe, before the second has begun."""
+    train = krony.healing.chain.train_on_rows
+
+    def only_the_first(*given, **options):
+        if options["recipe"].sequences != FIRST.sequences:
+            raise Stopped
+        return train(*given, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("krony.healing.chain.train_on_rows", only_the_first)
+        chain(tmp_path / "work", model().requires_grad_(False))
+    trained, report = chain(tmp_path / "work", model().requires_grad_(False), resume=True)
+    assert same(trained, whole[0]) and report.validation == whole[1].validation
+
+
 @pytest.mark.parametrize(("recipe", "step"), [(0, 2), (0, 17), (0, 30), (1, 1), (1, 5), (1, 10)])
 def test_it_continues_from_any_point(recipe, step, whole, tmp_path):
     """Stopped before the first checkpoint of a recipe, in the middle, and after its last step."""

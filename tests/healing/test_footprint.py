@@ -108,6 +108,39 @@ def test_products_in_bfloat16():
     assert kept.activations - again.activations > copies
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_a_validation_makes_whole_logits(half):
+    """A teacher's loss goes through them in pieces, so that the validation takes the most."""
+    model, teacher = llama(vocab_size=20_000), llama(vocab_size=20_000)
+    options = HealOptions(freeze=(), device="cpu", gradient_checkpointing=True)
+    found = footprint(model, teacher, RECIPE, options, processes=1, half=half)
+    logits = 2 * 64 * 20_000 * 4
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    copies = weights // 2 if half else 0  # autocast's
+    assert found.activations == copies + (2.5 if half else 2) * logits
+    assert found.peak >= 3 * weights + found.teacher + found.activations
+
+
+def test_a_factorised_head_has_the_logits_of_a_dense_one():
+    model = llama(tie_word_embeddings=False, vocab_size=4112)
+    dense = footprint(model, None, RECIPE, HealOptions(freeze=()), processes=1, half=False)
+    compress(model, KronyConfig("keep=0.5", init="van-loan", modules="lm_head"))
+    assert footprint(model, None, RECIPE, HealOptions(freeze=()), processes=1, half=False).activations > (
+        0.9 * dense.activations
+    )
+
+
+def test_attention_on_cpus_with_bfloat16_keeps_its_scores():
+    """There ``fast_training`` chooses transformers' plain attention, for rows of at most 1,024 tokens."""
+    models = [llama(num_hidden_layers=1, max_position_embeddings=2048) for _ in range(2)]
+    models[1].set_attn_implementation("eager")
+    for length, options in ((512, HealOptions(freeze=(), device="cpu")), (512, HealOptions(freeze=()))):
+        recipe = replace(RECIPE, length=length)
+        sdpa, eager = (footprint(model, None, recipe, options, processes=1, half=True).activations for model in models)
+        assert (sdpa == eager) == (options.device == "cpu")
+        assert models[0].config._attn_implementation == "sdpa"
+
+
 def test_capped_logits_are_held():
     """Gemma 2 changes the logits after the head, so a teacher's are compared as they are."""
     sizes = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 96, "head_dim": 12, "vocab_size": 257}

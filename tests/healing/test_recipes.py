@@ -13,6 +13,7 @@ from krony.healing.recipes import RECIPES
     [
         ({"batch": 0}, "batch is 0: it takes a number from 1"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0: it takes a number above 0"),
+        ({"learning_rate": 1e-6}, "final_rate is 3e-06: it is at most the learning_rate, 1e-06"),
         ({"epochs": float("nan")}, "epochs is nan"),
         ({"hidden": -0.5}, "hidden is -0.5: it takes a number from 0"),
         ({"text": 1.5}, "text is 1.5: it is a share, from 0 to 1"),

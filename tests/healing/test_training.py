@@ -19,6 +19,7 @@ from krony.data.rows import Rows
 from krony.healing import training
 from krony.healing.options import DEFAULTS, HealOptions
 from krony.healing.recipes import RECIPES
+from krony.healing.validation import validation_loss
 from krony.models.divergence import divergence
 from krony.models.export import slim
 from processes import Process, together
@@ -63,6 +64,28 @@ def test_half_precision_is_trained_in_float32(ids, tmp_path, dtype):
         assert all(p.dtype == kind for p in model.parameters())
     assert curves[0] == curves[1]
     assert any(not torch.equal(value.float(), before[name].float()) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-4])
+def test_the_loss_of_half_precision_is_that_of_the_rounded_weights(rate, tmp_path, monkeypatch):
+    """A rate at which most weights round to what they were, and one at which they move."""
+    monkeypatch.setattr("krony.models.precision.fast_dtype", lambda _: torch.float32)
+    model, (train, validation) = gpt2().bfloat16(), text().split(4)
+    model.config.dtype = torch.bfloat16  # as it is loaded
+    recipe = replace(TINY, learning_rate=rate, final_rate=rate)
+    report = heal(model, train, validation, work=tmp_path, recipe=recipe, freeze="none", device="cpu", keep_anyway=True)
+    assert model.config.dtype == model.dtype == torch.bfloat16
+    assert report.loss_after == pytest.approx(validation_loss(model.float(), validation), rel=1e-7)
+
+
+def test_a_teacher_in_float16_where_products_are_in_bfloat16(small, tmp_path, monkeypatch):
+    for place in ("models.precision", "healing.training"):
+        monkeypatch.setattr(f"krony.{place}.fast_dtype", lambda _: torch.bfloat16)
+    teacher = gpt2().half()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    report = heal(small, *text().split(4), work=tmp_path, teacher=teacher, device="cpu")
+    assert report.improved
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
 def test_it_ends_in_its_best_state(small, tmp_path):

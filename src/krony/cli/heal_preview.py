@@ -49,7 +49,7 @@ def preview(
     data, val, most = text
     train, validation = load_text(data, val, Reader.of(model, source.tokenizer, recipes[0].length), max_tokens=most)
     on_cpu = options.device == "cpu"
-    half = model.dtype == torch.float32 and not (on_cpu and fast_dtype("cpu") == torch.float32)
+    half = model.dtype != torch.float64 and not (on_cpu and fast_dtype("cpu") == torch.float32)
     for recipe in recipes:
         check_run(model, train, validation, recipe=recipe, **own)
     rows = [f"{len(part) * part.length:,}" for part in (train, validation)]

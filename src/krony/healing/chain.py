@@ -69,7 +69,7 @@ def _keep(model: PreTrainedModel, report: HealReport, work: Path) -> None:
     if distributed.is_first():
         with explain_write_errors(work):
             (work / THEN).mkdir(exist_ok=True)
-            save_start(model, work / THEN)
+            save_start(model, work / THEN, all_parameters=True)  # what was frozen for the caller trains here
             write_json(work / DONE, vars(report))
     distributed.all_agree(True)  # no process goes on before it is written
 

@@ -83,10 +83,11 @@ def _shown(value: Any) -> Any:
     return (", ".join(map(str, value)) or "none") if isinstance(value, list) else value
 
 
-def save_start(model: PreTrainedModel, work: Path) -> None:
-    """Writes the trainable parameters of ``model``, in its dtype, so that a run can give them back."""
+def save_start(model: PreTrainedModel, work: Path, *, all_parameters: bool = False) -> None:
+    """Writes the parameters of ``model`` that train, or all, in its dtype, so that a run can give them back."""
     if distributed.is_first():
-        state = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        chosen = ((name, p) for name, p in model.named_parameters() if all_parameters or p.requires_grad)
+        state = {name: p.detach().contiguous() for name, p in chosen}
         save_beside(state, work / START, "the parameters before training")
 
 

@@ -13,6 +13,7 @@ their gradients too, and once more where they are summed.
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -27,7 +28,7 @@ from krony.healing.recipes import Recipe
 from krony.healing.sharding import decoder_layers, placement
 from krony.healing.trainable import gradient_checkpointing, trainable
 from krony.models.copies import copy_with
-from krony.models.fast_training import product_weights
+from krony.models.fast_training import LONGEST, eager_attention, product_weights
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -40,7 +41,8 @@ class Footprint:
         parameters: weights on the device, and whole copies of sharded ones while they compute.
         gradients: gradients, and the buffers in which they are summed over the devices.
         optimizer: AdamW's two averages.
-        activations: what the forward pass leaves for the backward pass, and the logits' gradient.
+        activations: what the forward pass leaves for the backward pass, and the logits' gradient; or the logits of a
+            validation, where they are more.
         teacher: the teacher's weights on the device.
         peak: the most at one moment on the device.
         main: the most at one moment in the machine's main memory. With shards this is the first process: the whole
@@ -106,7 +108,9 @@ def footprint(
     with trainable(model, options.frozen):
         every = _weights(model, parts, trains=True)
         training = _weights(model, parts, trains=True, only_trained=True)
-        saved, loss = _activations(model, batch, recipe.length, half, options, taught=teacher is not None)
+        eager = on_cpu and half and recipe.length <= LONGEST
+        with eager_attention(model) if eager else nullcontext():
+            saved, loss = _activations(model, batch, recipe.length, half, options, taught=teacher is not None)
     aside = product_weights(teacher) if teacher is not None and half and on_cpu else []  # ``fast_training`` does so
     copies = 0
     if half:  # autocast's, which the backward pass needs too unless it computes activations again
@@ -119,6 +123,7 @@ def footprint(
         aside=sum(weight.numel() * weight.dtype.itemsize for weight in aside),
         saved=saved,
         loss=loss,
+        validation=_validation(model, batch, recipe.length, half),
         copies=copies,
         accumulated=training.part if rows > batch else 0,
         buckets=training.part if processes > 1 and not sharded else 0,
@@ -137,6 +142,7 @@ class _Run:
         aside: those of the teacher's that are converted, as they were before.
         saved: what the forward pass leaves for the backward pass.
         loss: what the loss takes for a moment, when all of ``saved`` is there.
+        validation: the logits of a validation.
         copies: weights in the dtype of the products, which autocast makes.
         accumulated: gradients of earlier batches of a step.
         buckets: gradients as they are sent to the other devices.
@@ -148,6 +154,7 @@ class _Run:
     aside: int
     saved: int
     loss: int
+    validation: int
     copies: int
     accumulated: int
     buckets: int
@@ -155,15 +162,16 @@ class _Run:
     def copied(self, on_cpu: bool) -> Footprint:
         """A complete model on each device."""
         every, training, taught = self.every, self.training, self.taught
+        validating = self.validation + self.copies
         activations = self.saved + self.loss + self.copies
         fixed = every.whole + 2 * training.whole + self.buckets + taught.whole + self.aside
         # without accumulation, gradients take the place of activations
-        peak = fixed + max(self.accumulated + activations, training.whole)
+        peak = fixed + max(self.accumulated + activations, training.whole, validating)
         return Footprint(
             parameters=every.whole,
             gradients=training.whole + self.buckets,
             optimizer=2 * training.whole,
-            activations=activations,
+            activations=max(activations, validating),
             teacher=taught.whole,
             peak=peak,
             main=peak if on_cpu else every.whole + taught.whole,
@@ -181,6 +189,7 @@ class _Run:
             self.accumulated + computing + training.rest + 2 * training.layer + self.saved + self.copies,
             training.part + computing + training.rest + 2 * training.layer,  # and the first
             training.part + every.rest + 2 * training.rest,  # what is around the layers is summed
+            every.rest + self.validation + self.copies,
         )
         peak = lasting + max(moments)
         kept = every.whole + taught.whole + self.aside
@@ -191,7 +200,7 @@ class _Run:
             parameters=every.part + computing,
             gradients=training.part + training.rest + 2 * training.layer,
             optimizer=2 * training.part,
-            activations=self.saved + self.loss + self.copies,
+            activations=max(self.saved + self.loss, self.validation) + self.copies,
             teacher=taught.part + (taught.rest + 2 * taught.layer),
             peak=peak,
             main=peak if on_cpu else kept + saving,
@@ -239,8 +248,7 @@ def _activations(
 
     With gradient checkpointing the first are the inputs of all layers, and everything of one layer.
     """
-    head = model.get_output_embeddings().weight
-    logits = batch * length * head.shape[0] * 4
+    logits = _logits(model, batch, length)
     saved, plain = _forward(model, batch, length, half, labelled=not taught)
     if options.gradient_checkpointing:
         layers = len(decoder_layers(model))
@@ -251,8 +259,20 @@ def _activations(
         return saved, 2 * logits  # the logits and their gradient
     if not plain:
         return saved, 3 * logits  # the teacher's too
+    head = model.get_output_embeddings().weight
     # the loss goes through the logits in pieces, and makes the head's gradient
     return saved, 2 * head.numel() * (2 if half else 4) if head.requires_grad else 0
+
+
+def _validation(model: PreTrainedModel, batch: int, length: int, half: bool) -> int:
+    """Bytes of the logits of ``batch`` rows and of their logarithms, and in ``half`` precision of those before them."""
+    logits = _logits(model, batch, length)
+    return 2 * logits + (logits // 2 if half else 0)
+
+
+def _logits(model: PreTrainedModel, batch: int, length: int) -> int:
+    """Bytes of the logits of ``batch`` rows in float32."""
+    return batch * length * int(model.get_output_embeddings().out_features) * 4
 
 
 def _forward(

@@ -23,7 +23,7 @@ class Recipe:
         length: tokens per row.
         learning_rate: the highest learning rate. A cosine leads from it to ``final_rate``; it is constant if the two
             are equal.
-        final_rate: the learning rate of the last step.
+        final_rate: the learning rate of the last step; ``changed`` keeps its ratio to the highest.
         factor_rate: the highest learning rate of factors and scalars; None for ``learning_rate``.
         scalar_rate: the highest learning rate of the scalars; None for that of the factors.
         inherited_rate: the highest learning rate of all other parameters; None for ``learning_rate``.
@@ -81,6 +81,8 @@ class Recipe:
         for name in ("final_rate", "warm_up", "weight_decay", "hidden"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise KronyError(f"{name} is {getattr(self, name)}: it takes a number from 0")
+        if self.final_rate > self.learning_rate:
+            raise KronyError(f"final_rate is {self.final_rate}: it is at most the learning_rate, {self.learning_rate}")
         if not 0 <= self.text <= 1:
             raise KronyError(f"text is {self.text}: it is a share, from 0 to 1")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,13 @@ from krony.healing.report import HealReport
 from krony.healing.scalars import trajectories
 from krony.healing.sharded_trainer import ShardedTrainer
 from krony.healing.sharding import check_sharding, is_sharding
-from krony.healing.trainable import full_precision, trainable
+from krony.healing.trainable import full_precision, round_weights, trainable
 from krony.healing.trainer import HealingTrainer
 from krony.models.fast_training import fast_training
 from krony.models.loading import context_length
 from krony.models.precision import product_dtype
 from krony.runtime import distributed
-from krony.runtime.hardware import check_device
+from krony.runtime.hardware import check_device, fast_dtype
 from krony.runtime.progress import Progress, silent
 from krony.runtime.signals import deferred
 
@@ -100,14 +100,14 @@ def train_on_rows(
         try:
             device = training_device(options.device)
             fast = fast_training(model, teacher, device=device, length=train.length)
-            with full_precision(model), _nothing_left_on(model), fast:
+            with full_precision(model) as dtypes, _nothing_left_on(model), _readable(teacher, device), fast:
                 arguments = _arguments(model, train, recipe, work, options)
                 data = {"train_dataset": train, "eval_dataset": validation, "processing_class": tokenizer}
                 if is_sharding(options):
                     trainer = ShardedTrainer(recipe, teacher, whole=model, args=arguments, **data)
                 else:
                     trainer = HealingTrainer(recipe, teacher, model=model, args=arguments, **data)
-                loss = _run(trainer, last, work, progress)
+                loss = _run(trainer, last, work, progress, dtypes)
                 trainer.finish()
         except KronyError:  # a loss that is not finite
             restore_start(model, work)
@@ -172,8 +172,13 @@ def check_settings(
     check_sharding(model, teacher, options, processes)
 
 
-def _run(trainer: HealingTrainer, last: str | None, work: Path, progress: Progress) -> float:
-    """Trains from the start or from the checkpoint ``last``, loads the best trained state, and returns its loss."""
+def _run(
+    trainer: HealingTrainer, last: str | None, work: Path, progress: Progress, dtypes: dict[str, torch.dtype]
+) -> float:
+    """Trains from the start or from the checkpoint ``last``, loads the best trained state, and returns its loss.
+
+    ``dtypes``: what the weights are rounded to afterwards, by name. The loss is that of the rounded ones.
+    """
     tokens_per_step = trainer.recipe.sequences * trainer.train_dataset.length
     trainer.remove_callback(PrinterCallback)
     if trainer.recipe.patience is not None:
@@ -184,25 +189,34 @@ def _run(trainer: HealingTrainer, last: str | None, work: Path, progress: Progre
             trainer.add_callback(callback)
         trainer.unevaluated = last if last is not None and lacks_evaluation(Path(last)) else None
         trainer.train(resume_from_checkpoint=last)
+        round_weights(trainer.model, dtypes)
         return float(trainer.evaluate()["eval_loss"])
+
+
+@contextmanager
+def _readable(teacher: PreTrainedModel | None, device: str) -> Iterator[None]:
+    """Within it a float16 teacher is in float32 where products are in bfloat16 on a CPU, whose norms take no mix."""
+    mixes = teacher is not None and teacher.dtype == torch.float16 and fast_dtype(device) == torch.bfloat16
+    with full_precision(teacher) if teacher is not None and mixes and device == "cpu" else nullcontext():
+        yield
 
 
 @contextmanager
 def _nothing_left_on(model: PreTrainedModel) -> Iterator[None]:
     """Removes what Trainer and accelerate leave on a model: the forward with autocast, the mark that the model is
-    prepared (a second run would take it for wrapped), and a config without cache.
+    prepared (a second run would take it for wrapped), and a config without cache and with a checkpoint's dtype.
     """
     names = ("forward", "_original_forward", "_is_accelerate_prepared")
     before = {name: vars(model)[name] for name in names if name in vars(model)}
-    use_cache = getattr(model.config, "use_cache", None)
+    said = {name: getattr(model.config, name) for name in ("use_cache", "dtype") if hasattr(model.config, name)}
     try:
         yield
     finally:
         for name in names:
             vars(model).pop(name, None)
         vars(model).update(before)
-        if use_cache is not None:
-            model.config.use_cache = use_cache
+        for name, value in said.items():
+            setattr(model.config, name, value)
 
 
 def _report(state: TrainerState, tokens_per_step: int, loss: float, seconds: float) -> HealReport:

@@ -29,10 +29,10 @@ def fast_training(
     with ExitStack() as stack:
         if all(_in_bfloat16(model, device) for model in (student, teacher) if model is not None):
             if student is not None and length <= LONGEST:
-                stack.enter_context(_eager(student))
+                stack.enter_context(eager_attention(student))
             if teacher is not None and teacher is not student:
                 if length <= LONGEST and not has_tiles():
-                    stack.enter_context(_eager(teacher))
+                    stack.enter_context(eager_attention(teacher))
                 stack.enter_context(_converted(teacher))
         yield
 
@@ -56,7 +56,8 @@ def product_weights(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 @contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within it a model with torch's own attention has transformers' plain one."""
     before = model.config._attn_implementation
     if before != "sdpa":
         yield
