@@ -23,7 +23,8 @@ def at_random(config) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 and not name.endswith("bias"):
-                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape))
+                scale = 1 + 0.2 * torch.randn(parameter.shape)
+                parameter.copy_(parameter * scale if parameter.any() else scale - 1)  # Gemma's add one
     return model
 
 

@@ -1,16 +1,20 @@
 """``krony heal``, used as its help says, stopped, resumed, and where it must refuse."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from krony.errors import KronyError
+from krony.models.loading import load_model
 from krony.models.surgery import kronecker_layers
 from krony.pages import shown
 from krony.storage.locks import working_in
@@ -181,6 +185,21 @@ def test_stopped_by_sigterm_and_resumed(krony, compressed, tmp_path, options):
     assert krony("heal", compressed, tmp_path / "out", *options, "--resume").code == 0
     expected, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("expected", "out"))
     assert expected == resumed
+
+
+def test_stopped_when_out_is_complete(krony, compressed, tmp_path, monkeypatch, options):
+    """While the checkpoints are removed: there is nothing to resume."""
+    remove = shutil.rmtree
+
+    def stopped(path, *given, **more):
+        if Path(path).name == "out.work":
+            os.kill(os.getpid(), signal.SIGTERM)
+        remove(path, *given, **more)
+
+    monkeypatch.setattr("krony.cli.heal.shutil.rmtree", stopped)
+    done = krony("heal", compressed, tmp_path / "out", *options)
+    assert done.code == 143 and f"{tmp_path / 'out'} is complete" in done.err and "--resume" not in done.err
+    load_model(str(tmp_path / "out"))
 
 
 def test_one_run_at_a_time(refused, compressed, tmp_path, options):

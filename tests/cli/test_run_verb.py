@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import yaml
@@ -159,14 +160,48 @@ def test_another_recipe_does_not_continue_a_run(krony, refused, recipe, tmp_path
 
 
 def test_another_model_does_not_continue_a_run(krony, refused, recipe, tmp_path, gpt2_folder):
-    import shutil
-
     shutil.copytree(gpt2_folder, "own")
     name = recipe(model="own", heal=None, eval=None, export=None)
     assert krony("run", name).code == 0
     shutil.rmtree("own")
     assert krony("compress", gpt2_folder, "own", "--scheme", "keep=0.25", "--init", "van-loan").code == 0
     assert "made from own, which has changed since" in refused("run", name)
+
+
+def test_another_test_set_does_not_continue_a_run(krony, refused, recipe, tmp_path):
+    """It lies in a folder of the data folder; what else is there does not matter."""
+    (tmp_path / "sets/wikitext-2").mkdir(parents=True)
+    file = tmp_path / "sets/wikitext-2/wiki.test.tokens"
+    file.write_text("a text to measure on\n" * 20)
+    name = recipe(compress=None, heal=None, export=None, eval={"data": "wikitext-2", "data-dir": "sets"})
+    done = krony("run", name)
+    assert done.code == 0 and done.out.splitlines()[-1] == "out holds figures.json", done.err
+    (tmp_path / "sets/other.txt").write_text("not measured")
+    assert "eval: done before" in krony("run", name).out
+    file.write_text("another text to measure on\n" * 20)
+    assert f"made from {file.relative_to(tmp_path)}, which has changed since" in refused("run", name)
+
+
+def test_out_in_the_models_folder(krony, recipe, tmp_path, gpt2_folder):
+    """Its lock lies in the folder of the model while it runs."""
+    shutil.copytree(gpt2_folder, "own")
+    name = recipe(model="own", out="own/out", heal=None, eval=None, export=None)
+    assert krony("run", name).code == 0
+    assert "compressed: done before" in krony("run", name).out
+
+
+def test_an_option_that_is_longer_than_a_files_name(krony, recipe):
+    layers = "|".join(f"transformer.h.{n}.mlp" for n in range(20))
+    compress = {"scheme": "keep=0.5", "init": "van-loan", "modules": layers}
+    done = krony("run", recipe(compress=compress, heal=None, eval=None, export=None))
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', '{"steps": {"eval": {}}}', '{"steps"', "[]"])
+def test_figures_that_no_run_wrote(refused, recipe, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/figures.json").write_text(content)
+    assert refused("run", recipe()).startswith("error: out/figures.json")
 
 
 def test_a_folder_of_others_is_left_alone(refused, recipe, tmp_path):
@@ -198,6 +233,13 @@ def test_a_folder_of_others_is_left_alone(refused, recipe, tmp_path):
         ),
         (
             {
+                "compress": {"scheme": "keep=0.5", "layers": "odd", "calibration": "text.jsonl"},
+                "export": {"to": "slim"},
+            },
+            "export: slim needs every MLP compressed, and here compress has layers odd",
+        ),
+        (
+            {
                 "compress": {"scheme": "keep=0.5", "calibration": "text.jsonl"},
                 "heal": {"data": "text.jsonl", "recipe": "paper"},
                 "export": {"to": "slim"},
@@ -222,6 +264,7 @@ def test_mistakes_are_found_before_any_work(refused, recipe, tmp_path, changes, 
         ("model: demo\nout: x\n", "says nothing to do"),
         ("out: x\ncompress: {scheme: keep=0.5}\n", "names no model: it needs a line such as model: demo"),
         ("model: demo\ncompress: {scheme: keep=0.5}\n", "names no out"),
+        ("model: demo\nout:\ncompress: {scheme: keep=0.5}\n", "names no out"),
         ("model: [demo]\nout: x\ncompress:\n", "line 1: model is a name"),
         ("model: demo\nout: x\nbench:\n  rounds: 1\n", "line 4: bench: it is one of model, out, compress"),
         ("model: demo\nout: x\nmodel: y\n", "line 3: model is there twice"),

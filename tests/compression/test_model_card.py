@@ -1,5 +1,7 @@
 """The cards say what was done, in the figures of the report."""
 
+import pytest
+
 from krony import KronyConfig, compress
 from krony.compression.model_card import exported_card, healed_card, healed_table, layers_table, model_card
 from small_models import gpt2
@@ -83,6 +85,20 @@ def test_a_second_step_inherits_the_first_ones_base(tmp_path):
     assert known["base_model"] == "openai-community/gpt2"
     (entry,) = known["model-index"][0]["results"]
     assert entry["metrics"] == [{"type": "perplexity", "value": 24.0}]
+
+
+def test_terms_are_taken_over_and_paths_are_not(tmp_path):
+    terms = {"license": "other", "license_name": "gemma-x", "license_link": "https://x.example"}
+    said = "".join(f"{name}: {value}\n" for name, value in (terms | {"base_model": "/home/me/secret"}).items())
+    (tmp_path / "README.md").write_text(f"---\n{said}---\n")
+    known = front_matter(healed_card(str(tmp_path), FIGURES))
+    assert {name: known[name] for name in terms} == terms and "base_model" not in known
+
+
+@pytest.mark.parametrize("form", ["slim", "gguf", "onnx", "openvino"])
+def test_transformers_is_named_where_it_loads_the_model(form):
+    known = front_matter(exported_card("openai-community/gpt2", form, {}, (9, 7)))
+    assert ("library_name" in known) == (form == "slim") == (form not in known["tags"])
 
 
 def test_a_card_that_cannot_be_read_is_left_out(tmp_path):

@@ -51,6 +51,7 @@ def test_its_figures_are_those_of_the_models(demo):
     measured = krony.evaluate(krony.demo_model(), tokenizer, "python-docs", **options).perplexity
     assert original["perplexity"] == pytest.approx(measured, rel=1e-4)
     healed = krony.load_model(str(out))
+    assert "it was compressed (scheme `" in (out / "README.md").read_text()
     assert len(kronecker_layers(healed)) == 12 and count_parameters(healed) == neurons["params"]
     measured = krony.evaluate(healed, krony.load_tokenizer(str(out)), "python-docs", **options).perplexity
     assert neurons["perplexity_healed"] == pytest.approx(measured, rel=1e-4)

@@ -1,5 +1,6 @@
 """GGUF files in llama.cpp: the same tokens of a text, the same probabilities, and the same 64 greedy tokens."""
 
+import gguf
 import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
@@ -117,6 +118,16 @@ def test_layers_of_several_widths_where_there_is_one(words, tmp_path):
     krony.compress(model, KronyConfig("keep=0.5", allocation="global"), calibration=ids)
     with pytest.raises(KronyError, match=r"llama.cpp's gpt2 has one hidden width, and these layers have \["):
         write_gguf(plain(model, padded=False)[0], words, tmp_path / "m.gguf")
+
+
+def test_gemmas_norms_are_exact(of_type, words, tmp_path):
+    """It adds one to them in float32, whatever they are stored in; so do files in every type."""
+    model = of_type("gemma3").bfloat16()
+    write_gguf(model, words, tmp_path / "m.gguf", "f32")
+    stored = {one.name: one.data for one in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    expected = model.model.layers[1].input_layernorm.weight.detach().float() + 1
+    assert torch.equal(torch.tensor(stored["blk.1.attn_norm.weight"]), expected)
+    assert not torch.equal(expected, expected.bfloat16().float())
 
 
 def test_kinds():

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 import krony
 from krony import KronyConfig, KronyError
@@ -76,6 +76,7 @@ def test_a_model_in_bfloat16_is_written_for_onnx_in_float32(of_type, tokenizer, 
 
     model = of_type("llama", num_hidden_layers=1).bfloat16()
     krony.compress(model, KronyConfig("keep=0.5", init="magnitude"))
+    model.generation_config.update(do_sample=True, temperature=0.6)
     model.save_pretrained(tmp_path / "in")
     tokenizer.save_pretrained(tmp_path / "in")
     monkeypatch.setattr("sys.argv", ["krony", "export", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "onnx"])
@@ -85,6 +86,7 @@ def test_a_model_in_bfloat16_is_written_for_onnx_in_float32(of_type, tokenizer, 
     made, ids = plain(krony.load_model(str(tmp_path / "in"), dtype="float32"))[0], torch.arange(9)[None]
     _, logits = greedy(ExportedModel.from_pretrained(tmp_path / "out"), ids, past(made), count=1)
     torch.testing.assert_close(logits, made(ids).logits, rtol=1e-4, atol=1e-3)
+    assert GenerationConfig.from_pretrained(tmp_path / "out").temperature == 0.6
 
 
 def test_what_is_missing_or_fails_is_one_sentence(of_type, tmp_path, monkeypatch):

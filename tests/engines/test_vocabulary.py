@@ -3,6 +3,7 @@
 import copy
 import json
 
+import gguf
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -98,6 +99,16 @@ def test_options_of_merging_that_llama_cpp_does_not_have(option, of_type, words,
 def test_characters_that_are_composed_are_warned_of():
     with pytest.warns(KronyWarning, match="composes no characters"):
         assert split_name(stored(BYTES) | {"normalizer": {"type": "NFC"}}) == "gpt-2"
+
+
+def test_templates_with_names(of_type, words, tmp_path):
+    named = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words.backend_tokenizer, eos_token="<|endoftext|>")
+    tokenizer.chat_template = named
+    write_gguf(of_type("gpt2"), tokenizer, tmp_path / "m.gguf")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == named["default"]
+    assert fields["tokenizer.chat_template.tool_use"].contents() == named["tool_use"]
 
 
 def test_an_end_that_the_tokenizer_adds_is_added(of_type, words, llama_cpp, tmp_path):

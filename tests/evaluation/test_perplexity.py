@@ -3,6 +3,7 @@
 Several processes get the result of one.
 """
 
+import copy
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from transformers import GPT2Config
 
@@ -135,6 +137,18 @@ def test_the_last_word_counts_when_all_its_tokens_are_the_likeliest(tokenizer):
     assert last_word_accuracy(NextLetter(tokenizer), tokenizer, passages) == 3 / 6
     assert last_word_accuracy(NextLetter(tokenizer), tokenizer, passages[2:]) == 1 / 4
     assert last_word_accuracy(NextLetter(tokenizer), tokenizer, passages[1:], max_tokens=30) == 1.0  # the first two
+
+
+def test_an_end_that_the_tokenizer_adds_is_not_part_of_the_text(tokenizer):
+    """Nor of the last word: the model predicts what comes after the context, which has not ended."""
+    ending = copy.deepcopy(tokenizer)
+    mark = (ending.eos_token, ending.eos_token_id)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {mark[0]}", special_tokens=[mark])
+    passages = ["SO abc", "XYZ ab", "SO abd"]
+    assert ending("a")["input_ids"][-1] == mark[1]
+    found = [last_word_accuracy(NextLetter(tokenizer), one, passages) for one in (tokenizer, ending)]
+    assert found[0] == found[1] > 0
+    assert torch.equal(join_rows(passages, ending), join_rows(passages, tokenizer))
 
 
 def test_a_passage_longer_than_the_context_has_a_last_word_too(tokenizer):

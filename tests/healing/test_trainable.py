@@ -11,7 +11,7 @@ from krony import KronyConfig, KronyError, compress
 from krony.healing.options import parse_freeze
 from krony.healing.recipes import RECIPES
 from krony.healing.trainable import adamw, trainable
-from krony.models.surgery import kronecker_layers
+from krony.models.surgery import kronecker_embeddings, kronecker_layers
 from small_models import gpt2, llama
 
 
@@ -55,6 +55,20 @@ def test_what_is_frozen_stays(scaled, tmp_path, freeze, kept):
         assert (changed & names == set()) == (kind in kept), kind
     if "scalars" in kept:
         assert all(bool((layer.scalars == 4).all()) for layer in kronecker_layers(scaled).values())
+
+
+def test_the_factors_of_embeddings_are_factors():
+    model = gpt2()
+    compress(model, KronyConfig("keep=0.5", init="van-loan", embedding=2))
+    (layer,) = kronecker_embeddings(model).values()
+    left, right = id(layer.weight), id(layer.right)
+    for words, frozen in (({"right"}, {right}), ({"inherited"}, set()), ({"embeddings"}, {left, right})):
+        with trainable(model, words):
+            assert {id(p) for p in (layer.weight, layer.right) if not p.requires_grad} == frozen, words
+    recipe = replace(RECIPES["quick"], factor_rate=2e-4)
+    (group,) = [g for g in adamw(model, recipe).param_groups if left in {id(p) for p in g["params"]}]
+    assert (group["lr"], group["weight_decay"]) == (2e-4, recipe.weight_decay)
+    assert right in {id(p) for p in group["params"]}
 
 
 def test_all_is_undone(scaled):

@@ -16,6 +16,11 @@ def test_counts_of_things_that_are_made(folder, change, name):
         load_model(str(folder))
 
 
+def test_a_number_per_layer_counts_no_layers(folder, change):
+    change("config.json", vocab_size_per_layer_input=262_144)  # Gemma 3n's
+    load_model(str(folder))
+
+
 def test_layers_that_the_files_do_not_hold(folder, change):
     change("config.json", n_layer=900)
     with pytest.raises(KronyError, match=r"config\.json describes .* parameters, and the files hold"):

@@ -226,13 +226,17 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys):
             return exit.code or 0, capsys.readouterr()
         return 0, capsys.readouterr()
 
-    gpt2(n_layer=LAYERS).save_pretrained(tmp_path / "dense")
+    original = gpt2(n_layer=LAYERS)
+    original.generation_config.update(do_sample=True, temperature=0.6)
+    original.save_pretrained(tmp_path / "dense")
     assert run("compress", tmp_path / "dense", tmp_path / "a", "--scheme", "96x48", "--init", "van-loan")[0] == 0
     code, said = run("export", tmp_path / "a", tmp_path / "a.pt", "--to", "reference")
     assert code == 0 and "krony import reads it back" in said.out
     code, said = run("import", tmp_path / "a.pt", tmp_path / "b", "--like", tmp_path / "dense", "--activation", "gelu")
     assert code == 0 and "2 layers of scheme 96x48" in said.out and "without a tokenizer" in said.out
-    assert krony.load_model(str(tmp_path / "b")).config.activation_function == "gelu"
+    made = krony.load_model(str(tmp_path / "b"))
+    assert made.config.activation_function == "gelu" and made.generation_config.temperature == 0.6
+    assert "`a.pt`, a checkpoint of the published code" in (tmp_path / "b/README.md").read_text()
     for out, words in ((tmp_path / "c", "OUT ends in .pt"), (tmp_path / "a.pt", "exists already")):
         code, said = run("export", tmp_path / "a", out, "--to", "reference")
         assert code == 2 and words in said.err

@@ -128,6 +128,23 @@ def test_a_folder_is_uploaded_with_its_card(hub, folder, tmp_path):
     assert json.loads(hub.asked[0][1])["content"] == (folder / "README.md").read_text()
 
 
+def test_what_is_not_the_models_stays_here(hub, push, folder, tmp_path):
+    """A training's logs name the machine, its user and the command."""
+    expected = {path.name for path in folder.iterdir()}
+    for name in (".env", ".out.lock", "runs/x/events.out", "wandb/run/files/wandb-metadata.json", "inner/config.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("{{ messages }}")
+    assert push(folder, "you/half").code == 0
+    assert set(hub.files) == expected | {"additional_chat_templates/tool_use.jinja"}
+    hub.files.clear(), hub.asked.clear()
+    (tmp_path / "secret").write_text("mine")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    done = push(folder, "you/half")
+    assert done.code == 2 and "out of the model's folder" in done.err and not hub.asked
+
+
 @pytest.mark.parametrize(
     ("path", "code", "words"),
     [

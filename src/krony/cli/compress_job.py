@@ -180,6 +180,8 @@ class Job:
     def _how_to_resume(self) -> str:
         """What an interrupted run left, and how to continue."""
         work = work_folder(self.out)
+        if (self.out / "config.json").exists():
+            return f"{self.out} is complete; {work}, if it is there, can be removed"
         if work.exists():
             return f"{work} holds what is done: the same command resumes from there"
         if self.text.cache and self.text.calibration is not None:

@@ -27,6 +27,7 @@ def run(
     from krony.compression.model_card import healed_card
     from krony.demo.report import demo_page, table
     from krony.demo.run import HEALED, run_demo
+    from krony.models.quantizer import recorded_options
     from krony.models.source import ModelSource
     from krony.storage.files import check_writable, fresh_folder
 
@@ -36,9 +37,10 @@ def run(
     with to.progress() as progress:
         demo = run_demo(heal_tokens=heal_tokens, max_tokens=max_tokens, seed=seed, progress=progress)
     figures = {"teacher": "demo", "recipe": "quick"} | demo.healing[HEALED].to_json()
+    card = healed_card("demo", figures, recorded_options(demo.model.config))
     with fresh_folder(out) as folder:
         ModelSource.find("demo").save(demo.model, folder)
-        (folder / "README.md").write_text(healed_card("demo", figures), encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "report.html").write_text(demo_page(demo), encoding="utf-8")
     shown = table(demo.rows)
     to.table(shown.columns, shown.rows)

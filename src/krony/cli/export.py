@@ -129,9 +129,11 @@ def _engine(words: Output, source: ModelSource, out: Path, to: str, kind: str) -
         else:
             write_graph(made, folder, to)
             source.save_tokenizer(folder)
+            if loaded.generation_config is not None:
+                loaded.generation_config.save_pretrained(folder)
         figures["params_after"] = count_parameters(made)
         _write_card(folder, source, figures, how)
-    figures["files"] = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    figures["files"] = {path.name: path.stat().st_size for path in sorted(out.iterdir()) if path.is_file()}
     size = sum(figures["files"].values()) / 1e6
     words.say(f"{source.name} -> {out}: {figures['params_after']:,} parameters, {size:.1f} MB; {how}")
     words.json(figures)

@@ -302,6 +302,8 @@ class _Job:
         from krony.healing.chain import THEN
         from krony.healing.checkpoints import find_last
 
+        if (self.out / "config.json").exists():
+            return f"{self.out} is complete; {self.work}, if it is there, can be removed"
         if not self.work.exists():
             return "nothing was written"
         last = find_last(self.work / THEN) or find_last(self.work)

@@ -26,6 +26,9 @@ def run(
 ) -> None:
     """Read a checkpoint in the published code's layout (padas-lab-de/krony-PT), and write it as a model to OUT."""
     to = Output(json_to, out)
+    from transformers import GenerationConfig
+
+    from krony.compression.model_card import imported_card
     from krony.models.published_code import from_reference, read_reference
     from krony.models.source import ModelSource
     from krony.models.surgery import count_parameters, kronecker_layers
@@ -35,10 +38,14 @@ def run(
     check_writable(out)
     source = ModelSource.find(like)
     model = from_reference(read_reference(file), source.config, activation=activation)
-    with fresh_folder(out) as folder:
-        source.save(model, folder)
+    if source.folder is not None and (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
     shape = next(iter(kronecker_layers(model).values())).shape
     params = count_parameters(model)
+    card = imported_card(like, file.name, str(shape), params)
+    with fresh_folder(out) as folder:
+        source.save(model, folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     to.say(f"{file} -> {out}: {model.config.n_layer} layers of scheme {shape}, {params:,} parameters, {activation}")
     if not source.has_tokenizer:
         to.say(f"without a tokenizer: none of {like} can be read here, so copy GPT-2's into {out}")

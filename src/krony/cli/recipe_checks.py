@@ -39,6 +39,8 @@ def check_slim(compressed: KronyConfig, heals: list[Section]) -> None:
             f"slim leaves out neurons that init neurons with epsilon 0 drops, and here compress has init "
             f"{compressed.init}{epsilon}: {else_}"
         )
+    if compressed.layers != "all":
+        raise KronyError(f"slim needs every MLP compressed, and here compress has layers {compressed.layers}: {else_}")
     for section in heals:
         freeze = section.options.get("freeze", default_freeze(section.options.get("recipe", "quick")))
         if "right" not in parse_freeze(freeze):

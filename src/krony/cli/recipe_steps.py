@@ -18,6 +18,7 @@ from krony.cli.output import Output
 from krony.cli.recipe_checks import MODELS, check_slim, check_texts, values
 from krony.cli.recipe_file import VERBS, Recipe, Section
 from krony.config import KronyConfig
+from krony.data.sets import TEST_SETS
 from krony.errors import KronyError
 from krony.models.source import ModelSource
 from krony.pages import Table
@@ -25,6 +26,7 @@ from krony.runtime.hardware import machine
 from krony.runtime.signals import Stopped
 from krony.storage.files import write_json, write_text
 from krony.storage.locks import WORK
+from krony.storage.tensor_files import read_json
 
 NAMED_BY = ("to", "type", "multiple-of")  # options of an export, from which its folder is named
 RECIPE, FIGURES, VERSIONS = "recipe.yaml", "figures.json", "requirements.txt"
@@ -63,9 +65,13 @@ class Step:
 
     @property
     def reads(self) -> list[str]:
-        """The files and folders that the options name."""
-        names = sorted({name for name in values(self.section, tuple(self.section.options)) if isinstance(name, str)})
-        return [name for name in names if Path(name).exists()]
+        """The files and folders that the options name; of a folder with test sets, those that are measured."""
+        options = self.section.options
+        named = {key: set(values(self.section, (key,))) for key in options}
+        if folder := options.get("data-dir"):
+            sets = named.get("data", {"wikitext-2"})
+            named["data-dir"] = {str(Path(folder) / TEST_SETS[name].file) for name in sets if name in TEST_SETS}
+        return sorted(name for name in set().union(*named.values()) if isinstance(name, str) and _exists(name))
 
 
 def steps_of(recipe: Recipe) -> list[Step]:
@@ -129,7 +135,9 @@ class Run:
             if self.recipe.out.is_dir() and any(self.recipe.out.iterdir()):
                 raise KronyError(f"{self.recipe.out} is not empty, and no run of a recipe began it: name a new folder")
             return {}
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["steps"]
+        found = read_json(file).get("steps")
+        if not isinstance(found, dict) or not all(_is_record(record) for record in found.values()):
+            raise KronyError(f"{file} is not what a run of a recipe writes: name a new folder")
         for step in self.steps:
             if step.name in found:
                 self._check_same(step, found[step.name])
@@ -241,10 +249,23 @@ def versions() -> str:
     return "\n".join(sorted(found, key=str.lower)) + "\n"
 
 
+def _exists(name: str) -> bool:
+    """Whether a file or folder has this name; a regular expression can be longer than any name."""
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_record(found: Any) -> bool:
+    return isinstance(found, dict) and "command" in found and isinstance(found.get("files"), dict)
+
+
 def digest_of(path: Path) -> str:
-    """The digest of a file, or of all files in a folder."""
+    """The digest of a file, or of all files in a folder, without hidden ones: locks lie there while a verb runs."""
     found = hashlib.blake2b(digest_size=16)
-    for file in [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file()):
+    inside = [] if path.is_file() else (each for each in path.iterdir() if not each.name.startswith("."))
+    for file in [path] if path.is_file() else sorted(each for each in inside if each.is_file()):
         found.update(file.name.encode())
         with file.open("rb") as stream:
             for piece in iter(lambda: stream.read(1 << 20), b""):

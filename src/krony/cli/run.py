@@ -58,7 +58,7 @@ def run(
         done = job.go()
     if table := comparison(done):
         to.table(table.columns, table.rows)
-    to.say(f"{job.recipe.out} holds {', '.join(step.out.name for step in job.steps if step.out)} and {FIGURES}")
+    to.say(f"{job.recipe.out} holds {', '.join([*(step.out.name for step in job.steps if step.out), FIGURES])}")
     to.json({"model": job.recipe.model, "steps": done})
 
 

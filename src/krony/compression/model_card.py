@@ -109,13 +109,24 @@ def exported_card(source: str, to: str, made_with: dict[str, Any], params: tuple
     """
     compressed = f"It was compressed by krony ({_options(made_with)}). " if made_with else ""
     changes = f" {how[0].upper()}{how[1:]}." if how else ""
-    return f"""{_front_matter(source)}
+    return f"""{_front_matter(source, form=to)}
 # {_title(source)}, as {to}
 
 `{_title(source)}`, exported by krony {__version__} to {USES[to]}.
 
 {compressed}It has {params[1]:,} parameters; before the export there were {params[0]:,}. It runs without krony.{changes}
 """
+
+
+def imported_card(source: str, file: str, scheme: str, params: int) -> str:
+    """Markdown for the README of a checkpoint of the published code that was read; ``source`` is the original."""
+    return f"""{_front_matter(source)}
+# {_title(source)}, compressed with Kronecker products
+
+`{file}`, a checkpoint of the published code (padas-lab-de/krony-PT), read by krony {__version__}: every MLP has scheme
+`{scheme}`, and the model {params:,} parameters.
+
+{LOADING}"""
 
 
 def healed_card(source: str, figures: dict[str, Any], made_with: dict[str, Any] | None = None) -> str:
@@ -161,17 +172,21 @@ def healed_table(figures: dict[str, Any]) -> Table:
     )
 
 
-def _front_matter(source: str, *results: EvalResult) -> str:
-    """The metadata block. Licence, language and base come from the source's own card where it has one."""
-    known = _metadata(source)
+def _front_matter(source: str, *results: EvalResult, form: str = "") -> str:
+    """The metadata block. Licence, language and base come from the source's own card where it has one.
+
+    ``form``: that of an export. transformers doesn't load an engine's, so that the hub must not offer it.
+    """
+    known, engine = _metadata(source), form in ("gguf", "onnx", "openvino")
+    bases = known.get("base_model") or []
+    bases = [base for base in ([bases] if isinstance(bases, str) else bases) if _is_hub_name(str(base))]
     data = ModelCardData(
         model_name=f"{_title(source)}, by krony",
-        base_model=source if _is_hub_name(source) else known.get("base_model"),
-        license=known.get("license"),
-        language=known.get("language"),
-        library_name="transformers",
+        base_model=source if _is_hub_name(source) else bases[0] if len(bases) == 1 else bases or None,
+        **{name: known.get(name) for name in ("license", "license_name", "license_link", "language")},
+        library_name=None if engine else "transformers",
         pipeline_tag="text-generation",
-        tags=["krony", "kronecker", "compression"],
+        tags=["krony", "kronecker", "compression", *([form] if engine else [])],
         eval_results=list(results) or None,
         ignore_metadata_errors=True,
     )

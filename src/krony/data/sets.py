@@ -139,9 +139,18 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False
     for number, piece in enumerate(_pieces(text)):
         if most is not None and len(made) >= most:
             break
-        encoded = tokenizer(piece, add_special_tokens=special and number == 0, verbose=False)  # without warnings
-        made += encoded["input_ids"]
+        if special and number == 0:
+            made += begin(tokenizer, piece)
+        else:
+            made += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]  # without warnings
     return torch.tensor(made[:most], dtype=torch.long)
+
+
+def begin(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of a text that continues: with what the tokenizer puts before it, without what it puts after it."""
+    whole, plain = (tokenizer(text, add_special_tokens=adds, verbose=False)["input_ids"] for adds in (True, False))
+    starts = (start for start in range(len(whole) - len(plain) + 1) if whole[start : start + len(plain)] == plain)
+    return list(whole[: next(starts, len(whole)) + len(plain)])
 
 
 def _pieces(text: str, size: int = PIECE) -> Iterator[str]:

@@ -161,8 +161,8 @@ def _interleaved(name: str, weight: Tensor, config: PretrainedConfig) -> Tensor:
 
 
 def _from_one(name: str, weight: Tensor, config: PretrainedConfig) -> Tensor:
-    """Gemma stores its norms' weights less one."""
-    return weight + 1 if name.endswith("norm.weight") else weight
+    """Gemma stores its norms' weights less one; the sum is exact in float32, in which a file holds norms."""
+    return weight.float() + 1 if name.endswith("norm.weight") else weight
 
 
 FAMILIES = {

@@ -58,8 +58,11 @@ def write_vocabulary(writer: GGUFWriter, model: PreTrainedModel, tokenizer: PreT
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": each} for name, each in template.items()]
+    if template:
+        writer.add_chat_template(template)
 
 
 def split_name(stored: dict[str, Any]) -> str:

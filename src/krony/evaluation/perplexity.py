@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from krony.data.sets import TEST_SETS, join_documents, join_rows, load_texts
+from krony.data.sets import TEST_SETS, begin, join_documents, join_rows, load_texts
 from krony.errors import KronyError
 from krony.evaluation.settings import EvaluationOptions
 from krony.models.loading import context_length
@@ -217,11 +217,11 @@ def _cases(
     used = 0
     for passage in passages:
         context, _, word = passage.rpartition(" ")
-        tokens = tokenizer(f"{context} {word}")["input_ids"]
+        tokens = begin(tokenizer, f"{context} {word}")
         used += len(tokens)
         if max_tokens is not None and used > max_tokens and cases:
             break
-        answer = len(tokens) - len(tokenizer(context)["input_ids"])
+        answer = len(tokens) - len(begin(tokenizer, context))
         cases.append((tokens[-longest:], answer))
     return cases
 

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 
 from krony.errors import KronyError
 from krony.healing.recipes import Recipe
+from krony.kronecker.embedding import KroneckerEmbedding
+from krony.kronecker.linear import KroneckerLinear
 from krony.models.modes import quiet
-from krony.models.surgery import kronecker_layers
+from krony.models.surgery import kronecker_embeddings, kronecker_layers
 
 
 @contextmanager
@@ -97,9 +99,7 @@ def gradient_checkpointing(model: PreTrainedModel, *, on: bool) -> None:
 
 def _frozen_parameters(model: PreTrainedModel, words: Collection[str]) -> set[int]:
     """The ids of the parameters that these words freeze."""
-    layers = kronecker_layers(model).values()
-    scalars = {id(layer.scalars) for layer in layers if layer.scalars is not None}
-    factors = {id(p) for layer in layers for p in (layer.weight, layer.right)}
+    factors, scalars = _factors(model)
     parameters = {id(p) for p in model.parameters()}
     frozen: set[int] = set()
     if "inherited" in words:
@@ -107,7 +107,7 @@ def _frozen_parameters(model: PreTrainedModel, words: Collection[str]) -> set[in
             raise KronyError("freeze inherited leaves a dense model nothing to train: take none")
         frozen |= parameters - factors - scalars
     if "right" in words:
-        frozen |= {id(layer.right) for layer in layers}
+        frozen |= {id(layer.right) for layer in _factorised(model)}
     if "scalars" in words:
         if not scalars:
             raise KronyError("freeze scalars: this model has no scalars (krony compress --scalars adds them)")
@@ -117,14 +117,23 @@ def _frozen_parameters(model: PreTrainedModel, words: Collection[str]) -> set[in
     return frozen
 
 
+def _factorised(model: nn.Module) -> list[KroneckerLinear | KroneckerEmbedding]:
+    return [*kronecker_layers(model).values(), *kronecker_embeddings(model).values()]
+
+
+def _factors(model: nn.Module) -> tuple[set[int], set[int]]:
+    """The ids of the factors, those of embeddings included, and of the scalars."""
+    factors = {id(p) for layer in _factorised(model) for p in (layer.weight, layer.right)}
+    scalars = {id(layer.scalars) for layer in kronecker_layers(model).values() if layer.scalars is not None}
+    return factors, scalars
+
+
 def adamw(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters: only factors decay, and each kind has its learning rate.
 
     The betas are those of the published code (``train.py``); the paper gives none.
     """
-    layers = kronecker_layers(model).values()
-    factors = {id(p) for layer in layers for p in (layer.weight, layer.right)}
-    scalars = {id(layer.scalars) for layer in layers if layer.scalars is not None}
+    factors, scalars = _factors(model)
     training = [p for p in model.parameters() if p.requires_grad]
     factor_rate, other_rate = recipe.factor_rate or recipe.learning_rate, recipe.inherited_rate or recipe.learning_rate
     scalar_rate = recipe.scalar_rate or factor_rate

@@ -88,7 +88,8 @@ def _excess(name: str, value: float) -> str | None:
     """What no model has or is, in words, where a number of this name says so; None where it doesn't."""
     if isinstance(value, float):
         return None if abs(value) <= MOST_FLOAT else "is so large"
-    if value > MOST_LAYERS and ("layer" in name or name == "attention_types"):
+    counts_layers = "layer" in name and "per_layer" not in name  # such as Gemma's vocab_size_per_layer_input
+    if value > MOST_LAYERS and (counts_layers or name == "attention_types"):
         return "has so many layers"
     if value > MOST_PARTS and name.startswith(COUNT_PREFIXES) and not name.endswith(DIMENSIONS):
         return "has so many"

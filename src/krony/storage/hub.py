@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from glob import escape
 from pathlib import Path
 from typing import Literal
 
@@ -10,9 +11,10 @@ from huggingface_hub import HfApi, ModelCard, constants, get_token, try_to_load_
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from krony.errors import KronyError
-from krony.storage.tensor_files import INDEX, SINGLE
+from krony.storage.tensor_files import INDEX, SINGLE, check_link
 
 SECONDS = 4.0  # how long the hub is waited for
+TEMPLATES = "additional_chat_templates"  # transformers' folder for those with names
 
 Answer = Literal["known", "unknown", "no name", "no answer"]
 
@@ -61,17 +63,18 @@ def revision(name: str) -> str | None:
 
 
 def push(folder: Path, name: str, *, private: bool = False) -> str:
-    """Uploads a model's folder as the repository ``name``, which is made if it isn't there. Returns its address.
+    """Uploads a model's files as the repository ``name``, which is made if it isn't there. Returns its address.
 
     The card is checked by the hub before anything is made.
 
     Raises:
-        KronyError: the folder has no card or one that the hub doesn't take, nobody is logged in, this account may not
-            write there, or the hub can't be reached. No sentence holds the token.
+        KronyError: the folder has no card or one that the hub doesn't take, or a link out of it, nobody is logged in,
+            this account may not write there, or the hub can't be reached. No sentence holds the token.
     """
     card = folder / "README.md"
     if not card.is_file():
         raise KronyError(f"{card} is missing: it is the card that the hub shows, and krony's verbs write one")
+    patterns = [escape(name) for name in to_upload(folder)]
     if constants.HF_HUB_OFFLINE:
         raise KronyError("HF_HUB_OFFLINE is set, and push needs the hub: unset it")
     if get_token() is None:
@@ -80,7 +83,9 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
     try:
         _check_card(card)
         address = api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload by krony")
+        api.upload_folder(
+            repo_id=address.repo_id, folder_path=folder, commit_message="Upload by krony", allow_patterns=patterns
+        )
     except HFValidationError as error:
         raise KronyError(f"{name!r} can't be the name of a repository: {_plain(error)}") from None
     except HfHubHTTPError as error:
@@ -90,6 +95,19 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
             raise
         raise KronyError(f"the hub can't be reached ({type(error).__name__}: {_plain(error)})") from None
     return str(address)
+
+
+def to_upload(folder: Path) -> list[str]:
+    """The names of the files of ``folder`` that ``push`` uploads: the model's, without hidden ones.
+
+    Of the folders in it only the one with chat templates is the model's. Logs of a training name the machine, its user
+    and the command line. Raises KronyError for a link out of the folder.
+    """
+    files = [path for where in (folder, folder / TEMPLATES) if where.is_dir() for path in sorted(where.iterdir())]
+    files = [path for path in files if path.is_file() and not path.name.startswith(".")]
+    for path in files:
+        check_link(folder, path)
+    return [path.relative_to(folder).as_posix() for path in files]
 
 
 def _check_card(card: Path) -> None:
