@@ -30,6 +30,25 @@ def test_an_empty_folder_is_taken(tmp_path):
     assert (tmp_path / "out/a").exists()
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_its_permissions_are_those_of_any_new_folder(tmp_path, umask):
+    """Whatever wrote the files; safetensors makes private ones."""
+    before = os.umask(umask)
+    try:
+        with fresh_folder(tmp_path / "out") as folder:
+            (folder / "logs").mkdir()
+            for name in ("logs/a", "model.safetensors"):
+                (folder / name).touch(mode=0o600)
+            (folder / "link").symlink_to(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.lstat().st_mode & 0o777 for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"))}
+    assert modes.pop("link") == 0o777
+    assert modes == {
+        "out": 0o777 & ~umask, "logs": 0o777 & ~umask, "a": 0o666 & ~umask, "model.safetensors": 0o666 & ~umask
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()])
 def test_what_fails_leaves_nothing(tmp_path, error):
     with pytest.raises(type(error)), fresh_folder(tmp_path / "out") as folder:

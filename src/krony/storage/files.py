@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -157,13 +158,24 @@ def fresh_folder(out: Path) -> Iterator[Path]:
             raise cannot_write(out, error) from None
         try:
             yield beside
-            beside.chmod(0o755)  # mkdtemp's is private
+            _give_usual_permissions(beside)
             put_in_place(beside, out)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or f"{error} (is the disk full?)"  # not the system's own sentence
             raise WriteError(f"{printable(out)} can't be written: {reason}") from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def _give_usual_permissions(folder: Path) -> None:
+    """Gives a folder and its files those of new ones, as the umask says: mkdtemp's and safetensors' are private."""
+    probe = folder / ".permissions"
+    probe.mkdir()
+    usual = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(usual if path.is_dir() else usual & 0o666)
 
 
 def put_in_place(folder: Path, out: Path) -> None:
