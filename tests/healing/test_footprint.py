@@ -157,7 +157,7 @@ def test_what_is_frozen_and_what_is_computed_again():
     assert whole.gradients - part.gradients == 257 * 48 * 4
     again = footprint(model, None, RECIPE, HealOptions(gradient_checkpointing=True), processes=1, half=False)
     assert again.activations < 0.7 * whole.activations
-    assert not any(p.is_meta for p in model.parameters()) and not model.is_gradient_checkpointing
+    assert not any(p.is_meta for p in model.parameters()) and not model.is_activation_checkpointing
 
 
 def kept_results():

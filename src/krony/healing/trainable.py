@@ -89,12 +89,11 @@ def round_weights(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
 
 
 def gradient_checkpointing(model: PreTrainedModel, *, on: bool) -> None:
-    """Switches gradient checkpointing; a release of transformers 5 renamed the method."""
-    verb = "enable" if on else "disable"
-    method = getattr(model, f"activation_checkpointing_{verb}", None) or getattr(
-        model, f"gradient_checkpointing_{verb}"
-    )
-    method()
+    """Switches gradient checkpointing."""
+    if on:
+        model.activation_checkpointing_enable()
+    else:
+        model.activation_checkpointing_disable()
 
 
 def _frozen_parameters(model: PreTrainedModel, words: Collection[str]) -> set[int]:
