@@ -17,6 +17,8 @@ from krony.kronecker.derived import reuse_while_decoding, stop_reusing
 from krony.kronecker.fused_mlp import fused_forward
 from krony.kronecker.linear import KroneckerLinear
 
+INPUT = "placeholder"  # what torch.fx calls an argument of the function that it traces
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -80,7 +82,7 @@ def find_parts(module: nn.Module) -> Parts | None:
         graph: Graph = Leaves().trace(module)
     except Exception:  # a forward with control flow can raise anything
         return None
-    *steps, output = [node for node in graph.nodes if not (node.op == "placeholder" and not node.users)]
+    *steps, output = [node for node in graph.nodes if node.op != INPUT or node.users]
     after: list[str] = []
     node = output.args[0]
     while _calls_one(node) and not isinstance(module.get_submodule(node.target), KroneckerLinear):
@@ -95,7 +97,7 @@ def find_parts(module: nn.Module) -> Parts | None:
     if not _calls_one(pair[0]):
         return None
     ups = [pair[0].args[0], *pair[1:]]
-    if not all(_is_up(module, up) and up.args[0].op == "placeholder" for up in ups):
+    if not all(_is_up(module, up) and up.args[0].op == INPUT for up in ups):
         return None
     if len({up.args[0] for up in ups}) != 1 or len(steps) != 4 + len(after) + 2 * (len(ups) - 1):
         return None
