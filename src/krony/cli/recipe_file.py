@@ -82,7 +82,7 @@ def read_recipe(file: Path) -> Recipe:
         )
     named = {key: text(file, top[key], key) if key in top else None for key in ("model", "out")}
     for key, value in named.items():
-        if value is None or value in ("", "~", "null"):
+        if value is None or value in EMPTY:
             raise KronyError(
                 f"{file} names no {key}: it needs a line such as {key}: {'demo' if key == 'model' else 'out'}"
             )
