@@ -79,8 +79,7 @@ def test_the_loss_of_half_precision_is_that_of_the_rounded_weights(rate, tmp_pat
 
 
 def test_a_teacher_in_float16_where_products_are_in_bfloat16(small, tmp_path, monkeypatch):
-    for place in ("models.precision", "healing.training"):
-        monkeypatch.setattr(f"krony.{place}.fast_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr("krony.models.precision.fast_dtype", lambda _: torch.bfloat16)
     teacher = gpt2().half()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     report = heal(small, *text().split(4), work=tmp_path, teacher=teacher, device="cpu")

@@ -29,8 +29,7 @@ from krony.healing.sharding import decoder_layers, placement
 from krony.healing.trainable import gradient_checkpointing, trainable
 from krony.models.copies import copy_with
 from krony.models.fast_training import LONGEST, eager_attention, product_weights
-
-HALF = (torch.bfloat16, torch.float16)
+from krony.models.precision import HALF
 
 
 @dataclass(frozen=True, kw_only=True)

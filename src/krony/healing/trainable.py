@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,32 +59,6 @@ def _dropout(model: PreTrainedModel) -> Iterator[tuple[Any, str, float]]:
             is_rate = name == "p" if isinstance(module, nn.Dropout) else "drop" in name
             if is_rate and isinstance(value, float):
                 yield module, name, value
-
-
-@contextmanager
-def full_precision(model: PreTrainedModel) -> Iterator[dict[str, torch.dtype]]:
-    """Converts half-precision weights to float32, and at the end back to their own dtype; gives those dtypes by name.
-
-    A step of AdamW is smaller than the spacing of bfloat16 numbers, so most weights would never move.
-    """
-    own = {name: p.dtype for name, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)}
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    halves = [(t, t.dtype) for t in tensors if t.dtype in (torch.bfloat16, torch.float16)]
-    try:
-        for tensor, _ in halves:
-            tensor.data = tensor.data.float()
-        yield own
-    finally:
-        for tensor, dtype in halves:
-            tensor.data = tensor.data.to(dtype)
-
-
-@torch.no_grad()
-def round_weights(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Gives float32 parameters the values that they have in ``dtypes``; those without a name there stay."""
-    for name, parameter in model.named_parameters():
-        if name in dtypes:
-            parameter.copy_(parameter.to(dtypes[name]))
 
 
 def gradient_checkpointing(model: PreTrainedModel, *, on: bool) -> None:

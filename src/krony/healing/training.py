@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,13 @@ from krony.healing.report import HealReport
 from krony.healing.scalars import trajectories
 from krony.healing.sharded_trainer import ShardedTrainer
 from krony.healing.sharding import check_sharding, is_sharding
-from krony.healing.trainable import full_precision, round_weights, trainable
+from krony.healing.trainable import trainable
 from krony.healing.trainer import HealingTrainer
 from krony.models.fast_training import fast_training
 from krony.models.loading import context_length
-from krony.models.precision import product_dtype
+from krony.models.precision import full_precision, product_dtype, round_weights
 from krony.runtime import distributed
-from krony.runtime.hardware import check_device, fast_dtype
+from krony.runtime.hardware import check_device
 from krony.runtime.progress import Progress, silent
 from krony.runtime.signals import deferred
 
@@ -100,7 +100,7 @@ def train_on_rows(
         try:
             device = training_device(options.device)
             fast = fast_training(model, teacher, device=device, length=train.length)
-            with full_precision(model) as dtypes, _nothing_left_on(model), _readable(teacher, device), fast:
+            with full_precision(model) as dtypes, _nothing_left_on(model), fast:
                 arguments = _arguments(model, train, recipe, work, options)
                 data = {"train_dataset": train, "eval_dataset": validation, "processing_class": tokenizer}
                 if is_sharding(options):
@@ -191,14 +191,6 @@ def _run(
         trainer.train(resume_from_checkpoint=last)
         round_weights(trainer.model, dtypes)
         return float(trainer.evaluate()["eval_loss"])
-
-
-@contextmanager
-def _readable(teacher: PreTrainedModel | None, device: str) -> Iterator[None]:
-    """Within it a float16 teacher is in float32 where products are in bfloat16 on a CPU, whose norms take no mix."""
-    mixes = teacher is not None and teacher.dtype == torch.float16 and fast_dtype(device) == torch.bfloat16
-    with full_precision(teacher) if teacher is not None and mixes and device == "cpu" else nullcontext():
-        yield
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from krony.models.precision import product_dtype
+from krony.models.precision import full_precision, product_dtype
 from krony.models.surgery import is_linear
 from krony.runtime.hardware import has_tiles
 
@@ -24,9 +24,13 @@ def fast_training(
 
     Only CPUs with fast bfloat16 products are concerned. There transformers' plain attention (``eager``) has the faster
     backward pass, and the faster forward pass too unless the processor has matrix tiles; otherwise torch's own
-    (``sdpa``) stays. The teacher's matrices are kept in bfloat16, which autocast would make of them in every pass.
+    (``sdpa``) stays. The teacher's matrices are kept in bfloat16, which autocast would make of them in every pass. A
+    teacher in float16 is in float32 first: torch's norms on CPUs take no mix of the two.
     """
     with ExitStack() as stack:
+        mixes = teacher is not None and teacher.dtype == torch.float16
+        if teacher is not None and mixes and student is not None and _in_bfloat16(student, device):
+            stack.enter_context(full_precision(teacher))
         if all(_in_bfloat16(model, device) for model in (student, teacher) if model is not None):
             if student is not None and length <= LONGEST:
                 stack.enter_context(eager_attention(student))
