@@ -206,12 +206,12 @@ def choose(
             device.
     """
     check_device(device)
+    if wanted is False or (wanted is None and source.folder is None):
+        return None
     why = _obstacle(source, config, device)
     if wanted and why:
         raise KronyError(f"--stream: {source.name} can't be compressed layer by layer: {why}")
-    if wanted is False or source.files is None or why:
-        return None
-    if wanted is None and source.folder is None:
+    if source.files is None or why:
         return None
     one_by_one = config.initialisation.per_matrix and not reads
     if wanted is None and not one_by_one and 2 * Checkpoint(source.files).bytes <= memory():
