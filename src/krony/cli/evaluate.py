@@ -65,7 +65,7 @@ def run(
     to = Output(json_to)
     check(data, options, tasks, limit, count, device)
     names = _names(tasks)
-    from krony.data.sets import check_named
+    from krony.data.sets import STANDARD, check_named
     from krony.storage.files import check_file, write_text
 
     if report is not None:
@@ -83,7 +83,7 @@ def run(
     loaded = source.load(dtype=dtype, device=distributed.init(device))
     tokenizer = source.tokenizer
     results = []
-    for name in data or ([] if names else ["wikitext-2"]):
+    for name in data or ([] if names else [STANDARD]):
         with to.progress() as progress:
             results.append(evaluate(loaded, tokenizer, name, **vars(options), progress=progress))
     if not distributed.is_first():

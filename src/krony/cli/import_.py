@@ -26,8 +26,6 @@ def run(
 ) -> None:
     """Read a checkpoint in the published code's layout (padas-lab-de/krony-PT), and write it as a model to OUT."""
     to = Output(json_to, out)
-    from transformers import GenerationConfig
-
     from krony.compression.model_card import imported_card
     from krony.models.published_code import from_reference, read_reference
     from krony.models.source import ModelSource
@@ -38,8 +36,8 @@ def run(
     check_writable(out)
     source = ModelSource.find(like)
     model = from_reference(read_reference(file), source.config, activation=activation)
-    if source.folder is not None and (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    if (generation := source.generation_config) is not None:
+        model.generation_config = generation
     shape = next(iter(kronecker_layers(model).values())).shape
     params = count_parameters(model)
     card = imported_card(like, file.name, str(shape), params)

@@ -18,7 +18,7 @@ from krony.cli.output import Output
 from krony.cli.recipe_checks import MODELS, check_slim, check_texts, values
 from krony.cli.recipe_file import VERBS, Recipe, Section
 from krony.config import KronyConfig
-from krony.data.sets import TEST_SETS
+from krony.data.sets import STANDARD, TEST_SETS
 from krony.errors import KronyError
 from krony.models.source import ModelSource
 from krony.pages import Table
@@ -69,7 +69,7 @@ class Step:
         options = self.section.options
         named = {key: set(values(self.section, (key,))) for key in options}
         if folder := options.get("data-dir"):
-            sets = named.get("data", {"wikitext-2"})
+            sets = named.get("data", {STANDARD})
             named["data-dir"] = {str(Path(folder) / TEST_SETS[name].file) for name in sets if name in TEST_SETS}
         return sorted(name for name in set().union(*named.values()) if isinstance(name, str) and _exists(name))
 

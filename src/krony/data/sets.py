@@ -32,6 +32,7 @@ TEST_SETS = {
     "wikitext-103": TestSet("wikitext-103/wiki.test.tokens", ("Salesforce/wikitext", "wikitext-103-v1")),
     "lambada": TestSet("lambada/lambada_test_plain_text.txt", ("cimec/lambada", None), last_word=True),
 }
+STANDARD = "wikitext-2"  # what is measured where nothing is named
 ON_HUB = frozenset("/:@")  # one of them is in every name on the hub, so that "wikitext-3" is a misspelt name
 LONGEST_TOKEN = 64  # characters; an average token of text has four
 PIECE = 8_000_000  # characters tokenised at once, because a tokenizer needs some hundred bytes for each

@@ -109,6 +109,13 @@ class ModelSource:
             raise KronyError(f"{self.name}: no tokenizer can be loaded from there: tokenizer.json is missing")
         return tokenizer
 
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """What its folder says about generation; None if it says nothing. Raises what transformers does."""
+        if self.folder is None or not (self.folder / "generation_config.json").is_file():
+            return None
+        return GenerationConfig.from_pretrained(self.folder)
+
     def check_saves(self) -> None:
         """Saves config, generation config and tokenizer to a temporary folder, as a verb does after its work.
 
@@ -116,8 +123,8 @@ class ModelSource:
         """
         with tempfile.TemporaryDirectory() as folder, LoadingErrors(self.name, "it can be read but not saved again"):
             self.skeleton.config.save_pretrained(folder)  # which knows what the config alone does not, such as sdpa
-            if self.folder is not None and (self.folder / "generation_config.json").is_file():
-                GenerationConfig.from_pretrained(self.folder).save_pretrained(folder)
+            if (generation := self.generation_config) is not None:
+                generation.save_pretrained(folder)
             if self.has_tokenizer:
                 _check_template_names(self.tokenizer)
             self.save_tokenizer(folder)

@@ -74,7 +74,7 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
     card = folder / "README.md"
     if not card.is_file():
         raise KronyError(f"{card} is missing: it is the card that the hub shows, and krony's verbs write one")
-    patterns = [escape(name) for name in to_upload(folder)]
+    patterns = [escape(name) for name in _to_upload(folder)]
     if constants.HF_HUB_OFFLINE:
         raise KronyError("HF_HUB_OFFLINE is set, and push needs the hub: unset it")
     if get_token() is None:
@@ -97,7 +97,7 @@ def push(folder: Path, name: str, *, private: bool = False) -> str:
     return str(address)
 
 
-def to_upload(folder: Path) -> list[str]:
+def _to_upload(folder: Path) -> list[str]:
     """The names of the files of ``folder`` that ``push`` uploads: the model's, without hidden ones.
 
     Of the folders in it only the one with chat templates is the model's. Logs of a training name the machine, its user
