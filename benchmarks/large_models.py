@@ -1,13 +1,14 @@
 """The memory of ``krony heal`` in each process: computed for large models, and measured for a small one.
 
-    python benchmarks/large_models.py [--draw-only]
+    python benchmarks/large_models.py [--draw-only | --compute-only]
 
 Computed: Llama-shaped models of 1, 7 and 70 billion parameters with half of their MLPs' neurons, on 1, 8 and 64
 devices, as ``krony heal --dry-run`` says it. Measured: a Llama-shaped model of 49 million parameters on CPUs, alone,
 with a copy in each of two processes, and sharded. The figures are peaks of the resident memory of a process in the
 complete run with its checkpoint, over what it held before the model was made, after a run of a tiny model. Of a sharded
 run the first process keeps the whole models; the other takes what a device needs. Writes
-``benchmarks/results/large_models.json`` and the tables in ``docs/large-models.md``.
+``benchmarks/results/large_models.json`` and the tables in ``docs/large-models.md``. With --compute-only, what was
+measured stays and what is computed is renewed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import DOCS, fill, results_of
+from common import DOCS, RESULTS, fill, read_results, results_of
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from krony.config import KronyConfig
@@ -35,6 +36,7 @@ from krony.healing.recipes import RECIPES, Recipe
 from krony.healing.training import train_on_rows
 from krony.models.source import empty_model
 from krony.runtime.hardware import machine
+from krony.storage.files import write_json
 
 SHAPES = {  # width, hidden width, layers, heads, key-value heads, vocabulary, tied: Llama 3.2 1B, Llama 2 7B and 70B
     "1B": (2048, 8192, 16, 32, 8, 128_256, True),
@@ -177,16 +179,33 @@ def measured(case: str) -> dict[str, Any]:
         if any(codes := [run.wait() for run in runs]):
             raise SystemExit(f"{case} ended with {codes}")
         found = [int(Path(f"{folder}/bytes-{rank}").read_text()) for rank in range(chosen.processes)]
+    row: dict[str, Any] = {"case": case}
+    for which, said in foretold(case).items():
+        row[which] = {"measured": found[0 if which == "first" else -1], "computed": said}
+    return row
+
+
+def foretold(case: str) -> dict[str, int]:
+    """What is computed for a run that is measured: the bytes of the first process, and of the other if there is one."""
+    chosen = CASES[case]
     model, teacher = (empty_model(config(*SMALL)).float() for _ in range(2))
-    common = {"processes": chosen.processes, "half": chosen.half}
+    common: dict[str, Any] = {"processes": chosen.processes, "half": chosen.half}
     on_cpu, elsewhere = (
         footprint(model, teacher if chosen.taught else None, STEP, options, **common)
         for options in (chosen.options, replace(chosen.options, device=None))
     )
-    row: dict[str, Any] = {"case": case, "first": {"measured": found[0], "computed": on_cpu.peak}}
-    if chosen.processes > 1:
-        row["other"] = {"measured": found[-1], "computed": (elsewhere if chosen.shard else on_cpu).peak}
-    return row
+    if chosen.processes == 1:
+        return {"first": on_cpu.peak}
+    return {"first": on_cpu.peak, "other": (elsewhere if chosen.shard else on_cpu).peak}
+
+
+def compute_again() -> dict[str, Any]:
+    """The kept results with everything computed anew."""
+    results = read_results("large_models")
+    for row in results["measured"]:
+        for which, said in foretold(row["case"]).items():
+            row[which]["computed"] = said
+    return results | {"computed": computed()}
 
 
 def draw(results: dict[str, Any]) -> None:
@@ -220,5 +239,9 @@ def measure() -> dict[str, Any]:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
         work(sys.argv[2], Path(sys.argv[3]))
+    elif sys.argv[1:] == ["--compute-only"]:
+        renewed = compute_again()
+        write_json(RESULTS / "large_models.json", renewed)
+        draw(renewed)
     else:
         draw(results_of("large_models", measure, __doc__))

@@ -182,6 +182,12 @@ def benchmark(monkeypatch):
     return large_models
 
 
+def test_what_stands_beside_the_measurements_is_what_is_computed(benchmark):
+    for row in kept_results()["measured"]:
+        kept = {which: row[which]["computed"] for which in ("first", "other") if which in row}
+        assert benchmark.foretold(row["case"]) == kept, row["case"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["one process", "two, sharded"])
 def test_what_a_run_takes_is_within_a_tenth(case, benchmark):
