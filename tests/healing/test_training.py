@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import shutil
 import signal
@@ -187,6 +188,15 @@ def test_a_teacher_is_followed(ids, tmp_path):
     before = apart()
     heal(model, train, validation, work=tmp_path, recipe=recipe, teacher=teacher)
     assert apart() < 0.7 * before
+
+
+@pytest.mark.parametrize("steps", [1, 9, 14, 19, 61, 576, 999])
+def test_it_validates_at_most_as_often_as_the_recipe_says(small, tmp_path, steps):
+    recipe = replace(TINY, evaluations=10)
+    rows = Rows(np.zeros(steps * 4 * 32, dtype=np.uint16), 32)
+    made = training._arguments(small, rows, recipe, tmp_path, HealOptions(device="cpu"))
+    assert min(steps, 5) <= math.ceil(made.max_steps / made.eval_steps) <= 10  # the last step is always validated
+    assert made.eval_steps % made.logging_steps == 0 and made.save_steps == made.eval_steps
 
 
 def test_the_papers_recipes(small, tmp_path, monkeypatch):

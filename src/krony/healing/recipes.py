@@ -33,7 +33,7 @@ class Recipe:
         text: with a teacher, the share of the loss that is the cross-entropy with the text itself, from 0 to 1.
         hidden: with a teacher, the weight of the distance between the hidden states of both models.
         batch: at most so many rows at once on one device; gradients of the others are accumulated.
-        evaluations: how often the validation loss is measured during the run; each time a checkpoint is saved.
+        evaluations: how often at most the validation loss is measured during the run; each time a checkpoint is saved.
         patience: evaluations without a gain after which training stops. A short run needs its last, small steps, so
             its patience equals its evaluations; None never stops. The best state is kept in any case.
 

@@ -237,7 +237,7 @@ def _arguments(
     batch = max(size for size in range(1, min(recipe.batch, share) + 1) if share % size == 0)
     steps = math.ceil(len(train) // recipe.sequences * recipe.epochs)
     log = max(1, min(10, steps // 50))
-    every = max(1, steps // recipe.evaluations // log) * log  # a resumed run then logs at the same steps
+    every = math.ceil(steps / recipe.evaluations / log) * log  # a resumed run then logs at the same steps
     constant = recipe.final_rate == recipe.learning_rate
     device = training_device(options.device)
     arguments = TrainingArguments(
