@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import GPT2Config
+from transformers import Gemma4TextConfig, GPT2Config
 
 import krony
 from krony import KronyConfig, KronyError
@@ -17,7 +17,7 @@ from krony.models.source import ModelSource
 from krony.storage.tensor_files import Checkpoint
 from krony.streaming.plan import choose, prepare
 from krony.streaming.stream import run
-from small_models import llama
+from small_models import at_random, llama
 from streamed_runs import CALIBRATED, text
 
 # Run apart: a process starts with the peak of the one that it was forked from, which here has held a model.
@@ -107,6 +107,22 @@ def test_what_needs_the_whole_model_says_so(options, words, gpt2_folder, tmp_pat
         main()
     assert stopped.value.code == 2 and words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_share_keys_and_values_run_together(tmp_path):
+    """Gemma 4's last layers use those of earlier ones: from file to file it can be compressed without text alone."""
+    sizes = {"num_hidden_layers": 4, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 12, "global_head_dim": 12, "intermediate_size": 144, "max_position_embeddings": 64}
+    sizes |= {"vocab_size": 257, "vocab_size_per_layer_input": 257, "hidden_size_per_layer_input": 8}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = Gemma4TextConfig(**sizes, num_kv_shared_layers=2, sliding_window=8, layer_types=kinds)
+    at_random(config).save_pretrained(tmp_path)
+    source, asked = ModelSource.find(str(tmp_path)), {"wanted": True, "dtype": "auto", "device": "cpu"}
+    with pytest.raises(KronyError, match="some of its layers use keys and values of earlier ones"):
+        choose(source, KronyConfig("keep=0.5", init="neurons"), **asked)
+    with pytest.raises(KronyError, match="some of its layers use keys and values of earlier ones"):
+        choose(source, KronyConfig("keep=0.5", init="van-loan"), reads=True, **asked)
+    assert choose(source, KronyConfig("keep=0.5", init="van-loan"), **asked) is not None
 
 
 def test_the_rule_which_way_is_taken(gpt2_folder, monkeypatch):

@@ -208,7 +208,7 @@ def choose(
     check_device(device)
     if wanted is False or (wanted is None and source.folder is None):
         return None
-    why = _obstacle(source, config, device)
+    why = _obstacle(source, config, reads=reads, device=device)
     if wanted and why:
         raise KronyError(f"--stream: {source.name} can't be compressed layer by layer: {why}")
     if source.files is None or why:
@@ -219,7 +219,7 @@ def choose(
     return _settle(source, source.files, config, dtype=dtype, reads=reads)
 
 
-def _obstacle(source: ModelSource, config: KronyConfig, device: str = "cpu") -> str | None:
+def _obstacle(source: ModelSource, config: KronyConfig, *, reads: bool, device: str = "cpu") -> str | None:
     """Why the model can't be compressed layer by layer, in words; None if it can."""
     if source.files is None:
         return f"it is neither a folder nor in the hub's cache, so download it first ({DOWNLOAD})"
@@ -237,6 +237,9 @@ def _obstacle(source: ModelSource, config: KronyConfig, device: str = "cpu") -> 
         return f"that works in one process, and there are {distributed.launched()}"
     if source.is_compressed:
         return "it is compressed already"
+    reads = reads or config.needs_text_for is not None
+    if reads and getattr(source.config.get_text_config(), "num_kv_shared_layers", 0):
+        return "some of its layers use keys and values of earlier ones, so on text it runs only as a whole"
     if file_names(source.skeleton) is None:
         return f"transformers rearranges the tensors of a {source.config.model_type} while it loads them"
     if apart := stored_apart(source.skeleton, Checkpoint(source.files)):
@@ -253,7 +256,7 @@ def prepare(
 
     Raises KronyError if the model can't be compressed layer by layer, or if its files are damaged or incomplete.
     """
-    why = _obstacle(source, config)
+    why = _obstacle(source, config, reads=reads)
     if why or source.files is None:
         raise KronyError(f"{source.name} can't be compressed layer by layer: {why}")
     return _settle(source, source.files, config, dtype=dtype, reads=reads)
