@@ -237,8 +237,8 @@ def _obstacle(source: ModelSource, config: KronyConfig, *, reads: bool, device: 
         return f"that works in one process, and there are {distributed.launched()}"
     if source.is_compressed:
         return "it is compressed already"
-    reads = reads or config.needs_text_for is not None
-    if reads and getattr(source.config.get_text_config(), "num_kv_shared_layers", 0):
+    sharing = getattr(source.config.get_text_config(), "num_kv_shared_layers", 0)
+    if sharing and (reads or config.needs_text_for):
         return "some of its layers use keys and values of earlier ones, so on text it runs only as a whole"
     if file_names(source.skeleton) is None:
         return f"transformers rearranges the tensors of a {source.config.model_type} while it loads them"
