@@ -215,6 +215,11 @@ class KronyConfig:
         """Whether a gradient of the loss weighs the errors of the layers (``Moments.sensitivity``)."""
         return self.allocation == "global" or self.reconstruct > 0
 
+    @property
+    def drops_neurons(self) -> bool:
+        """Whether the neurons that are left out of an MLP add nothing, so that ``slim`` can leave out their weights."""
+        return self.initialisation.whole_neurons and not self.epsilon
+
     def non_default_options(self) -> dict[str, Any]:
         """Scheme, init, seed, and every option that differs from its default: what it takes to repeat the work."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}

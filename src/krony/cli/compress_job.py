@@ -191,11 +191,7 @@ class Job:
     def _can_be_slim(self, report: CompressionReport) -> bool:
         """Whether every layer keeps fewer neurons than it had, and drops the others completely."""
         config = self.config
-        if (
-            not config.initialisation.whole_neurons
-            or config.epsilon
-            or (config.modules, config.layers) != ("mlp", "all")
-        ):
+        if not config.drops_neurons or (config.modules, config.layers) != ("mlp", "all"):
             return False
         return len(report.layers) == sum(len(group.sites) for group in find_groups(self.source.skeleton))
 

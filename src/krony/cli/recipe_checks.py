@@ -11,7 +11,6 @@ from krony.data.sets import check_named
 from krony.errors import KronyError
 from krony.healing.options import parse_freeze
 from krony.healing.recipes import default_freeze
-from krony.init.registry import find_initialisation
 
 TEXTS = ("calibration", "data", "val")  # options that name text
 MODELS = ("teacher", "control")  # options that name a model
@@ -33,7 +32,7 @@ def check_texts(section: Section) -> None:
 def check_slim(compressed: KronyConfig, heals: list[Section]) -> None:
     """Raises KronyError if no neuron will be left out of the model that is to be exported to slim."""
     else_ = "export with to: dense, which always works"
-    if not find_initialisation(compressed.init).whole_neurons or compressed.epsilon:
+    if not compressed.drops_neurons:
         epsilon = f" with epsilon {compressed.epsilon:g}" if compressed.epsilon else ""
         raise KronyError(
             f"slim leaves out neurons that init neurons with epsilon 0 drops, and here compress has init "
