@@ -99,6 +99,28 @@ def test_the_loss_is_the_divergence_and_a_share_of_the_text(share, ids):
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)  # float32 differences of logarithms near 5
 
 
+@torch.no_grad()
+def test_it_is_judged_by_the_loss_that_it_trains(monkeypatch):
+    """Text pulls away from the original's predictions, so that a training may succeed though the divergence rises."""
+    text = torch.tensor([7, 9]).repeat(24, 16)  # nothing like what a random model predicts
+    monkeypatch.setattr(tuning, "RATE", 0.02)  # a random model learns slowly
+    original = gpt2(tie_word_embeddings=False)
+    plain, model = copy.deepcopy(original), copy.deepcopy(original)
+    compress(plain, KronyConfig("keep=0.9"), calibration=text)
+    tuned = compress(model, KronyConfig("keep=0.9", tune=40, tune_all=True, tune_text=0.5), calibration=text).tuned
+    held = text[torch.randperm(24, generator=torch.Generator().manual_seed(0))[:3]]
+
+    def loss(of):
+        likelihood = F.cross_entropy(of(held).logits[:, :-1].flatten(0, 1), held[:, 1:].flatten()).item()
+        return 0.5 * divergence(of, original, held) + 0.5 * likelihood
+
+    assert (tuned.loss_before, tuned.loss_after) == pytest.approx((loss(plain), loss(model)), rel=1e-3)
+    assert tuned.improved and tuned.loss_after < tuned.loss_before - 0.05
+    assert tuned.after == pytest.approx(divergence(model, original, held), rel=1e-2) and tuned.after > tuned.before
+    words = tuned.summary()
+    assert f"the loss {tuned.loss_before:.3f} -> {tuned.loss_after:.3f}, the divergence from the original" in words
+
+
 def test_an_interruption_leaves_every_weight(ids):
     model = sharp(gpt2)
     before = copy.deepcopy(model.state_dict())
@@ -172,7 +194,8 @@ def test_training_that_makes_it_worse_is_undone(ids, monkeypatch):
     compress(plain, KronyConfig("keep=0.5"), calibration=ids)
     monkeypatch.setattr(tuning, "RATE", 100.0)
     report = compress(model, KronyConfig("keep=0.5", tune=3), calibration=ids)
-    assert report.tuned.after == report.tuned.before
+    assert report.tuned.after == report.tuned.before and not report.tuned.improved
+    assert "3 steps of training did not lower the loss on sequences held back" in report.tuned.summary()
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), model.state_dict().values(), strict=True))
 
 

@@ -201,10 +201,7 @@ class Job:
             return
         self.to.table(table.columns, table.rows)
         if report.tuned is not None:
-            self.to.say(
-                f"trained for {report.tuned.steps} steps: {report.tuned.before:.3f} -> "
-                f"{report.tuned.after:.3f} nats per token from the original's predictions, on sequences held back"
-            )
+            self.to.say(report.tuned.summary())
         for sentence in (report.summary(), *sentences):
             self.to.say(sentence)
         if self._can_be_slim(report) and report.slim_padding:

@@ -33,19 +33,40 @@ HELD_OUT = 8  # held-out sequences at most, and at most an eighth of all
 CLIP = 1.0  # the largest norm of the gradient
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """The divergence from the original, in nats per token, on held-out sequences.
+    """What a training came to on held-out sequences, in nats per token.
 
     Attributes:
-        before: before the training.
-        after: after it.
+        before: the divergence from the original before the training.
+        after: the same after it.
+        loss_before: the loss that is trained, before: the divergence, mixed with the cross-entropy of the text.
+        loss_after: the same after it.
         steps: the number of steps.
     """
 
     before: float
     after: float
+    loss_before: float
+    loss_after: float
     steps: int
+
+    @property
+    def improved(self) -> bool:
+        """Whether the loss fell; otherwise the weights have their values from before."""
+        return self.loss_after < self.loss_before
+
+    def summary(self) -> str:
+        """One sentence: what the training changed on the sequences that are held back."""
+        if not self.improved:
+            return (
+                f"{self.steps} steps of training did not lower the loss on sequences held back, "
+                f"{self.loss_before:.3f} nats per token: the weights keep their values from before"
+            )
+        gained = f"the divergence from the original {self.before:.3f} -> {self.after:.3f}"
+        if (self.loss_before, self.loss_after) != (self.before, self.after):
+            gained = f"the loss {self.loss_before:.3f} -> {self.loss_after:.3f}, {gained}"
+        return f"trained for {self.steps} steps: {gained} nats per token, on sequences held back"
 
 
 def tune(
@@ -61,7 +82,7 @@ def tune(
 ) -> Tuned:
     """Trains ``model`` in place, one sequence per step; weights keep their dtype.
 
-    If the divergence from the original on the held-out sequences does not fall, the weights keep their values.
+    If the loss on the held-out sequences does not fall, the weights keep their values.
 
     Args:
         original: the uncompressed model, in eval mode; it does not change.
@@ -79,14 +100,14 @@ def tune(
     parameters = _trained(model, everything)
     with torch.no_grad(), _training(model, parameters) as undo, fast:
         lesson = _Lesson(model, original, ids, text)
-        before = lesson.divergence(held)
+        loss_before, before = lesson.measure(held)
         with torch.enable_grad():
             _descend(lesson, parameters, trained, steps, seed, progress)
-        after = lesson.divergence(held)
-        if not after < before:
+        loss_after, after = lesson.measure(held)
+        if not loss_after < loss_before:
             undo()
-            after = before
-    return Tuned(before, after, steps)
+            loss_after, after = loss_before, before
+    return Tuned(before=before, after=after, loss_before=loss_before, loss_after=loss_after, steps=steps)
 
 
 def held_out(sequences: int) -> int:
@@ -167,16 +188,23 @@ class _Lesson:
 
     def loss(self, row: int) -> Tensor:
         """Of one sequence, in nats per token; a scalar."""
+        return self.comparison.loss(self._last(self.model, row), self._wanted(row), self._goal(row))
+
+    @torch.no_grad()
+    def measure(self, rows: list[int]) -> tuple[float, float]:
+        """The mean loss of these sequences, and their mean divergence from the original, without gradients."""
+        losses, divergences = [], []
+        for row in rows:
+            states, wanted = self._last(self.model, row), self._wanted(row)
+            divergences.append(self.comparison.loss(states, wanted, PLAIN).item())
+            losses.append(
+                self.comparison.loss(states, wanted, self._goal(row)).item() if self.text else divergences[-1]
+            )
+        return sum(losses) / len(rows), sum(divergences) / len(rows)
+
+    def _goal(self, row: int) -> Goal:
         labels = following(self.ids[row][None]).to(self.model.device) if self.text else None
-        return self._compare(row, Goal(text=self.text, labels=labels))
-
-    def divergence(self, rows: list[int]) -> float:
-        """The mean divergence from the original on these sequences, without gradients."""
-        with torch.no_grad():
-            return sum(self._compare(row, PLAIN).item() for row in rows) / len(rows)
-
-    def _compare(self, row: int, goal: Goal) -> Tensor:
-        return self.comparison.loss(self._last(self.model, row), self._wanted(row), goal)
+        return Goal(text=self.text, labels=labels)
 
     @torch.no_grad()
     def _wanted(self, row: int) -> Tensor:
