@@ -86,6 +86,8 @@ class Starts:
             config = krony.KronyConfig(f"keep={keep:g}", seed=self.options.seed, **options)
             text = self.ids if config.needs_text_for else None
             report = krony.compress(model, config, calibration=text, cache=cache_folder())
+            if report.tuned is not None and not report.tuned.improved:
+                raise SystemExit(f"{way}: {report.tuned.summary()}")
             read = report.calibration is not None and "is read" in report.calibration
         seconds = time.perf_counter() - start
         times = {"seconds": seconds, "calibrated": read, "threads": torch.get_num_threads()}

@@ -107,7 +107,8 @@ def test_it_is_judged_by_the_loss_that_it_trains(monkeypatch):
     original = gpt2(tie_word_embeddings=False)
     plain, model = copy.deepcopy(original), copy.deepcopy(original)
     compress(plain, KronyConfig("keep=0.9"), calibration=text)
-    tuned = compress(model, KronyConfig("keep=0.9", tune=40, tune_all=True, tune_text=0.5), calibration=text).tuned
+    report = compress(model, KronyConfig("keep=0.9", tune=40, tune_all=True, tune_text=0.5), calibration=text)
+    tuned = report.tuned
     held = text[torch.randperm(24, generator=torch.Generator().manual_seed(0))[:3]]
 
     def loss(of):
@@ -117,8 +118,8 @@ def test_it_is_judged_by_the_loss_that_it_trains(monkeypatch):
     assert (tuned.loss_before, tuned.loss_after) == pytest.approx((loss(plain), loss(model)), rel=1e-3)
     assert tuned.improved and tuned.loss_after < tuned.loss_before - 0.05
     assert tuned.after == pytest.approx(divergence(model, original, held), rel=1e-2) and tuned.after > tuned.before
-    words = tuned.summary()
-    assert f"the loss {tuned.loss_before:.3f} -> {tuned.loss_after:.3f}, the divergence from the original" in words
+    words = f"the loss {tuned.loss_before:.3f} -> {tuned.loss_after:.3f}, the divergence from the original"
+    assert words in str(report) and words in report._repr_html_()
 
 
 def test_an_interruption_leaves_every_weight(ids):
@@ -195,7 +196,7 @@ def test_training_that_makes_it_worse_is_undone(ids, monkeypatch):
     monkeypatch.setattr(tuning, "RATE", 100.0)
     report = compress(model, KronyConfig("keep=0.5", tune=3), calibration=ids)
     assert report.tuned.after == report.tuned.before and not report.tuned.improved
-    assert "3 steps of training did not lower the loss on sequences held back" in report.tuned.summary()
+    assert "3 steps of training did not lower the loss on sequences held back" in str(report)
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), model.state_dict().values(), strict=True))
 
 

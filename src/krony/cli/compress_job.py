@@ -200,9 +200,7 @@ class Job:
         if not distributed.is_first():
             return
         self.to.table(table.columns, table.rows)
-        if report.tuned is not None:
-            self.to.say(report.tuned.summary())
-        for sentence in (report.summary(), *sentences):
+        for sentence in (*report.sentences(), *sentences):
             self.to.say(sentence)
         if self._can_be_slim(report) and report.slim_padding:
             self.to.say(padding_sentence(report.kept_neurons, max(report.kept_neurons), report.slim_padding))

@@ -114,6 +114,10 @@ class CompressionReport:
         share = self.params_after / self.params_before
         return f"{self.params_before:,} -> {self.params_after:,} parameters ({share:.1%}) in {self.seconds:.1f} s"
 
+    def sentences(self) -> list[str]:
+        """What belongs under the table: what the joint training gained, if there was one, and the summary."""
+        return [*([] if self.tuned is None else [self.tuned.summary()]), self.summary()]
+
     def __str__(self) -> str:
         table = self.table()
         rows = list(table.rows)
@@ -126,11 +130,11 @@ class CompressionReport:
             for cells in (list(zip(row, widths, strict=True)) for row in (table.columns, *rows))
         ]
         title = f"{len(self.layers)} matrices, scheme {self.scheme}, init {self.init}"
-        return "\n".join([title, *(line.rstrip() for line in lines), self.summary()])
+        return "\n".join([title, *(line.rstrip() for line in lines), *self.sentences()])
 
     def _repr_html_(self) -> str:
         """The table and the summary, for a notebook."""
-        return f"{self.table().html()}<p>{self.summary()}</p>"
+        return f"{self.table().html()}<p>{'<br>'.join(self.sentences())}</p>"
 
 
 def _row(layer: LayerReport) -> list[str]:
