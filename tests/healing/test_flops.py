@@ -10,7 +10,7 @@ import torch
 import krony
 from healing_runs import TINY, heal, text
 from krony.healing.flops import forward_flops, peak, training_flops
-from small_models import gpt2
+from small_models import gpt2, llama
 
 
 def by_hand(length, mlp):
@@ -19,13 +19,24 @@ def by_hand(length, mlp):
     return 2 * (3 * (attention + mlp * length) + 257 * 48 * length)
 
 
-def test_a_dense_model_takes_what_its_matrices_do():
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_dense_model_takes_what_its_matrices_do(attention):
     model = gpt2()
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(attention)
     assert forward_flops(model, 32) == by_hand(32, 2 * 192 * 48)
     assert training_flops(model, None, 32) == 3 * by_hand(32, 2 * 192 * 48) / 32
     assert training_flops(model, model, 32) == 4 * by_hand(32, 2 * 192 * 48) / 32
     assert not model.training and model.train() and forward_flops(model, 8) > 0 and model.training
+
+
+def test_heads_that_share_keys_and_values_count_each():
+    """Scores and sums are those of the queries' heads, as in transformers' plain attention."""
+    model = llama()
+    counted = {}
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        counted[attention] = forward_flops(model, 32)
+    assert counted["sdpa"] == counted["eager"]
 
 
 def test_a_compressed_model_takes_less():

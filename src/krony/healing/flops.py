@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -12,6 +14,8 @@ from krony.models.precision import fast_products
 # Peak of dense bfloat16 products in FLOP/s, by a part of the device's name: NVIDIA's data sheets.
 PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 
+ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch's counter knows those of GPUs alone
+
 
 @torch.no_grad()
 def forward_flops(model: PreTrainedModel, length: int) -> int:
@@ -20,7 +24,8 @@ def forward_flops(model: PreTrainedModel, length: int) -> int:
     The products that are run are counted, so a sum of Kronecker products counts what its forward path takes.
     """
     ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
-    with evaluating(model), fast_products(model), FlopCounterMode(display=False) as counter:
+    counting = FlopCounterMode(display=False, custom_mapping={ON_CPU: _attention})
+    with evaluating(model), fast_products(model), counting as counter:
         model(input_ids=ids, use_cache=False)
     return int(counter.get_total_flops())
 
@@ -37,3 +42,9 @@ def peak(device: torch.device, *, bf16: bool) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for part, flops in PEAKS.items() if part in name), None)
+
+
+def _attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """FLOPs of scores and sums, of all pairs of tokens; shapes ``(batch, heads, tokens, head_dim)``."""
+    batch, heads, tokens, width = query
+    return 2 * batch * heads * tokens * key[2] * (width + value[3])
