@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 from common import DOCS, RESULTS, Runs, arguments, draw_or_measure
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from krony.compression.allocation import least_width, ranking_of
@@ -42,7 +41,7 @@ from krony.compression.replacement import replacements
 from krony.compression.tuning import tune
 from krony.config import KronyConfig
 from krony.data.rows import Rows
-from krony.healing.flops import training_flops
+from krony.healing.flops import flop_counter, training_flops
 from krony.healing.options import HealOptions
 from krony.healing.recipes import RECIPES
 from krony.healing.training import train_on_rows
@@ -167,7 +166,7 @@ def between_steps(run: Callable[[Callable[..., None]], object]) -> list[float]:
 
 def counted(run: Callable[[], object]) -> int:
     """FLOPs of the products that ``run`` computes."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         run()
     return int(counter.get_total_flops())
 

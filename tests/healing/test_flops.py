@@ -9,7 +9,7 @@ import torch
 
 import krony
 from healing_runs import TINY, heal, text
-from krony.healing.flops import forward_flops, peak, training_flops
+from krony.healing.flops import flop_counter, forward_flops, peak, training_flops
 from small_models import gpt2, llama
 
 
@@ -27,6 +27,15 @@ def test_a_dense_model_takes_what_its_matrices_do(attention):
     assert training_flops(model, None, 32) == 3 * by_hand(32, 2 * 192 * 48) / 32
     assert training_flops(model, model, 32) == 4 * by_hand(32, 2 * 192 * 48) / 32
     assert not model.training and model.train() and forward_flops(model, 8) > 0 and model.training
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_backward_pass_takes_twice_as_many(attention):
+    model = gpt2().eval()
+    model.set_attn_implementation(attention)
+    with flop_counter() as counter:
+        model(input_ids=torch.zeros(1, 32, dtype=torch.long)).logits.sum().backward()
+    assert counter.get_total_flops() == 3 * by_hand(32, 2 * 192 * 48)
 
 
 def test_heads_that_share_keys_and_values_count_each():

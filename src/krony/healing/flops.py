@@ -14,8 +14,6 @@ from krony.models.precision import fast_products
 # Peak of dense bfloat16 products in FLOP/s, by a part of the device's name: NVIDIA's data sheets.
 PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 
-ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch's counter knows those of GPUs alone
-
 
 @torch.no_grad()
 def forward_flops(model: PreTrainedModel, length: int) -> int:
@@ -24,8 +22,7 @@ def forward_flops(model: PreTrainedModel, length: int) -> int:
     The products that are run are counted, so a sum of Kronecker products counts what its forward path takes.
     """
     ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
-    counting = FlopCounterMode(display=False, custom_mapping={ON_CPU: _attention})
-    with evaluating(model), fast_products(model), counting as counter:
+    with evaluating(model), fast_products(model), flop_counter() as counter:
         model(input_ids=ids, use_cache=False)
     return int(counter.get_total_flops())
 
@@ -44,7 +41,20 @@ def peak(device: torch.device, *, bf16: bool) -> float | None:
     return next((flops for part, flops in PEAKS.items() if part in name), None)
 
 
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, which knows its own attention on GPUs alone, and here on CPUs too.
+
+    All pairs of tokens count, and backward twice what they do forward: what is computed again is not counted.
+    """
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={forward: _attention, backward: lambda _, *shapes, **__: 2 * _attention(*shapes[:3])},
+    )
+
+
 def _attention(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """FLOPs of scores and sums, of all pairs of tokens; shapes ``(batch, heads, tokens, head_dim)``."""
+    """FLOPs of scores and sums; shapes ``(batch, heads, tokens, head_dim)``."""
     batch, heads, tokens, width = query
     return 2 * batch * heads * tokens * key[2] * (width + value[3])
