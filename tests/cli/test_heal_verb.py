@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +21,7 @@ from krony.pages import shown
 from krony.storage.locks import working_in
 from processes import Process
 from processes import krony as run_krony
+from small_models import gpt2
 
 
 @pytest.fixture
@@ -200,6 +202,21 @@ def test_stopped_when_out_is_complete(krony, compressed, tmp_path, monkeypatch, 
     done = krony("heal", compressed, tmp_path / "out", *options)
     assert done.code == 143 and f"{tmp_path / 'out'} is complete" in done.err and "--resume" not in done.err
     load_model(str(tmp_path / "out"))
+
+
+def test_tokens_need_no_tokenizer(krony, refused, tmp_path, options):
+    """As published checkpoints come without one. Its documents are known by their text, where it was calibrated."""
+    gpt2().save_pretrained(tmp_path / "in")
+    (np.arange(4000) * 3 % 250).astype("<u2").tofile(tmp_path / "train.bin")
+    np.full(640, 7).astype("<u2").tofile(tmp_path / "val.bin")
+    options = (tmp_path / "out", *options[2:], "--val", tmp_path / "val.bin", "--freeze", "none")
+    assert krony("heal", tmp_path / "in", *options, "--data", tmp_path / "train.bin", "--dry-run").code == 0
+    done = krony("heal", tmp_path / "in", *options, "--data", tmp_path / "train.bin", "--keep-anyway")
+    assert done.code == 0, done.err
+    assert not (tmp_path / "out/tokenizer.json").exists() and load_model(str(tmp_path / "out"))
+    words = "no tokenizer can be loaded from there"
+    assert words in refused("heal", tmp_path / "in", tmp_path / "new", *options[1:], "--data", tmp_path / "text.jsonl")
+    assert not (tmp_path / "new").exists()
 
 
 def test_one_run_at_a_time(refused, compressed, tmp_path, options):

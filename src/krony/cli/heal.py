@@ -116,7 +116,7 @@ def run(
     distributed.init(training_device(options.device), shards=True)
     with interruptible(job.how_to_resume), working_in(out, is_mine=distributed.is_first()):
         job.resume_or_start()
-        models = job.load_models()
+        models = job.load_models(val)
         length = _length(recipes[0], models.model, changes)
         recipes = [replace(each, length=length) for each in recipes]
         for each in recipes:
@@ -138,10 +138,10 @@ def run(
 
 @dataclass(frozen=True)
 class _Models:
-    """What is loaded: the model to train, its tokenizer, and the teacher."""
+    """What is loaded: the model to train, its tokenizer if it has one, and the teacher."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     teacher: PreTrainedModel | None
 
 
@@ -198,15 +198,16 @@ class _Job:
         elif self.options.resume:
             last_checkpoint(self.work)
 
-    def load_models(self) -> _Models:
+    def load_models(self, val: str | None) -> _Models:
         """Loads what is trained and what teaches it; the control only to see whether it loads. Raises KronyError."""
+        from krony.healing.text import tokenizer_for
         from krony.models.source import ModelSource
 
         self.source.check_saves()
         if self.control is not None:
             self.load(ModelSource.find(self.control))
         teacher = None if self.teacher is None else self.load(ModelSource.find(self.teacher))
-        return _Models(self.load(self.source), self.source.tokenizer, teacher)
+        return _Models(self.load(self.source), tokenizer_for(self.source, self.data, val), teacher)
 
     def load(self, source: ModelSource) -> PreTrainedModel:
         """The model in ``--dtype``; of a sharded run only the first process has its values."""

@@ -12,7 +12,7 @@ from krony.cli.preview import in_bytes
 from krony.healing.footprint import footprint
 from krony.healing.options import HealOptions
 from krony.healing.recipes import Recipe
-from krony.healing.text import Reader, load_text
+from krony.healing.text import Reader, load_text, tokenizer_for
 from krony.healing.training import check_run, check_settings
 from krony.models.source import ModelSource
 from krony.runtime.hardware import fast_dtype
@@ -47,7 +47,8 @@ def preview(
     for recipe in recipes:
         check_settings(model, recipe.length, recipe=recipe, **own)
     data, val, most = text
-    train, validation = load_text(data, val, Reader.of(model, source.tokenizer, recipes[0].length), max_tokens=most)
+    reader = Reader.of(model, tokenizer_for(source, data, val), recipes[0].length)
+    train, validation = load_text(data, val, reader, max_tokens=most)
     on_cpu = options.device == "cpu"
     half = model.dtype != torch.float64 and not (on_cpu and fast_dtype("cpu") == torch.float32)
     for recipe in recipes:

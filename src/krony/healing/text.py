@@ -24,6 +24,7 @@ from krony.data.sets import join_documents, read_file, refuse_test_set
 from krony.data.text_files import names_file
 from krony.errors import KronyError, KronyWarning
 from krony.models.quantizer import compressions
+from krony.models.source import ModelSource
 from krony.runtime import distributed
 
 VALIDATION_ROWS = 16  # what is held out, and fewer are too few for a steady loss
@@ -93,7 +94,10 @@ class Reader:
     def need_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer. Raises KronyError if there is none."""
         if self.tokenizer is None:
-            raise KronyError("text is read with a tokenizer: give the model's as tokenizer")
+            why = ", also to leave out of tokens the documents that it was calibrated on" if self.calibrated else ""
+            raise KronyError(
+                f"text is read with a tokenizer{why}: put the model's into its folder (in Python: give it as tokenizer)"
+            )
         return self.tokenizer
 
 
@@ -127,6 +131,12 @@ def load_text(
             "text, or name more validation text with --val"
         )
     return train, validation
+
+
+def tokenizer_for(source: ModelSource, *texts: str | None) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; None where it has none and all ``texts`` are tokens. Raises KronyError."""
+    tokens_alone = all(text is None or _is_bin(text) for text in texts)
+    return None if tokens_alone and not source.has_tokenizer else source.tokenizer
 
 
 def calibration_documents(model: PreTrainedModel) -> frozenset[str]:
@@ -256,7 +266,7 @@ def _documents(data: str | Path | Rows, part: str) -> list[str] | None:
     if str(data) == PYTHON_DOCS:
         return python_docs.topics(part)
     path = Path(data)
-    if path.suffix.lower() == ".bin" or not names_file(str(data)):
+    if _is_bin(path) or not names_file(str(data)):
         return None
     return read_file(path)
 
@@ -265,8 +275,12 @@ def _token_rows(data: str | Path | Rows, reader: Reader, max_tokens: int | None)
     """Rows of text that is tokens already: rows, a ``.bin``, or a set on the hub."""
     if isinstance(data, Rows):
         return reader.rows(_name(data), [data.tokens[:max_tokens]])
-    tokenizer = reader.tokenizer if Path(data).suffix.lower() == ".bin" else reader.need_tokenizer()
+    tokenizer = reader.tokenizer if _is_bin(data) else reader.need_tokenizer()
     return load_rows(str(data), tokenizer, length=reader.length, vocabulary=reader.vocabulary, max_tokens=max_tokens)
+
+
+def _is_bin(text: str | Path) -> bool:
+    return Path(text).suffix.lower() == ".bin"
 
 
 def _name(data: str | Path | Rows) -> str:
