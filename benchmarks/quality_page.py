@@ -226,6 +226,11 @@ def notes(results: Row) -> str:
             "The interval is a bootstrap over the windows of OpenWebText, paired with the original. KL is the\n"
             "divergence from the original on at most the first 16,384 of these tokens, in nats per token."
         )
+    if any("all weights tuned" in row["way"] for row in untrained(results)):
+        found.append(
+            "Half of the loss of `all weights tuned` is the likelihood of the calibration text, from which the\n"
+            "original would gain too ([a control](healing.md#an-example-with-figures))."
+        )
     if any(way.endswith("int4") for way in (*results, *(row["way"] for row in results["rows"]))):
         found.append("`int4` is torchao's too, in groups of 32 inputs.")
         if "Q4" in results["model"]:

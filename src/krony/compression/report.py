@@ -66,7 +66,7 @@ class CompressionReport:
         seconds: wall-clock time of the compression.
         layers: one report per replaced matrix.
         calibration: where the second moments came from, in words; None without text.
-        tuned: divergence before and after the joint training; None without ``tune``.
+        tuned: what the joint training gained; None without ``tune``.
         made_with: the options, as config.json records them.
     """
 
