@@ -174,7 +174,7 @@ def test_resumed_while_the_control_had_no_checkpoint(krony, compressed, gpt2_fol
 
 def test_stopped_by_sigterm_and_resumed(krony, compressed, tmp_path, options):
     """Somewhere between two steps; the weights are those of a run that nothing stopped."""
-    options += ("--device", "cpu", "--epochs", 4)
+    options += ("--device", "cpu", "--epochs", 2)
     assert krony("heal", compressed, tmp_path / "expected", *options).code == 0
     process = Process(tmp_path / "process", run_krony, "heal", compressed, tmp_path / "out", *options)
     while not list((tmp_path / "out.work").glob("checkpoint-*/trainer_state.json")) and process.is_alive():

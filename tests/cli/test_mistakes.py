@@ -320,10 +320,10 @@ def test_a_missing_extra_is_known_before_the_work(refused, tmp_path, monkeypatch
     assert f"{package} is not installed" in said and f"pip install 'krony[{form}]'" in said
 
 
-SLOW = pytest.param("openvino", marks=pytest.mark.slow)  # written from the graph, as onnx is
+GRAPHS = [pytest.param(form, marks=pytest.mark.slow) for form in ("onnx", "openvino")]  # tracing takes long
 
 
-@pytest.mark.parametrize("form", ["dense", "slim", "gguf", "onnx", SLOW, "reference"])
+@pytest.mark.parametrize("form", ["dense", "slim", "gguf", "reference", *GRAPHS])
 def test_a_full_disk_leaves_nothing_of_an_export(krony, refused, gpt2_folder, tmp_path, form):
     """No file may grow beyond a part of the model, so that every writer fails as on a full disk."""
     resource = pytest.importorskip("resource")
