@@ -16,7 +16,9 @@ from krony.runtime import distributed
 from krony.runtime.signals import interruptible
 from small_models import gpt2
 
-TINY = Recipe(sequences=4, batch=2, length=32, learning_rate=3e-3, final_rate=1e-4, warm_up=2, epochs=1.0)
+TINY = Recipe(
+    sequences=4, batch=2, length=32, learning_rate=3e-3, final_rate=1e-4, warm_up=2, epochs=1.0, evaluations=15
+)
 ARGUMENTS = ("work", "recipe", "teacher", "tokenizer", "progress")
 
 

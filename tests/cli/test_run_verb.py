@@ -140,7 +140,7 @@ def test_a_promise_that_is_not_kept_ends_the_run(krony, recipe, tmp_path):
     """It trains on one text and is validated on another, which shares no character with it."""
     noise = random.Random(0).choices("!@#$%^&*()_+=;?", k=4000)
     (tmp_path / "noise.jsonl").write_text(json.dumps({"text": "".join(noise)}))
-    section = {"data": "text.jsonl", "val": "noise.jsonl", "max-tokens": 4096, "learning-rate": 0.3}
+    section = {"data": "text.jsonl", "val": "noise.jsonl", "max-tokens": 4096, "learning-rate": 0.01}
     done = krony("run", recipe(heal=section))
     assert done.code == 1
     assert "r.yaml, line 6: heal: training did not improve the model" in done.err

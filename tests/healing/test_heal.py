@@ -127,7 +127,7 @@ def test_calibrated_documents_do_not_validate(lines, tokenizer):
         ({"freeze": {"left"}}, "freeze 'left' is unknown: it is one of none, right"),
         ({"device": "mps"}, "device is 'mps': healing takes cpu or cuda"),
         ({"recipe": krony.RECIPES["quick"]}, "rows of 512 tokens: the model takes 64"),
-        ({"tokenizer": None}, "give the model's as tokenizer"),
+        ({"tokenizer": None}, "in Python: give it as tokenizer"),
         ({"val": "wikitext-2"}, "wikitext-2 is a test set"),
     ],
 )

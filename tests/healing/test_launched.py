@@ -12,7 +12,7 @@ import pytest
 from krony.healing.checkpoints import find_last
 
 TESTS = str(Path(__file__).parents[1])
-LONG = 301  # rows: 74 steps, with a checkpoint every seven
+LONG = 301  # rows: 74 steps, with a checkpoint every five
 
 
 WORKER = """
@@ -58,14 +58,14 @@ def start(tmp_path, name, *, processes=1, rows=40, resume=False, work=None, dtyp
     return subprocess.Popen([sys.executable, *launcher, str(script)], stderr=subprocess.PIPE), out
 
 
-def signalled_at_ten(tmp_path, name, to=None, **options) -> tuple[int, str]:
-    """Sends a signal in the middle of the tenth step, and returns the exit code and what was printed.
+def signalled_at_eight(tmp_path, name, to=None, **options) -> tuple[int, str]:
+    """Sends a signal in the middle of the eighth step, and returns the exit code and what was printed.
 
     ``to`` is the number of a process that torchrun has started; None means what the test has started.
     """
     work = tmp_path / "stopped.work"
-    process, _ = start(tmp_path, "stopped", rows=LONG, work=work, stop_at=10, **options)
-    while not (work / "step-10").exists():
+    process, _ = start(tmp_path, "stopped", rows=LONG, work=work, stop_at=8, **options)
+    while not (work / "step-8").exists():
         assert process.poll() is None, process.communicate()[1].decode()[-2000:]
         time.sleep(0.02)
     number = process.pid
@@ -76,11 +76,11 @@ def signalled_at_ten(tmp_path, name, to=None, **options) -> tuple[int, str]:
     return process.returncode, errors.decode()
 
 
-def stopped_at_ten(tmp_path, name, to=None, **options) -> tuple[int, str]:
-    """As ``signalled_at_ten``; the last checkpoint is then of the tenth step."""
-    code, said = signalled_at_ten(tmp_path, name, to, **options)
+def stopped_at_eight(tmp_path, name, to=None, **options) -> tuple[int, str]:
+    """As ``signalled_at_eight``; the last checkpoint is then of the eighth step."""
+    code, said = signalled_at_eight(tmp_path, name, to, **options)
     work = tmp_path / "stopped.work"
-    assert sorted(path.name for path in work.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-7"], said
+    assert sorted(path.name for path in work.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-8"], said
     return code, said
 
 
@@ -91,18 +91,18 @@ def test_a_signal_stops_all_processes_after_the_same_step(tmp_path, to, shard):
     """To the launcher, which hands it on, or to one process: a scheduler may send either. Each process exits with 143;
     torchrun itself exits with 1 whatever its processes do.
     """
-    _, said = stopped_at_ten(tmp_path, "SIGTERM", to, processes=2, shard=shard)
+    _, said = stopped_at_eight(tmp_path, "SIGTERM", to, processes=2, shard=shard)
     assert [(tmp_path / f"stopped.work/end-{rank}").read_text() for rank in (0, 1)] == ["143", "143"], said
-    assert find_last(tmp_path / "stopped.work").name == "checkpoint-10"
+    assert find_last(tmp_path / "stopped.work").name == "checkpoint-8"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dies", "shard"), [(0, False), (1, True)])
 def test_a_process_that_dies_ends_the_others(tmp_path, dies, shard):
     """Killed without a chance to say anything, as by the kernel when memory runs out."""
-    code, said = signalled_at_ten(tmp_path, "SIGKILL", dies, processes=2, shard=shard)
+    code, said = signalled_at_eight(tmp_path, "SIGKILL", dies, processes=2, shard=shard)
     assert code != 0 and "exitcode: -9" in said
     ends = list((tmp_path / "stopped.work").glob("end-*"))
     assert [end.name for end in ends] == [f"end-{1 - dies}"], said
     words = f"process {1 - dies} ends because another process of this run has, which may have said why; resume"
-    assert ends[0].read_text().startswith(words) and "checkpoint-7, the last checkpoint" in ends[0].read_text()
+    assert ends[0].read_text().startswith(words) and "checkpoint-5, the last checkpoint" in ends[0].read_text()

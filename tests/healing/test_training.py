@@ -318,7 +318,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(tmp_path, dtype, tole
         torch.testing.assert_close(a, b, rtol=tolerance, atol=100 * tolerance)
 
 
-LONG = 301  # rows: 74 steps, with a checkpoint after every seventh
+LONG = 301  # rows: 74 steps, with a checkpoint after every fifth
 
 
 @pytest.fixture(scope="module")
@@ -336,13 +336,13 @@ def checkpoints(work) -> list[str]:
 def test_a_signal_leaves_a_checkpoint_of_that_step(tmp_path, name, code, unstopped):
     """Between two checkpoints of the schedule; resumed, the run ends with the weights of one that nothing stopped."""
     work = tmp_path / "work"
-    process = start(tmp_path / "stopped", work, rows=LONG, stop_at=10)
-    while not (work / "step-10").exists():
+    process = start(tmp_path / "stopped", work, rows=LONG, stop_at=8)
+    while not (work / "step-8").exists():
         assert process.is_alive(), process.printed("err")[-2000:]
         time.sleep(0.02)
     process.send(getattr(signal, name))
     returned, said = process.ended()
-    assert returned == code and checkpoints(work) == ["checkpoint-10", "checkpoint-7"], said
+    assert returned == code and checkpoints(work) == ["checkpoint-5", "checkpoint-8"], said
     if name == "SIGTERM":
         _, expected, losses = unstopped
         _, resumed, their_losses = finish(start(tmp_path / "resumed", work, rows=LONG, resume=True))
