@@ -125,8 +125,17 @@ def test_other_forwards_are_left_alone():
         def forward(self, x):
             return self.change(self, x)
 
+    class Second(Mixed):
+        def forward(self, unused=None, x=None):
+            return self.change(self, x)
+
+    class Nothing(Mixed):
+        def forward(self):
+            return None
+
     right = Mixed(lambda m, x: m.down(m.act(m.up(x))))
     assert find_parts(right).ups == ("up",)
+    assert find_parts(Second(right.change)) is None and find_parts(Nothing(right.change)) is None
     for change in (
         lambda m, x: m.down(m.act(m.up(x))) + x,
         lambda m, x: m.down(m.act(m.up(x) * 2)),

@@ -17,8 +17,6 @@ from krony.kronecker.derived import reuse_while_decoding, stop_reusing
 from krony.kronecker.fused_mlp import fused_forward
 from krony.kronecker.linear import KroneckerLinear
 
-INPUT = "placeholder"  # what torch.fx calls an argument of the function that it traces
-
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -82,7 +80,9 @@ def find_parts(module: nn.Module) -> Parts | None:
         graph: Graph = Leaves().trace(module)
     except Exception:  # a forward with control flow can raise anything
         return None
-    *steps, output = [node for node in graph.nodes if node.op != INPUT or node.users]
+    nodes = list(graph.nodes)
+    x, output = nodes[0], nodes[-1]  # the first argument, and what is returned
+    calls = [node for node in nodes if node.op.startswith("call_")]
     after: list[str] = []
     node = output.args[0]
     while _calls_one(node) and not isinstance(module.get_submodule(node.target), KroneckerLinear):
@@ -97,9 +97,9 @@ def find_parts(module: nn.Module) -> Parts | None:
     if not _calls_one(pair[0]):
         return None
     ups = [pair[0].args[0], *pair[1:]]
-    if not all(_is_up(module, up) and up.args[0].op == INPUT for up in ups):
+    if not all(_is_up(module, up) and up.args[0] is x for up in ups):
         return None
-    if len({up.args[0] for up in ups}) != 1 or len(steps) != 4 + len(after) + 2 * (len(ups) - 1):
+    if len(calls) != 3 + len(after) + 2 * (len(ups) - 1):  # something else is computed too
         return None
     return Parts(ups=tuple(str(up.target) for up in ups), act=str(pair[0].target), down=down, after=tuple(after))
 
