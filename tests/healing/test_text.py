@@ -3,6 +3,7 @@
 import json
 import random
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -194,6 +195,8 @@ def test_text_needs_a_tokenizer(tmp_path, reader):
         load_text("python-docs", None, blind)
     data = binary(tmp_path / "t.bin", documents(), reader)
     assert len(load_text(data, None, blind)[1]) == 16
+    with pytest.raises(KronyError, match="also to leave out of tokens the documents that it was calibrated on"):
+        load_text(data, None, replace(blind, calibrated=frozenset({"known"})))
     with pytest.raises(KronyError, match="max_tokens is 0"):
         load_text(data, None, blind, max_tokens=0)
 

@@ -97,6 +97,7 @@ def run(
         model=model,
         out=out,
         data=data,
+        val=val,
         teacher=teacher,
         control=control,
         dtype=dtype,
@@ -111,12 +112,12 @@ def run(
 
     quiet_libraries()
     if dry_run:
-        job.preview(recipes, changes, (data, val, max_tokens), world_size or 1)
+        job.preview(recipes, changes, max_tokens, world_size or 1)
         return
     distributed.init(training_device(options.device), shards=True)
     with interruptible(job.how_to_resume), working_in(out, is_mine=distributed.is_first()):
         job.resume_or_start()
-        models = job.load_models(val)
+        models = job.load_models()
         length = _length(recipes[0], models.model, changes)
         recipes = [replace(each, length=length) for each in recipes]
         for each in recipes:
@@ -153,6 +154,7 @@ class _Job:
     model: str
     out: Path
     data: str
+    val: str | None
     teacher: str | None
     control: str | None
     dtype: str
@@ -171,14 +173,13 @@ class _Job:
         """The folder for checkpoints and logs."""
         return self.out.with_name(f"{self.out.name}.work")
 
-    def preview(
-        self, recipes: list[Recipe], changes: dict[str, Any], text: tuple[str, str | None, int | None], processes: int
-    ) -> None:
+    def preview(self, recipes: list[Recipe], changes: dict[str, Any], max_tokens: int | None, processes: int) -> None:
         """Says what a run in ``processes`` processes would take."""
         from krony.cli.heal_preview import preview
 
         length = _length(recipes[0], self.source.skeleton, changes)
         recipes = [replace(each, length=length) for each in recipes]
+        text = (self.data, self.val, max_tokens)
         asked: dict[str, Any] = {"text": text, "processes": processes, "dtype": self.dtype}
         preview(self.to, self.source, self.teacher, recipes, self.options, **asked)
 
@@ -198,7 +199,7 @@ class _Job:
         elif self.options.resume:
             last_checkpoint(self.work)
 
-    def load_models(self, val: str | None) -> _Models:
+    def load_models(self) -> _Models:
         """Loads what is trained and what teaches it; the control only to see whether it loads. Raises KronyError."""
         from krony.healing.text import tokenizer_for
         from krony.models.source import ModelSource
@@ -207,7 +208,7 @@ class _Job:
         if self.control is not None:
             self.load(ModelSource.find(self.control))
         teacher = None if self.teacher is None else self.load(ModelSource.find(self.teacher))
-        return _Models(self.load(self.source), tokenizer_for(self.source, self.data, val), teacher)
+        return _Models(self.load(self.source), tokenizer_for(self.source, self.data, self.val), teacher)
 
     def load(self, source: ModelSource) -> PreTrainedModel:
         """The model in ``--dtype``; of a sharded run only the first process has its values."""

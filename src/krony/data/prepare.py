@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from krony.data import python_docs
 from krony.data.hub import as_document, hub_set, read_as
 from krony.data.python_docs import PYTHON_DOCS
-from krony.data.rows import BIN
+from krony.data.rows import BIN, is_bin
 from krony.data.sets import check_named, read_file, refuse_test_set
 from krony.errors import KronyError
 from krony.runtime.progress import Progress, silent
@@ -191,7 +191,7 @@ def how_to_resume(out: Path) -> str:
 def check_data(data: str) -> None:
     """Raises KronyError where ``data`` can't be what ``prepare`` takes, without reading it."""
     refuse_test_set(data)
-    if Path(data).suffix.lower() == ".bin":
+    if is_bin(data):
         raise KronyError(f"{data} is prepared already: prepare takes text")
     check_named(data)
 

@@ -85,11 +85,16 @@ def _tokens(data: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int | Non
     if data == PYTHON_DOCS:
         return join_documents(python_docs.topics("calibration"), tokenizer).numpy()
     path = Path(data)
-    if path.suffix.lower() == ".bin":
+    if is_bin(path):
         return read_bin(path)
     if names_file(data):
         return join_documents(read_file(path), tokenizer).numpy()
     return _stream(data, tokenizer, max_tokens)
+
+
+def is_bin(name: str | Path) -> bool:
+    """Whether a text of this name is tokens already."""
+    return Path(name).suffix.lower() == ".bin"
 
 
 def read_bin(path: Path) -> np.ndarray:

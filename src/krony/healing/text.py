@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from krony.data import python_docs
 from krony.data.calibration_set import digest
 from krony.data.python_docs import PYTHON_DOCS
-from krony.data.rows import BIN, Rows, load_rows, rows_of
+from krony.data.rows import BIN, Rows, is_bin, load_rows, rows_of
 from krony.data.sets import join_documents, read_file, refuse_test_set
 from krony.data.text_files import names_file
 from krony.errors import KronyError, KronyWarning
@@ -135,7 +135,7 @@ def load_text(
 
 def tokenizer_for(source: ModelSource, *texts: str | None) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer; None where it has none and all ``texts`` are tokens. Raises KronyError."""
-    tokens_alone = all(text is None or _is_bin(text) for text in texts)
+    tokens_alone = all(text is None or is_bin(text) for text in texts)
     return None if tokens_alone and not source.has_tokenizer else source.tokenizer
 
 
@@ -266,7 +266,7 @@ def _documents(data: str | Path | Rows, part: str) -> list[str] | None:
     if str(data) == PYTHON_DOCS:
         return python_docs.topics(part)
     path = Path(data)
-    if _is_bin(path) or not names_file(str(data)):
+    if is_bin(path) or not names_file(str(data)):
         return None
     return read_file(path)
 
@@ -275,12 +275,8 @@ def _token_rows(data: str | Path | Rows, reader: Reader, max_tokens: int | None)
     """Rows of text that is tokens already: rows, a ``.bin``, or a set on the hub."""
     if isinstance(data, Rows):
         return reader.rows(_name(data), [data.tokens[:max_tokens]])
-    tokenizer = reader.tokenizer if _is_bin(data) else reader.need_tokenizer()
+    tokenizer = reader.tokenizer if is_bin(data) else reader.need_tokenizer()
     return load_rows(str(data), tokenizer, length=reader.length, vocabulary=reader.vocabulary, max_tokens=max_tokens)
-
-
-def _is_bin(text: str | Path) -> bool:
-    return Path(text).suffix.lower() == ".bin"
 
 
 def _name(data: str | Path | Rows) -> str:
